@@ -1,0 +1,105 @@
+"""DeepSpeed at ZeRO stage 0: its process groups, its wrappers of the parameters, its tied layers.
+
+DeepSpeed is never imported here: it is read only where the user's script has imported and started it.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shampoo3d.topology import Group, Mesh, Topology, group_of, world_group
+
+
+def is_running() -> bool:
+    """Whether DeepSpeed's communication has been started in this process."""
+    comm = sys.modules.get("deepspeed.comm")
+    return comm is not None and bool(comm.is_initialized())
+
+
+def locate() -> Mesh:
+    """This process's place by the engine's groups; valid once ``deepspeed.initialize`` has run."""
+    groups = sys.modules["deepspeed.utils.groups"]
+    everyone = world_group()
+    rank = torch.distributed.get_rank()
+    data = group_of(groups._get_sequence_data_parallel_group())
+    mpu = groups.mpu
+    model = Group((rank,))
+    if mpu is not None:
+        # A pipeline grid calls the tensor-parallel group "slice"; its "model" group spans the pipeline too.
+        for name in ("get_slice_parallel_group", "get_tensor_model_parallel_group", "get_model_parallel_group"):
+            if hasattr(mpu, name):
+                model = group_of(getattr(mpu, name)())
+                break
+    return Mesh(rank, everyone, data, model, "DeepSpeed")
+
+
+def refuse_zero(originals: Sequence[Tensor]) -> None:
+    """Raise if ZeRO has cut the parameters, which this version can't follow.
+
+    Raises:
+        RuntimeError: naming the stage and a parameter's shape.
+    """
+    for param in originals:
+        stage = (
+            "3" if hasattr(param, "ds_id") else "1 or 2 (or BF16_Optimizer)" if hasattr(param, "_hp_mapping") else ""
+        )
+        if stage:
+            raise RuntimeError(
+                f"3D-Shampoo does not support ZeRO stage {stage} yet: the optimizer is given flat slices, in which the "
+                'matrices are cut. Set "zero_optimization": {"stage": 0} in the DeepSpeed configuration (and with a '
+                "PipelineModule use float32)."
+            )
+
+
+def unwrap(params: Sequence[Tensor], originals: Sequence[Tensor]) -> list[Tensor]:
+    """The model's parameter behind each tensor of a group: itself, or the one that a float32 clone was made of.
+
+    DeepSpeed's bfloat16 wrapper at stage 0 puts float32 clones of the trainable parameters into the groups, in order.
+
+    Raises:
+        RuntimeError: if the tensors are neither, or if the wrapper is the float16 one, which divides gradients by a
+            loss scale that was never applied to them.
+    """
+    known = set(originals)
+    if all(param in known for param in params):
+        return list(params)
+    refuse_zero(originals)
+    trainable = [param for param in originals if param.requires_grad and param.numel() > 0]
+    if [p.shape for p in trainable] != [p.shape for p in params]:
+        raise RuntimeError(
+            f"the parameter group now holds {len(params)} tensors of shapes {[tuple(p.shape) for p in params][:4]}..., "
+            f"which are not the {len(trainable)} trainable parameters that the optimizer was made for: another library "
+            "has replaced them in a way that 3D-Shampoo does not know"
+        )
+    if any(param.dtype == torch.float16 for param in trainable):
+        raise RuntimeError(
+            "3D-Shampoo refuses DeepSpeed's fp16 at ZeRO stage 0: it divides gradients by a loss scale that was not "
+            'applied to the loss. Use "bf16": {"enabled": true} or float32.'
+        )
+    return trainable
+
+
+def is_trial_step(params: Sequence[Tensor], originals: Sequence[Tensor]) -> bool:
+    """Whether this is the step with zero gradients that a wrapper makes at set-up, which must change nothing."""
+    known = set(originals)
+    clones = [param for param in params if param not in known]
+    return bool(clones) and all(param.grad is None or not param.grad.any() for param in clones)
+
+
+def tied_holders(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
+    """For each parameter that a PipelineModule ties across stages: all ranks, of all those stages, that hold it."""
+    comms: dict[str, dict[str, Any]] = getattr(model, "tied_comms", None) or {}
+    found: dict[Tensor, tuple[int, ...]] = {}
+    for comm in comms.values():
+        topology = Topology.of(model.topology())  # type: ignore[operator]
+        holders = sorted({peer for rank in comm["ranks"] for peer in topology.peers(rank, "data")})
+        names = comm["weight_attr"]
+        for name in [names] if isinstance(names, str) else names:
+            weight = comm["module"]
+            for attribute in name.split("."):
+                weight = getattr(weight, attribute)
+            found[weight] = tuple(holders)
+    return found

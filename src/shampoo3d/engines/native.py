@@ -1,0 +1,60 @@
+"""Plain PyTorch: one process, or the replicas of ``torch.distributed``; modules, their names and embeddings."""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shampoo3d.layout import Shard
+from shampoo3d.topology import Mesh, Topology, mesh_of, world_group
+
+
+def locate(topology: Topology | None) -> Mesh:
+    """This process's place without an engine: in the given topology, else every rank is a replica of every other."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return Mesh.alone()
+    everyone = world_group()
+    rank = dist.get_rank()
+    source = "torch.distributed"
+    if topology is not None and topology.world_size == everyone.size:
+        return mesh_of(topology, rank, everyone, source)
+    return mesh_of(Topology(("data",), (everyone.size,)), rank, everyone, source)
+
+
+def model_behind(params: Iterable[Any]) -> nn.Module | None:
+    """The module whose ``parameters()`` or ``named_parameters()`` generator this is, if it is one, not yet started."""
+    if not inspect.isgenerator(params) or inspect.getgeneratorstate(params) != inspect.GEN_CREATED:
+        return None
+    owner = inspect.getgeneratorlocals(params).get("self")
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def embedding_weights(model: nn.Module) -> set[Tensor]:
+    """The weights of all embeddings, by module type; Megatron's is known by the name of its class."""
+    return {
+        weight
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or type(module).__name__ == "VocabParallelEmbedding"
+        for weight in module.parameters(recurse=False)
+    }
+
+
+def tensor_parallel_shard(param: Tensor, model_rank: int, model_size: int) -> Shard | None:
+    """The part of its logical matrix that a tensor-parallel parameter is, by the attributes that Megatron's layers set.
+
+    The attributes stand on parameters at model size 1 too, where the part is the whole.
+    """
+    parallel = getattr(param, "tensor_model_parallel", False) or getattr(param, "model_parallel", False)
+    axis = getattr(param, "partition_dim", -1)
+    if not parallel or not 0 <= axis < param.dim():
+        return None
+    return Shard(int(axis), model_size, model_rank)
+
+
+def checksum(tensor: Tensor) -> tuple[float, float]:
+    """Sum and sum of magnitudes in float64: equal on replicas."""
+    values = tensor.detach().to(torch.float64)
+    return values.sum().item(), values.abs().sum().item()

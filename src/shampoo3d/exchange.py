@@ -1,0 +1,201 @@
+"""The only communication of a step: agreement, norms, and updated blocks on their way home."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shampoo3d.blocks import Block
+from shampoo3d.holdings import Binding, Replicas
+from shampoo3d.hyperparams import ShampooHyperParams
+from shampoo3d.topology import Group, Mesh
+
+BUCKET_ELEMENTS = 2**22
+"""Elements that one collective brings home, over all ranks: bounds the buffer, whatever the model's size."""
+
+
+class StepRefusedError(RuntimeError):
+    """What this or another rank was given cannot be used; raised on all ranks, and nothing was changed."""
+
+
+def agree(mesh: Mesh, replicas: Sequence[Replicas], hp: ShampooHyperParams, complaint: str) -> bool:
+    """Whether to make this step: all gradients on all ranks are finite, and replicas have the same ones.
+
+    One all-gather of three numbers among replicas and, where there are other ranks too, one all-reduce of two among
+    everyone, so that all ranks skip a step, or raise, together. ``complaint`` is what this rank has found already.
+
+    Raises:
+        StepRefusedError: on every rank, if one has a complaint, or if replicas differ in which parameters have
+            gradients or in the size of these; with ``nonfinite_gradient="raise"``, if a gradient is not finite.
+    """
+    finite = True
+    for shared in replicas:
+        bindings = [binding for binding in shared.bindings if binding.param.grad is not None]
+        largest = _largest_entry(bindings)
+        if not math.isfinite(largest):
+            finite = False
+            bad = [b.matrix.name for b in bindings if not math.isfinite(_largest_entry([b]))]
+            if hp.nonfinite_gradient == "raise":
+                complaint = complaint or f"the gradient of {bad[0]!r} is NaN or infinite"
+        if shared.group.size > 1:
+            differences = _compare(mesh.rank, shared, bindings, largest)
+            complaint = complaint or differences
+    if mesh.everyone.size > 1:
+        verdict = torch.tensor([not finite, bool(complaint)], dtype=torch.int32, device=_device(mesh, replicas))
+        dist.all_reduce(verdict, dist.ReduceOp.MAX, group=mesh.everyone.handle)
+        nonfinite, refused = verdict.tolist()
+        finite = not nonfinite
+        if refused and not complaint:
+            complaint = "another rank was given what cannot be used, and tells why"
+    if complaint:
+        raise StepRefusedError(f"{complaint}; no parameter and no state was changed")
+    return finite
+
+
+def _largest_entry(bindings: Sequence[Binding]) -> float:
+    gradients = [b.param.grad for b in bindings if b.param.grad is not None and b.param.grad.layout == torch.strided]
+    return float(torch.nn.utils.get_total_norm(gradients, float("inf"))) if gradients else 0.0
+
+
+def _compare(rank: int, shared: Replicas, bindings: Sequence[Binding], largest: float) -> str:
+    names = "\n".join(binding.matrix.name for binding in bindings)
+    presence = int.from_bytes(hashlib.sha256(names.encode()).digest()[:6], "big")  # exact in a float64
+    mine = torch.tensor([len(bindings), presence, largest], dtype=torch.float64, device=shared.bindings[0].param.device)
+    table = torch.empty(shared.group.size * 3, dtype=torch.float64, device=mine.device)
+    dist.all_gather_into_tensor(table, mine, group=shared.group.handle)
+    rows = table.view(-1, 3).tolist()
+    for other, (count, hash_, entry) in zip(shared.group.ranks, rows, strict=True):
+        if hash_ != rows[0][1]:
+            return (
+                f"rank {shared.group.ranks[0]} has gradients for {rows[0][0]:.0f} of {len(shared.bindings)} parameters "
+                f"and rank {other} for {count:.0f}, not the same ones; replicas must have gradients for the same "
+                f"parameters (on rank {rank} these have none: "
+                f"{[b.matrix.name for b in shared.bindings if b.param.grad is None][:5]})"
+            )
+        # A shared weight may be clipped by its own stage's norm, so that copies on two stages differ by a factor.
+        if not shared.tied and abs(entry - rows[0][2]) > 1e-3 * abs(rows[0][2]):
+            return (
+                f"the largest gradient entry is {rows[0][2]:.6g} on rank {shared.group.ranks[0]} and {entry:.6g} on "
+                f"rank {other}; replicas must have the same, averaged gradients (DeepSpeed and DistributedDataParallel "
+                "average them in backward)"
+            )
+    return ""
+
+
+def graft_norms(mesh: Mesh, shared: Replicas, norms: Tensor, bindings: Sequence[Binding]) -> Tensor:
+    """Squared norms of each whole parameter from those of its blocks.
+
+    Each block has one owner, so the sum over ranks adds zeros only: it is exact, and the same whoever owns what.
+
+    Args:
+        norms: float64, (blocks of the plan, k), zero for blocks of other owners.
+        bindings: whose norms are wanted.
+
+    Returns:
+        float64, (len(bindings), k); of the logical matrix for those that are sharded over the model group.
+    """
+    if shared.group.size > 1:
+        dist.all_reduce(norms, group=shared.group.handle)
+    slots = shared.slots_of(bindings)
+    width = max((len(places) for places in slots), default=0)
+    padded = torch.cat([norms, norms.new_zeros(1, norms.shape[1])])
+    index = torch.tensor([places + [len(norms)] * (width - len(places)) for places in slots], dtype=torch.int64)
+    whole = padded[index.to(norms.device).view(len(bindings), width)].sum(1)
+    sharded = [i for i, binding in enumerate(bindings) if binding.matrix.storage.shard is not None]
+    if sharded and mesh.model.size > 1:
+        parts = whole[sharded]
+        dist.all_reduce(parts, group=mesh.model.handle)
+        whole[sharded] = parts
+    return whole
+
+
+def deliver(rank: int, shared: Replicas, updated: Mapping[int, Tensor], active: set[Binding]) -> None:
+    """Bring every updated block from its owner to all replicas.
+
+    Args:
+        rank: this process.
+        updated: new weights of the blocks that this rank owns, by their slot in the plan.
+        active: the bindings that are updated at this step, the same on all replicas.
+    """
+    wanted = [slot for slot, (binding, _) in enumerate(shared.local) if binding in active]
+    if shared.group.size == 1:
+        _write(shared, {slot: updated[slot] for slot in wanted})
+        return
+    sizes = {slot: shared.plan.blocks[slot].elements for slot in wanted}
+    for dtype in dict.fromkeys(shared.local[slot][0].param.dtype for slot in wanted):
+        chosen = {slot: size for slot, size in sizes.items() if shared.local[slot][0].param.dtype == dtype}
+        for arrived in share(rank, shared, chosen, lambda slot: updated[slot], dtype):
+            _write(shared, arrived)
+
+
+def share(
+    rank: int, shared: Replicas, sizes: Mapping[int, int], flat: Callable[[int], Tensor], dtype: torch.dtype
+) -> Iterator[dict[int, Tensor]]:
+    """Give every replica what each owner has for its blocks, one bucket (one collective) at a time.
+
+    Args:
+        sizes: how many numbers travel for each slot of the plan.
+        flat: those numbers, for a slot that this rank owns; of any shape.
+
+    Yields:
+        The flat tensors that arrived, by slot.
+    """
+    group, planned = shared.group, shared.plan.blocks
+    device = shared.bindings[0].param.device
+    for bucket in _buckets(group, {slot: (planned[slot].owner, size) for slot, size in sizes.items()}):
+        width = max(sum(sizes[slot] for slot in slots) for slots in bucket.values())
+        send = torch.zeros(width, dtype=dtype, device=device)
+        for slot, piece in zip(bucket[rank], send.split_with_sizes(_fill(sizes, bucket[rank], width)), strict=False):
+            piece.copy_(flat(slot).reshape(-1))
+        received = torch.empty(group.size * width, dtype=dtype, device=device)
+        # As bytes, since not every backend carries every dtype.
+        dist.all_gather_into_tensor(received.view(torch.uint8), send.view(torch.uint8), group=group.handle)
+        arrived: dict[int, Tensor] = {}
+        for owner, row in zip(group.ranks, received.view(group.size, width), strict=True):
+            pieces = row.split_with_sizes(_fill(sizes, bucket[owner], width))
+            arrived |= dict(zip(bucket[owner], pieces, strict=False))
+        yield arrived
+
+
+def _fill(sizes: Mapping[int, int], slots: Sequence[int], width: int) -> list[int]:
+    """The pieces' sizes and, last, the padding up to ``width``."""
+    used = [sizes[slot] for slot in slots]
+    return [*used, width - sum(used)]
+
+
+def _buckets(group: Group, blocks: Mapping[int, tuple[int, int]]) -> Iterator[dict[int, list[int]]]:
+    """Per owner, rounds of slots of about ``BUCKET_ELEMENTS`` elements over all ranks; ``blocks``: (owner, size)."""
+    quota = max(1, BUCKET_ELEMENTS // group.size)
+    queues: dict[int, list[int]] = {owner: [] for owner in group.ranks}
+    for slot in reversed(list(blocks)):
+        queues[blocks[slot][0]].append(slot)
+    while any(queues.values()):
+        bucket: dict[int, list[int]] = {}
+        for owner, queue in queues.items():
+            bucket[owner], filled = [], 0
+            while queue and (not filled or filled + blocks[queue[-1]][1] <= quota):
+                filled += blocks[queue[-1]][1]
+                bucket[owner].append(queue.pop())
+        yield bucket
+
+
+def _write(shared: Replicas, values: Mapping[int, Tensor]) -> None:
+    by_binding: dict[Binding, tuple[list[Block], list[Tensor]]] = {}
+    for slot, value in values.items():
+        binding, block = shared.local[slot]
+        blocks, tensors = by_binding.setdefault(binding, ([], []))
+        blocks.append(block)
+        tensors.append(value.view(block.shape))
+    for binding, (blocks, tensors) in by_binding.items():
+        binding.write(blocks, tensors)
+
+
+def _device(mesh: Mesh, replicas: Sequence[Replicas]) -> torch.device:
+    """Where everyone's collectives take their tensors: with the parameters; a rank may have none of these."""
+    if replicas:
+        return replicas[0].bindings[0].param.device
+    nccl = dist.get_backend(mesh.everyone.handle) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

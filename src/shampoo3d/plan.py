@@ -1,0 +1,131 @@
+"""Who owns which block: plain data, computed alike on every rank without communication."""
+
+import hashlib
+import heapq
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from shampoo3d.blocks import Shape
+from shampoo3d.hyperparams import ShampooHyperParams
+from shampoo3d.layout import Matrix
+
+BlockId = tuple[str, str]
+"""A block by the name of its matrix and its key there."""
+
+
+@dataclass(frozen=True)
+class PlannedBlock:
+    """One block and its owner.
+
+    Attributes:
+        matrix, key: the parameter's name and the block's place in it, such as ``"0:128,0:64"``.
+        dtype: of the parameter.
+        shape, elements: of the block.
+        factors: the sizes of its Kronecker factors; empty for a block that is grafted only.
+        cost: estimated work of a step, in multiply-adds of a matrix product.
+        owner: the global rank that keeps its statistics, roots and momentum.
+    """
+
+    matrix: str
+    key: str
+    dtype: str
+    shape: Shape
+    elements: int
+    factors: tuple[int, ...]
+    cost: float
+    owner: int
+
+    @property
+    def id(self) -> BlockId:
+        return self.matrix, self.key
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The blocks that one set of replicas shares, and their owners among its ranks."""
+
+    ranks: tuple[int, ...]
+    blocks: tuple[PlannedBlock, ...]
+
+    def owned_by(self, rank: int) -> tuple[PlannedBlock, ...]:
+        return tuple(block for block in self.blocks if block.owner == rank)
+
+    def load(self) -> dict[int, float]:
+        """Estimated cost per rank."""
+        return {rank: sum(block.cost for block in self.owned_by(rank)) for rank in self.ranks}
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        data = json.loads(text)
+        lists = ("shape", "factors")
+        blocks = (PlannedBlock(**block | {name: tuple(block[name]) for name in lists}) for block in data["blocks"])
+        return cls(tuple(data["ranks"]), tuple(blocks))
+
+    def digest(self) -> str:
+        """A short fingerprint: equal on two ranks exactly if their plans are."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+# Seconds, measured by benchmarks/cost_model.py, relative to a multiply-add of a large float32 matrix product:
+# an eigen-decomposition with the product that makes the root takes about 13 d^3, plus what any small call takes.
+_ROOT_PER_CUBE = 13.0
+_PER_FACTOR = 2.0e6
+_PER_ELEMENT = 60.0
+_PER_BLOCK = 1.0e6
+
+
+def block_cost(shape: Shape, rank: int, hp: ShampooHyperParams) -> float:
+    """Estimated work of one step on a block with ``rank`` preconditioned axes, in multiply-adds, roots amortised."""
+    elements = 1
+    for length in shape:
+        elements *= length
+    cost = _PER_BLOCK + _PER_ELEMENT * elements
+    for d in shape[:rank]:
+        products = elements * d * (1 + 1 / hp.statistics_compute_steps)
+        roots = (_ROOT_PER_CUBE * d**3 + _PER_FACTOR) / hp.preconditioning_compute_steps
+        cost += products + roots
+    return cost
+
+
+def make_plan(
+    matrices: Sequence[Matrix],
+    ranks: Sequence[int],
+    hp: ShampooHyperParams,
+    fixed: Mapping[BlockId, int] | None = None,
+) -> Plan:
+    """Give each block to one of ``ranks`` so that the estimated costs are balanced.
+
+    Greedy, the most expensive block first to the least loaded rank (Graham 1969: at most 4/3 of the optimum). Ties go
+    to the rank with fewer elements, then to the one that comes first.
+
+    Args:
+        matrices: what these ranks hold, in the same order on each of them.
+        ranks: the global ranks that hold them.
+        hp: the costs depend on block sizes and refresh intervals.
+        fixed: blocks that already have an owner keep it.
+    """
+    fixed = fixed or {}
+    drafts = [
+        PlannedBlock(m.name, b.key, m.storage.dtype, b.shape, b.elements, b.shape[: m.rank], cost, fixed.get(id_, -1))
+        for m in matrices
+        for b in m.blocks
+        for id_, cost in [((m.name, b.key), block_cost(b.shape, m.rank, hp))]
+    ]
+    load = {rank: [0.0, 0] for rank in ranks}
+    for block in drafts:
+        if block.owner >= 0:
+            load[block.owner][0] += block.cost
+            load[block.owner][1] += block.elements
+    heap = [(cost, elements, place, rank) for place, (rank, (cost, elements)) in enumerate(load.items())]
+    heapq.heapify(heap)
+    owners: dict[BlockId, int] = {}
+    for block in sorted((b for b in drafts if b.owner < 0), key=lambda b: (-b.cost, -b.elements)):
+        cost, elements, place, rank = heap[0]
+        owners[block.id] = rank
+        heapq.heapreplace(heap, (cost + block.cost, elements + block.elements, place, rank))
+    blocks = (PlannedBlock(**vars(b) | {"owner": owners.get(b.id, b.owner)}) for b in drafts)
+    return Plan(tuple(ranks), tuple(blocks))
