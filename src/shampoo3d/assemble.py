@@ -81,15 +81,18 @@ class Facts:
         found = {weight for model in self.models for weight in native.embedding_weights(model)}
         if callable(given):
             return found | {param for param, name in fresh.items() if given(name, param)}
-        names = {**self.names, **fresh}
-        by_name = {name: param for param, name in names.items()}
-        for item in given or ():
-            param = by_name.get(item) if isinstance(item, str) else item
-            if param is None or param not in names:
+        wanted = set(given or ())
+        return found | {param for param, name in fresh.items() if name in wanted or param in wanted}
+
+    def check_embeddings(self, given: Embeddings | None) -> None:
+        """Raise ValueError if an embedding was given that is not among the parameters, once all groups are known."""
+        if given is None or callable(given):
+            return
+        names = set(self.names.values())
+        for item in given:
+            if (item not in names) if isinstance(item, str) else (item not in self.names):
                 what = repr(item) if isinstance(item, str) else f"a tensor of shape {tuple(item.shape)}"
                 raise ValueError(f"embeddings contains {what}, which is not a parameter of this optimizer")
-            found.add(param)
-        return found
 
 
 def locate(claims: Claims) -> Mesh:
@@ -140,7 +143,7 @@ def assemble(
             if param in taking_part:
                 storage = _storage(param, behind[param], group, facts, mesh, tied)
                 matrix = describe(storage, facts.hp, mesh.everyone.size)
-                by_holders[storage.holders].append(Binding(matrix, param, number))
+                by_holders[storage.holders].append(Binding(matrix, param, number, group["precondition"]))
     replicas = []
     # Ranks that share a tied weight meet in its group first, in one order, so that no two wait for each other.
     for holders in sorted(by_holders, key=lambda ranks: (ranks == mesh.data.ranks, ranks)):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo3d.blocks import Block
-from shampoo3d.holdings import Binding, Replicas
+from shampoo3d.holdings import Binding, Replicas, state_dtype
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.topology import Group, Mesh
 
@@ -22,7 +22,7 @@ class StepRefusedError(RuntimeError):
 
 
 def agree(mesh: Mesh, replicas: Sequence[Replicas], hp: ShampooHyperParams, complaint: str) -> bool:
-    """Whether to make this step: all gradients on all ranks are finite, and replicas have the same ones.
+    """Whether to make this step: all gradients on all ranks and their squares are finite, and replicas have the same ones.
 
     One all-gather of three numbers among replicas and, where there are other ranks too, one all-reduce of two among
     everyone, so that all ranks skip a step, or raise, together. ``complaint`` is what this rank has found already.
@@ -35,11 +35,11 @@ def agree(mesh: Mesh, replicas: Sequence[Replicas], hp: ShampooHyperParams, comp
     for shared in replicas:
         bindings = [binding for binding in shared.bindings if binding.param.grad is not None]
         largest = _largest_entry(bindings)
-        if not math.isfinite(largest):
+        if not _can_be_squared(bindings, largest):
             finite = False
-            bad = [b.matrix.name for b in bindings if not math.isfinite(_largest_entry([b]))]
+            bad = next((b.matrix.name for b in bindings if not _can_be_squared([b], _largest_entry([b]))), "")
             if hp.nonfinite_gradient == "raise":
-                complaint = complaint or f"the gradient of {bad[0]!r} is NaN or infinite"
+                complaint = complaint or f"the gradient of {bad!r} is NaN or infinite, or its squares are"
         if shared.group.size > 1:
             differences = _compare(mesh.rank, shared, bindings, largest)
             complaint = complaint or differences
@@ -53,6 +53,12 @@ def agree(mesh: Mesh, replicas: Sequence[Replicas], hp: ShampooHyperParams, comp
     if complaint:
         raise StepRefusedError(f"{complaint}; no parameter and no state was changed")
     return finite
+
+
+def _can_be_squared(bindings: Sequence[Binding], largest: float) -> bool:
+    """Whether sums of squares of gradients with this largest entry are finite in the dtype of the state."""
+    limits = (torch.finfo(state_dtype(b.param.dtype)).max / b.param.numel() for b in bindings)
+    return math.isfinite(largest) and largest**2 < min(limits, default=math.inf)
 
 
 def _largest_entry(bindings: Sequence[Binding]) -> float:

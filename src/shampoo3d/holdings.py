@@ -20,11 +20,12 @@ from shampoo3d.topology import Group
 
 @dataclass(eq=False)
 class Binding:
-    """A tensor of a parameter group and the matrix that it stores."""
+    """A tensor of a parameter group, the matrix that it stores, and whether the group wanted it preconditioned."""
 
     matrix: Matrix
     param: Tensor
     group: int
+    precondition: bool
 
     def pieces(self, tensor: Tensor, blocks: Iterable[Block]) -> list[Tensor]:
         """Rectangles of ``tensor``, which has the parameter's shape; copies where its strides allow no view."""

@@ -35,7 +35,8 @@ class ShampooHyperParams:
         ignore_embedding_layer: leave embeddings without preconditioner (they are grafted only).
         fair_blocks: cut each tensor-parallel matrix along its partitioned axis into as many blocks as the run has
             ranks, so that blocks are the same for every topology of that many ranks.
-        nonfinite_gradient: what a NaN or Inf gradient on any rank does: "skip" the step on all ranks, or "raise".
+        nonfinite_gradient: what a gradient on any rank that is NaN or infinite, or whose squares are, does: "skip" the
+            step on all ranks, or "raise".
 
     Raises:
         TypeError, ValueError: naming the setting, its value and its bound.

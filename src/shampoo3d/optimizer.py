@@ -72,13 +72,14 @@ class Shampoo(Optimizer):
         if dist.is_available() and dist.is_initialized():
             self._claims.check_ranks(dist.get_rank(), dist.get_world_size(), "torch.distributed")
         self._facts = Facts(hyperparams, models=[] if model is None else [model])
-        self._embeddings = embeddings
+        self._embeddings = embeddings if embeddings is None or callable(embeddings) else tuple(embeddings)
         self._mesh: Mesh | None = None
         self._replicas: list[Replicas] = []
         self._saved: dict[Tensor, ParamState] = {}  # loaded state that waits until its parameter is bound
         self._learn_model(params)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": hyperparams.weight_decay}
         super().__init__(params, defaults | {"precondition": True, "maximize": maximize})
+        self._facts.check_embeddings(self._embeddings)
         self._check_shapes(shapes)
 
     def _learn_model(self, params: Any) -> None:
@@ -93,9 +94,7 @@ class Shampoo(Optimizer):
         given = [tuple(shape) for shape in shapes]
         if given != found:
             place = next((i for i, (a, b) in enumerate(zip(given, found, strict=False)) if a != b), None)
-            detail = (
-                "" if place is None else f": number {place} is {given[place]} but the parameter's is {found[place]}"
-            )
+            detail = "" if place is None else f": number {place} is {given[place]}, the parameter's is {found[place]}"
             raise ValueError(f"shapes has {len(given)} entries for {len(found)} trainable parameters{detail}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -136,11 +135,10 @@ class Shampoo(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        everything = [param for params in self._facts.originals for param in params]
-        if any(deepspeed.is_trial_step(group["params"], everything) for group in self.param_groups):
+        if self._mesh is None and any(self._is_trial(group["params"]) for group in self.param_groups):
             return loss
         mesh, complaint = self._bind()
-        if agree(mesh, self._replicas, self.hyperparams, complaint or self._unusable_gradients()):
+        if agree(mesh, self._replicas, self.hyperparams, complaint or self._unusable()):
             for shared in self._replicas:
                 self._step(mesh, shared)
         else:
@@ -163,6 +161,13 @@ class Shampoo(Optimizer):
             updated |= zip(unit.slots, self._updated(unit, scale), strict=True)
         deliver(mesh.rank, shared, updated, set(active))
 
+    def _is_trial(self, params: Sequence[Tensor]) -> bool:
+        """Whether an engine's wrapper is trying the optimizer out with zero gradients, which must change nothing."""
+        trial = deepspeed.is_trial_step(params, self._facts.names)
+        if trial:
+            unwrapped(self.param_groups, self._facts)  # refuses a wrapper that it does not know at once
+        return trial
+
     def _count(self, param: Tensor) -> int:
         self.state[param]["step"] += 1
         return int(self.state[param]["step"])
@@ -180,23 +185,25 @@ class Shampoo(Optimizer):
             stack.refresh_roots(rows)
         unit.S = stack.precondition(G, rows) if unit.phase.started else G
         unit.D = stack.direction(G, rows)
-        norms[unit.slots] = squared_norms(unit.S, unit.D)
+        norms[unit.slots] = squared_norms(unit.S, unit.D).to(norms.device)
 
     def _updated(self, unit: Unit, scale: Mapping[Binding, Tensor]) -> Iterable[Tensor]:
         """The new weights of a unit's blocks."""
         stack, group = unit.batch.stack, self.param_groups[unit.batch.group]
-        factor = torch.stack([scale[member.binding] for member in unit.members]).to(stack.dtype)
+        factor = torch.stack([scale[member.binding] for member in unit.members]).to(stack.device, stack.dtype)
         W = unit.batch.gather(unit.members, gradient=False)
         S = unit.S * factor.view(-1, *[1] * len(stack.shape))
         step = Step(group["lr"], group["momentum"], group["weight_decay"], unit.phase.started)
         return stack.update(W, S, unit.D, unit.rows, step).unbind()
 
-    def _unusable_gradients(self) -> str:
-        for shared in self._replicas:
-            for binding in shared.bindings:
-                grad = binding.param.grad
-                if grad is not None and grad.layout != torch.strided:
-                    return f"the gradient of {binding.matrix.name!r} is sparse, which Shampoo does not support"
+    def _unusable(self) -> str:
+        """What this step is given that it cannot use; empty if nothing."""
+        for binding in self._bindings():
+            grad = binding.param.grad
+            if grad is not None and grad.layout != torch.strided:
+                return f"the gradient of {binding.matrix.name!r} is sparse, which Shampoo does not support"
+            if self.param_groups[binding.group]["precondition"] != binding.precondition:
+                return f"precondition of group {binding.group} was changed after its first step; make a new optimizer"
         return ""
 
     # ---- who holds and owns what -------------------------------------------------------------------------------------
@@ -211,7 +218,10 @@ class Shampoo(Optimizer):
             return self._mesh, ""
         mesh = self._mesh or locate(self._claims)
         owned = {param: self.state[param] for param in bound if param in present}
-        return mesh, self._assemble(mesh, self._saved, owned)
+        try:
+            return mesh, self._assemble(mesh, self._saved, owned)
+        except ValueError as error:  # saved state that does not fit, perhaps on this rank only
+            return mesh, str(error)
 
     def _assemble(self, mesh: Mesh, saved: Mapping[Tensor, ParamState], owned: Mapping[Tensor, ParamState]) -> str:
         """Make replicas with new stacks, with the state in them that was saved or is owned already.

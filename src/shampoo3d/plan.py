@@ -3,6 +3,7 @@
 import hashlib
 import heapq
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -70,24 +71,20 @@ class Plan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
 
-# Seconds, measured by benchmarks/cost_model.py, relative to a multiply-add of a large float32 matrix product:
-# an eigen-decomposition with the product that makes the root takes about 13 d^3, plus what any small call takes.
-_ROOT_PER_CUBE = 13.0
-_PER_FACTOR = 2.0e6
-_PER_ELEMENT = 60.0
-_PER_BLOCK = 1.0e6
+# Measured by benchmarks/cost_model.py (CPU, float32), in multiply-adds of a large matrix product: a root by
+# eigen-decomposition takes 6.5 d^3 + 2000 d^2, memory traffic and calls the rest.
+_ROOT_CUBIC, _ROOT_SQUARE = 6.5, 2000.0
+_PER_ELEMENT, _PER_BLOCK = 400.0, 1.5e6
 
 
 def block_cost(shape: Shape, rank: int, hp: ShampooHyperParams) -> float:
-    """Estimated work of one step on a block with ``rank`` preconditioned axes, in multiply-adds, roots amortised."""
-    elements = 1
-    for length in shape:
-        elements *= length
+    """Estimated work of a step on a block with ``rank`` preconditioned axes, in multiply-adds, refreshes spread out."""
+    elements = math.prod(shape)
     cost = _PER_BLOCK + _PER_ELEMENT * elements
     for d in shape[:rank]:
         products = elements * d * (1 + 1 / hp.statistics_compute_steps)
-        roots = (_ROOT_PER_CUBE * d**3 + _PER_FACTOR) / hp.preconditioning_compute_steps
-        cost += products + roots
+        root = _ROOT_CUBIC * d**3 + _ROOT_SQUARE * d**2
+        cost += products + root / hp.preconditioning_compute_steps
     return cost
 
 

@@ -4,7 +4,7 @@ DeepSpeed is never imported here: it is read only where the user's script has im
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -82,10 +82,9 @@ def unwrap(params: Sequence[Tensor], originals: Sequence[Tensor]) -> list[Tensor
     return trainable
 
 
-def is_trial_step(params: Sequence[Tensor], originals: Sequence[Tensor]) -> bool:
+def is_trial_step(params: Sequence[Tensor], originals: Collection[Tensor]) -> bool:
     """Whether this is the step with zero gradients that a wrapper makes at set-up, which must change nothing."""
-    known = set(originals)
-    clones = [param for param in params if param not in known]
+    clones = [param for param in params if param not in originals]
     return bool(clones) and all(param.grad is None or not param.grad.any() for param in clones)
 
 
