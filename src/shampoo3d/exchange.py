@@ -22,7 +22,7 @@ class StepRefusedError(RuntimeError):
 
 
 def agree(mesh: Mesh, replicas: Sequence[Replicas], hp: ShampooHyperParams, complaint: str) -> bool:
-    """Whether to make this step: all gradients on all ranks and their squares are finite, and replicas have the same ones.
+    """Whether to make this step: all gradients on all ranks and their squares are finite, and the same on replicas.
 
     One all-gather of three numbers among replicas and, where there are other ranks too, one all-reduce of two among
     everyone, so that all ranks skip a step, or raise, together. ``complaint`` is what this rank has found already.
@@ -34,12 +34,12 @@ def agree(mesh: Mesh, replicas: Sequence[Replicas], hp: ShampooHyperParams, comp
     finite = True
     for shared in replicas:
         bindings = [binding for binding in shared.bindings if binding.param.grad is not None]
-        largest = _largest_entry(bindings)
-        if not _can_be_squared(bindings, largest):
+        entries = _largest_entries(bindings)
+        largest = max(entries.values(), default=0.0)
+        if bad := [binding for binding, entry in entries.items() if not _can_be_squared(binding, entry)]:
             finite = False
-            bad = next((b.matrix.name for b in bindings if not _can_be_squared([b], _largest_entry([b]))), "")
-            if hp.nonfinite_gradient == "raise":
-                complaint = complaint or f"the gradient of {bad!r} is NaN or infinite, or its squares are"
+            if hp.nonfinite_gradient == "raise" and not complaint:
+                complaint = f"the gradient of {bad[0].matrix.name!r} is NaN or infinite, or its squares are"
         if shared.group.size > 1:
             differences = _compare(mesh.rank, shared, bindings, largest)
             complaint = complaint or differences
@@ -55,15 +55,25 @@ def agree(mesh: Mesh, replicas: Sequence[Replicas], hp: ShampooHyperParams, comp
     return finite
 
 
-def _can_be_squared(bindings: Sequence[Binding], largest: float) -> bool:
-    """Whether sums of squares of gradients with this largest entry are finite in the dtype of the state."""
-    limits = (torch.finfo(state_dtype(b.param.dtype)).max / b.param.numel() for b in bindings)
-    return math.isfinite(largest) and largest**2 < min(limits, default=math.inf)
+def _largest_entries(bindings: Sequence[Binding]) -> dict[Binding, float]:
+    """The largest magnitude in each gradient, NaN if it has a NaN; one synchronisation per device."""
+    gradients = {b: b.param.grad for b in bindings if b.param.grad is not None and b.param.grad.layout == torch.strided}
+    dense = list(gradients)
+    norms = torch._foreach_norm(list(gradients.values()), math.inf) if dense else []
+    by_device: dict[torch.device, list[int]] = {}
+    for i, norm in enumerate(norms):
+        by_device.setdefault(norm.device, []).append(i)
+    entries: dict[Binding, float] = {}
+    for places in by_device.values():
+        values = torch.stack([norms[i].double() for i in places]).tolist()
+        entries |= {dense[i]: value for i, value in zip(places, values, strict=True)}
+    return entries
 
 
-def _largest_entry(bindings: Sequence[Binding]) -> float:
-    gradients = [b.param.grad for b in bindings if b.param.grad is not None and b.param.grad.layout == torch.strided]
-    return float(torch.nn.utils.get_total_norm(gradients, float("inf"))) if gradients else 0.0
+def _can_be_squared(binding: Binding, largest: float) -> bool:
+    """Whether the sum of the gradient's squares is finite in the dtype of the state."""
+    limit = torch.finfo(state_dtype(binding.param.dtype)).max / binding.param.numel()
+    return largest * largest < limit  # False for NaN
 
 
 def _compare(rank: int, shared: Replicas, bindings: Sequence[Binding], largest: float) -> str:

@@ -236,8 +236,8 @@ class Shampoo(Optimizer):
         complaint = disagreement(replicas, self.hyperparams)
         if complaint:
             return complaint
-        bindings = [binding for shared in replicas for binding in shared.bindings]
-        for binding in bindings:
+        saved = {param: state for param, state in saved.items() if state != {"step": 0}}  # those have not begun
+        for binding in (binding for shared in replicas for binding in shared.bindings):
             if binding.param in saved:
                 check_loadable(binding, saved[binding.param], self.hyperparams)
         live = live_state(replicas)
@@ -274,7 +274,8 @@ class Shampoo(Optimizer):
     def _complete_state(self) -> dict[Tensor, ParamState]:
         if self._mesh is None:
             return dict(self._saved)
-        return complete_state(self._mesh.rank, self._replicas, self.state, self.hyperparams) | self._saved
+        begun = complete_state(self._mesh.rank, self._replicas, self.state, self.hyperparams) | self._saved
+        return {param: begun.get(param, {"step": 0}) for group in self.param_groups for param in group["params"]}
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state, whoever owns it, as one process would have it; in copies.
@@ -305,6 +306,9 @@ class Shampoo(Optimizer):
             for number, param in zip(old["params"], now["params"], strict=True)
         }
         saved = {numbers[n]: param_state for n, param_state in state_dict["state"].items()}
+        if missing := [self._facts.names.get(param, "") for param in numbers.values() if saved and param not in saved]:
+            count = f"{len(missing)} of {len(numbers)}"
+            raise ValueError(f"the loaded state has nothing for {count} parameters: {missing[:5]}")
         distributed = dist.is_available() and dist.is_initialized()
         if self._mesh is None and distributed:
             self._saved = saved

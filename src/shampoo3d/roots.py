@@ -7,8 +7,8 @@ from torch import Tensor
 def inverse_roots(stack: Tensor, p: int, eps: float) -> Tensor:
     """``(L + eps * lambda_max(L) * I)^(-1/p)`` of every matrix L in ``stack``, by eigen-decomposition.
 
-    Rounding leaves a rank-deficient L with eigenvalues slightly below zero; they count as zero, so that the result is
-    bounded by ``(eps * lambda_max)^(-1/p)``.
+    Below ``u * lambda_max``, u the machine epsilon of the dtype, eigenvalues are rounding errors of either sign, which
+    the power would blow up; they count as ``u * lambda_max``.
 
     Args:
         stack: shape (n, d, d), float32 or float64, symmetric.
@@ -22,7 +22,7 @@ def inverse_roots(stack: Tensor, p: int, eps: float) -> Tensor:
     sound = stack.isfinite().all(-1).all(-1)
     eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
     eigenvalues, Q = torch.linalg.eigh(torch.where(sound[:, None, None], stack, eye))
-    eigenvalues = eigenvalues.clamp_min(0)
-    scale = (eigenvalues + eps * eigenvalues[:, -1:]).pow(-1.0 / p)
+    largest = eigenvalues[:, -1:]
+    scale = (eigenvalues.maximum(torch.finfo(stack.dtype).eps * largest) + eps * largest).pow(-1.0 / p)
     roots = (Q * scale[:, None, :]) @ Q.mT
     return torch.where(sound[:, None, None], roots, torch.nan)

@@ -1,0 +1,165 @@
+"""The update rule in plain float64 NumPy, one parameter and one block at a time, in the symbols of the paper.
+
+W weights, G gradient, t its number (from 1, per parameter), L_i the statistics of axis i, P_i their inverse root.
+Written from the equations and from nothing else, so that the optimizer has something independent to follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one parameter is trained with; the names are those of `ShampooHyperParams` and of the group keys."""
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    maximize: bool = False
+    precondition: bool = True
+    beta2: float = 1.0
+    diagonal_eps: float = 1e-6
+    matrix_eps: float = 1e-12
+    weight_decay: float = 0.0
+    inverse_exponent_override: int = 0
+    start_preconditioning_step: int = 1
+    preconditioning_compute_steps: int = 1
+    statistics_compute_steps: int = 1
+    block_size: int = 0
+    best_effort_shape_interpretation: bool = False
+    graft_type: str = "sgd"
+    nesterov: bool = True
+
+
+def merged(shape: Sequence[int], block_size: int) -> tuple[int, ...]:
+    """Adjacent dimensions joined from the left while their product is at most `block_size`."""
+    result: list[int] = []
+    for length in shape:
+        if result and result[-1] * length <= block_size:
+            result[-1] *= length
+        else:
+            result.append(length)
+    return tuple(result)
+
+
+def cut(shape: Sequence[int], block_size: int) -> list[tuple[slice, ...]]:
+    """The blocks: each axis in ceil(length / block_size) parts, as equal as possible, the larger ones first."""
+    grid: list[tuple[slice, ...]] = [()]
+    for length in shape:
+        count = ceil(length / block_size) if block_size else 1
+        parts = np.array_split(np.arange(length), count)
+        grid = [(*block, slice(part[0], part[-1] + 1)) for block in grid for part in parts]
+    return grid
+
+
+def unfolding(G: Array, i: int) -> Array:
+    """G_(i): axis i becomes the rows, all others the columns."""
+    return np.moveaxis(G, i, 0).reshape(G.shape[i], -1)
+
+
+def mode_product(G: Array, P: Array, i: int) -> Array:
+    """G x_i P."""
+    return np.moveaxis(np.tensordot(P, G, axes=(1, i)), 0, i)
+
+
+def inverse_root(L: Array, p: int, eps: float) -> Array:
+    """(L + eps lambda_max(L) I)^(-1/p)."""
+    eigenvalues, V = np.linalg.eigh(L)
+    return (V * (eigenvalues + eps * eigenvalues[-1]) ** (-1 / p)) @ V.T
+
+
+class Block:
+    """A rectangle of the gradient with factors of its own."""
+
+    def __init__(self, where: tuple[slice, ...], shape: tuple[int, ...], matrix_eps: float) -> None:
+        self.where = where
+        self.L = [matrix_eps * np.eye(n) for n in shape]
+        self.P = [np.eye(n) for n in shape]
+
+    def update(self, G: Array, t: int, s: Settings) -> None:
+        w2 = 1.0 if s.beta2 == 1.0 else 1.0 - s.beta2
+        p = s.inverse_exponent_override or 2 * G.ndim
+        for i in range(G.ndim):
+            if t % s.statistics_compute_steps == 0:
+                self.L[i] = s.beta2 * self.L[i] + w2 * unfolding(G, i) @ unfolding(G, i).T
+            if t % s.preconditioning_compute_steps == 0:
+                self.P[i] = inverse_root(self.L[i], p, s.matrix_eps)
+
+    def apply(self, G: Array) -> Array:
+        for i, P in enumerate(self.P):
+            G = mode_product(G, P, i)
+        return G
+
+
+class Parameter:
+    """One parameter and its state."""
+
+    def __init__(self, W: Array, s: Settings) -> None:
+        self.W = np.array(W, dtype=np.float64)
+        self.M, self.N, self.A = np.zeros_like(self.W), np.zeros_like(self.W), np.zeros_like(self.W)
+        self.t = 0
+        merge = s.best_effort_shape_interpretation and s.block_size > 0
+        self.shape = merged(self.W.shape, s.block_size) if merge else self.W.shape
+        self.blocks: list[Block] = []
+        if s.precondition and len(self.shape) > 1 and prod(self.shape) > 0:
+            for where in cut(self.shape, s.block_size):
+                self.blocks.append(Block(where, tuple(w.stop - w.start for w in where), s.matrix_eps))
+
+    def preconditioned(self, gradient: Array, s: Settings) -> Array:
+        """S before grafting: G x_1 P_1 x_2 P_2 ... in every block; G where there are no blocks or t is early."""
+        G = gradient.reshape(self.shape)
+        S = G.copy()
+        for block in self.blocks:
+            block.update(G[block.where], self.t, s)
+            if self.t >= s.start_preconditioning_step:
+                S[block.where] = block.apply(G[block.where])
+        return S.reshape(gradient.shape)
+
+    def step(self, gradient: Array, s: Settings) -> None:
+        self.t += 1
+        G = -gradient if s.maximize else gradient
+        S = self.preconditioned(G, s)
+        self.A = self.A + G**2
+        D = G / (np.sqrt(self.A) + s.diagonal_eps) if s.graft_type == "adagrad" else G
+        if s.graft_type != "none":
+            S = S * np.sqrt((D**2).sum()) / (np.sqrt((S**2).sum()) + 1e-16)
+        S = S + s.weight_decay * self.W
+        D = D + s.weight_decay * self.W
+        self.M = s.momentum * self.M + S
+        self.N = s.momentum * self.N + D
+        u, d = (self.M, S) if self.t >= s.start_preconditioning_step else (self.N, D)
+        if s.nesterov:
+            u = s.momentum * u + d
+        self.W = self.W - s.lr * u
+
+
+class Reference:
+    """A list of parameters, each with its settings; `settings` may be replaced between steps (schedules)."""
+
+    def __init__(self, weights: Sequence[Array], settings: Sequence[Settings]) -> None:
+        self.settings = list(settings)
+        self.parameters = [Parameter(W, s) for W, s in zip(weights, settings, strict=True)]
+        self.largest = [np.abs(p.W).max(initial=0.0) for p in self.parameters]
+
+    def step(self, gradients: Sequence[Array | None]) -> None:
+        """One step; a parameter without a gradient (None) is left alone altogether."""
+        for k, (p, G, s) in enumerate(zip(self.parameters, gradients, self.settings, strict=True)):
+            if G is not None:
+                p.step(np.asarray(G, dtype=np.float64), s)
+                self.largest[k] = max(self.largest[k], np.abs(p.W).max(initial=0.0))
+
+    def error(self, weights: Sequence[Array]) -> float:
+        """The largest difference of any weight, relative to the largest weight its parameter has had."""
+        errors = [0.0]
+        for p, largest, W in zip(self.parameters, self.largest, weights, strict=True):
+            assert p.W.shape == W.shape
+            if W.size:
+                errors.append(float(np.abs(p.W - W).max() / largest))
+        return float(np.max(errors))  # unlike max(), NaN wins
