@@ -1,0 +1,38 @@
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+ENV    := OMP_NUM_THREADS=1 DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu}
+
+.PHONY: demo test test-slow test-all lint format env clean
+
+demo: env  ## train a GPT with AdamW and with 3D-Shampoo on 4 processes; results in runs/demo
+	$(BIN)/shampoo3d train --output runs/demo
+
+test: env  ## everything but the slow tests
+	$(ENV) $(BIN)/python -m pytest
+
+test-slow: env  ## the 22 recorded topologies, up to 36 processes
+	$(ENV) $(BIN)/python -m pytest -m slow
+
+test-all: test test-slow
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+env: $(VENV)/installed
+
+# torch comes first: DeepSpeed's build looks for it, and must not choose another one.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch setuptools wheel
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
