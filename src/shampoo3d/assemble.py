@@ -133,6 +133,9 @@ def assemble(
     """Bind the parameters ``taking_part``, and plan among each set of ranks that store the same ones.
 
     ``fixed`` are the owners of blocks that were planned before, which stay.
+
+    Raises:
+        ValueError: naming a parameter that is tied to other pipeline stages, if there is no model to tell which.
     """
     tied: dict[Tensor, tuple[int, ...]] = {}
     for model in facts.models:
@@ -141,6 +144,11 @@ def assemble(
     for number, group in enumerate(groups):
         for param in group["params"]:
             if param in taking_part:
+                if deepspeed.is_tied_copy(behind[param]) and behind[param] not in tied:
+                    raise ValueError(
+                        f"{facts.names[behind[param]]!r} is tied to other pipeline stages, and only the model tells to "
+                        "which: pass model.parameters() itself, or model="
+                    )
                 storage = _storage(param, behind[param], group, facts, mesh, tied)
                 matrix = describe(storage, facts.hp, mesh.everyone.size)
                 by_holders[storage.holders].append(Binding(matrix, param, number, group["precondition"]))

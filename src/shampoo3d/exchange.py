@@ -1,5 +1,6 @@
 """The only communication of a step: agreement, norms, and updated blocks on their way home."""
 
+import enum
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,9 @@ from shampoo3d.holdings import Binding, Replicas, state_dtype
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.topology import Group, Mesh
 
+# Its newer name, where torch has it.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 BUCKET_ELEMENTS = 2**22
 """Elements that one collective brings home, over all ranks: bounds the buffer, whatever the model's size."""
 
@@ -21,38 +25,63 @@ class StepRefusedError(RuntimeError):
     """What this or another rank was given cannot be used; raised on all ranks, and nothing was changed."""
 
 
-def agree(mesh: Mesh, replicas: Sequence[Replicas], hp: ShampooHyperParams, complaint: str) -> bool:
-    """Whether to make this step: all gradients on all ranks and their squares are finite, and the same on replicas.
+class Verdict(enum.Enum):
+    """What all ranks do next."""
 
-    One all-gather of three numbers among replicas and, where there are other ranks too, one all-reduce of two among
-    everyone, so that all ranks skip a step, or raise, together. ``complaint`` is what this rank has found already.
+    STEP = enum.auto()
+    SKIP = enum.auto()
+    BIND = enum.auto()
+
+
+def agree(mesh: Mesh, replicas: Sequence[Replicas], hp: ShampooHyperParams, complaint: str, unbound: bool) -> Verdict:
+    """What all ranks do next: this step, not this step, or bind parameters first.
+
+    One all-gather of three numbers among replicas and, where there are other ranks too, one all-reduce of three among
+    everyone, so that all ranks step, skip, bind or raise together.
+
+    Args:
+        complaint: what this rank was given that it cannot use.
+        unbound: whether this rank has parameters that are not bound yet.
 
     Raises:
-        StepRefusedError: on every rank, if one has a complaint, or if replicas differ in which parameters have
-            gradients or in the size of these; with ``nonfinite_gradient="raise"``, if a gradient is not finite.
+        StepRefusedError: on every rank, if one has a complaint, or if ranks that have to differ in which parameters
+            have gradients or in the size of these; with ``nonfinite_gradient="raise"``, if a gradient is not finite.
     """
     finite = True
     for shared in replicas:
-        bindings = [binding for binding in shared.bindings if binding.param.grad is not None]
-        entries = _largest_entries(bindings)
-        largest = max(entries.values(), default=0.0)
+        entries = _largest_entries(shared.bindings)
         if bad := [binding for binding, entry in entries.items() if not _can_be_squared(binding, entry)]:
             finite = False
             if hp.nonfinite_gradient == "raise" and not complaint:
                 complaint = f"the gradient of {bad[0].matrix.name!r} is NaN or infinite, or its squares are"
-        if shared.group.size > 1:
-            differences = _compare(mesh.rank, shared, bindings, largest)
-            complaint = complaint or differences
+        # A shared weight may be clipped by its own stage's norm, so that copies on two stages differ by a factor.
+        largest = 0.0 if shared.tied else max(entries.values(), default=0.0)
+        for group, bindings, size in (
+            (shared.group, shared.bindings, largest),
+            (mesh.model, [b for b in shared.bindings if b.matrix.storage.shard is not None], 0.0),
+        ):
+            if group.size > 1 and bindings:
+                differences = _compare(mesh.rank, group, bindings, size)
+                complaint = complaint or differences
+    verdict = [not finite, bool(complaint), unbound]
     if mesh.everyone.size > 1:
-        verdict = torch.tensor([not finite, bool(complaint)], dtype=torch.int32, device=_device(mesh, replicas))
-        dist.all_reduce(verdict, dist.ReduceOp.MAX, group=mesh.everyone.handle)
-        nonfinite, refused = verdict.tolist()
-        finite = not nonfinite
-        if refused and not complaint:
-            complaint = "another rank was given what cannot be used, and tells why"
-    if complaint:
-        raise StepRefusedError(f"{complaint}; no parameter and no state was changed")
-    return finite
+        votes = torch.tensor(verdict, dtype=torch.int32, device=_device(mesh, replicas))
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=mesh.everyone.handle)
+        verdict = votes.bool().tolist()
+    nonfinite, refused, unbound = verdict
+    if refused:
+        raise StepRefusedError(f"{_first(mesh, complaint)}; no parameter and no state was changed")
+    if unbound:
+        return Verdict.BIND
+    return Verdict.SKIP if nonfinite else Verdict.STEP
+
+
+def _first(mesh: Mesh, complaint: str) -> str:
+    """The complaint of the first rank that has one, told to all."""
+    complaints: list[str] = [complaint] * mesh.everyone.size
+    if mesh.everyone.size > 1:
+        dist.all_gather_object(complaints, complaint, group=mesh.everyone.handle)
+    return next(filter(None, complaints))
 
 
 def _largest_entries(bindings: Sequence[Binding]) -> dict[Binding, float]:
@@ -76,26 +105,26 @@ def _can_be_squared(binding: Binding, largest: float) -> bool:
     return largest * largest < limit  # False for NaN
 
 
-def _compare(rank: int, shared: Replicas, bindings: Sequence[Binding], largest: float) -> str:
-    names = "\n".join(binding.matrix.name for binding in bindings)
-    presence = int.from_bytes(hashlib.sha256(names.encode()).digest()[:6], "big")  # exact in a float64
-    mine = torch.tensor([len(bindings), presence, largest], dtype=torch.float64, device=shared.bindings[0].param.device)
-    table = torch.empty(shared.group.size * 3, dtype=torch.float64, device=mine.device)
-    dist.all_gather_into_tensor(table, mine, group=shared.group.handle)
+def _compare(rank: int, group: Group, bindings: Sequence[Binding], largest: float) -> str:
+    """How the group differs in which of these parameters have gradients, or in the largest entry; empty if not."""
+    present = [binding.matrix.name for binding in bindings if binding.param.grad is not None]
+    fingerprint = int.from_bytes(hashlib.sha256("\n".join(present).encode()).digest()[:6], "big")  # exact in float64
+    mine = torch.tensor([len(present), fingerprint, largest], dtype=torch.float64, device=bindings[0].param.device)
+    table = torch.empty(group.size * 3, dtype=torch.float64, device=mine.device)
+    all_gather(table, mine, group=group.handle)
     rows = table.view(-1, 3).tolist()
-    for other, (count, hash_, entry) in zip(shared.group.ranks, rows, strict=True):
-        if hash_ != rows[0][1]:
+    for other, (count, names, entry) in zip(group.ranks, rows, strict=True):
+        if names != rows[0][1]:
+            absent = [binding.matrix.name for binding in bindings if binding.param.grad is None]
             return (
-                f"rank {shared.group.ranks[0]} has gradients for {rows[0][0]:.0f} of {len(shared.bindings)} parameters "
-                f"and rank {other} for {count:.0f}, not the same ones; replicas must have gradients for the same "
-                f"parameters (on rank {rank} these have none: "
-                f"{[b.matrix.name for b in shared.bindings if b.param.grad is None][:5]})"
+                f"rank {group.ranks[0]} has gradients for {rows[0][0]:.0f} and rank {other} for {count:.0f} of "
+                f"{len(bindings)} parameters, not the same ones; ranks of one group must have gradients for the same "
+                f"parameters (on rank {rank} these have none: {absent[:5]})"
             )
-        # A shared weight may be clipped by its own stage's norm, so that copies on two stages differ by a factor.
-        if not shared.tied and abs(entry - rows[0][2]) > 1e-3 * abs(rows[0][2]):
+        if abs(entry - rows[0][2]) > 1e-3 * abs(rows[0][2]):
             return (
-                f"the largest gradient entry is {rows[0][2]:.6g} on rank {shared.group.ranks[0]} and {entry:.6g} on "
-                f"rank {other}; replicas must have the same, averaged gradients (DeepSpeed and DistributedDataParallel "
+                f"the largest gradient entry is {rows[0][2]:.6g} on rank {group.ranks[0]} and {entry:.6g} on rank "
+                f"{other}; replicas must have the same, averaged gradients (DeepSpeed and DistributedDataParallel "
                 "average them in backward)"
             )
     return ""
@@ -168,7 +197,7 @@ def share(
             piece.copy_(flat(slot).reshape(-1))
         received = torch.empty(group.size * width, dtype=dtype, device=device)
         # As bytes, since not every backend carries every dtype.
-        dist.all_gather_into_tensor(received.view(torch.uint8), send.view(torch.uint8), group=group.handle)
+        all_gather(received.view(torch.uint8), send.view(torch.uint8), group=group.handle)
         arrived: dict[int, Tensor] = {}
         for owner, row in zip(group.ranks, received.view(group.size, width), strict=True):
             pieces = row.split_with_sizes(_fill(sizes, bucket[owner], width))

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from shampoo3d.assemble import Embeddings, Facts, assemble, disagreement, is_trainable, locate, unwrapped
 from shampoo3d.checkpoint import ParamState, check_loadable, complete_state, live_state, load, loaded_groups
 from shampoo3d.engines import deepspeed, native
-from shampoo3d.exchange import StepRefusedError, agree, deliver, graft_norms
+from shampoo3d.exchange import StepRefusedError, Verdict, agree, deliver, graft_norms
 from shampoo3d.grafting import graft_scale
 from shampoo3d.holdings import Binding, Replicas, Unit, state_bytes
 from shampoo3d.hyperparams import ShampooHyperParams, check_group
@@ -137,12 +137,16 @@ class Shampoo(Optimizer):
                 loss = closure()
         if self._mesh is None and any(self._is_trial(group["params"]) for group in self.param_groups):
             return loss
-        mesh, complaint = self._bind()
-        if agree(mesh, self._replicas, self.hyperparams, complaint or self._unusable()):
-            for shared in self._replicas:
-                self._step(mesh, shared)
-        else:
+        mesh = self._mesh or locate(self._claims)
+        verdict = agree(mesh, self._replicas, self.hyperparams, self._unusable(), self._has_unbound())
+        if verdict is Verdict.BIND:
+            complaint = self._bind(mesh) or self._unusable()
+            verdict = agree(mesh, self._replicas, self.hyperparams, complaint, unbound=False)
+        if verdict is Verdict.SKIP:
             self.skipped_steps += 1
+            return loss
+        for shared in self._replicas:
+            self._step(mesh, shared)
         return loss
 
     def _step(self, mesh: Mesh, shared: Replicas) -> None:
@@ -208,20 +212,23 @@ class Shampoo(Optimizer):
 
     # ---- who holds and owns what -------------------------------------------------------------------------------------
 
-    def _bind(self) -> tuple[Mesh, str]:
-        """Bind the parameters that are not bound yet. Returns also how replicas differ; empty if they do not."""
+    def _has_unbound(self) -> bool:
+        """Whether a parameter has joined, has been unfrozen or has gone since parameters were bound."""
         groups = enumerate(self.param_groups)
         wanted = {p: number for number, group in groups for p in group["params"] if is_trainable(p)}
         bound = {binding.param: binding.group for binding in self._bindings()}
-        present = {param for group in self.param_groups for param in group["params"]}
-        if self._mesh is not None and wanted.items() <= bound.items() and bound.keys() <= present:
-            return self._mesh, ""
-        mesh = self._mesh or locate(self._claims)
-        owned = {param: self.state[param] for param in bound if param in present}
+        return self._mesh is None or not (wanted.items() <= bound.items() and bound.keys() <= self._present())
+
+    def _present(self) -> set[Tensor]:
+        return {param for group in self.param_groups for param in group["params"]}
+
+    def _bind(self, mesh: Mesh) -> str:
+        """Bind all parameters anew; those bound before keep state and owners. Returns why it can't be done, if so."""
+        owned = {binding.param: self.state[binding.param] for binding in self._bindings()}
         try:
-            return mesh, self._assemble(mesh, self._saved, owned)
-        except ValueError as error:  # saved state that does not fit, perhaps on this rank only
-            return mesh, str(error)
+            return self._assemble(mesh, self._saved, {p: s for p, s in owned.items() if p in self._present()})
+        except ValueError as error:  # perhaps on this rank only: all are told of it
+            return str(error)
 
     def _assemble(self, mesh: Mesh, saved: Mapping[Tensor, ParamState], owned: Mapping[Tensor, ParamState]) -> str:
         """Make replicas with new stacks, with the state in them that was saved or is owned already.
@@ -230,8 +237,7 @@ class Shampoo(Optimizer):
         """
         fixed = {b.id: b.owner for shared in self._replicas for b in shared.plan.blocks} if owned else {}
         behind = unwrapped(self.param_groups, self._facts)
-        everything = {param for group in self.param_groups for param in group["params"]}
-        taking_part = {param for param in everything if is_trainable(param) or param in owned}
+        taking_part = {param for param in self._present() if is_trainable(param) or param in owned}
         replicas = assemble(self.param_groups, behind, self._facts, mesh, taking_part, fixed)
         complaint = disagreement(replicas, self.hyperparams)
         if complaint:

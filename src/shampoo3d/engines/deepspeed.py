@@ -88,6 +88,11 @@ def is_trial_step(params: Sequence[Tensor], originals: Collection[Tensor]) -> bo
     return bool(clones) and all(param.grad is None or not param.grad.any() for param in clones)
 
 
+def is_tied_copy(param: Tensor) -> bool:
+    """Whether a PipelineModule has marked it as the copy of a weight of an earlier stage."""
+    return bool(getattr(param, "ds_pipe_replicated", False))
+
+
 def tied_holders(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
     """For each parameter that a PipelineModule ties across stages: all ranks, of all those stages, that hold it."""
     comms: dict[str, dict[str, Any]] = getattr(model, "tied_comms", None) or {}
