@@ -1,0 +1,230 @@
+"""The contract of `torch.optim.Optimizer`, one promise per test: copies, `state_dict` and checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from common import (
+    DTYPES,
+    HYPERPARAMS,
+    REFUSED,
+    assert_equal,
+    clones,
+    leaves,
+    names_of,
+    parameters,
+    params_of,
+    put_gradients,
+    saved_and_loaded,
+    snapshot,
+    train,
+)
+from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams
+
+STATES: dict[str, ShampooHyperParams] = {
+    "sgd": HYPERPARAMS,
+    "none": replace(HYPERPARAMS, graft_type=LayerwiseGrafting.NONE),
+    "adagrad, late": replace(HYPERPARAMS, graft_type=LayerwiseGrafting.ADAGRAD, start_preconditioning_step=7),
+    "intervals": replace(HYPERPARAMS, preconditioning_compute_steps=3, statistics_compute_steps=2, beta2=0.9),
+    "whole": replace(HYPERPARAMS, block_size=0),
+}
+
+
+@pytest.mark.parametrize("hyperparams", STATES.values(), ids=STATES.keys())
+@pytest.mark.parametrize("steps", [0, 4])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_copies_continue_identically(
+    copied: Callable[[Shampoo], Shampoo], steps: int, hyperparams: ShampooHyperParams
+) -> None:
+    optimizer = Shampoo(names_of(parameters()), lr=0.05, hyperparams=hyperparams)
+    train(optimizer, range(steps))
+    twin = copied(optimizer)
+    assert_equal(snapshot(twin), snapshot(optimizer))
+    before = snapshot(twin)
+    train(optimizer, range(steps, steps + 5))
+    assert_equal(snapshot(twin), before, "the copy shares memory with the original")
+    train(twin, range(steps, steps + 5))
+    assert_equal(snapshot(twin), snapshot(optimizer))
+
+
+def put_weights(params: Iterable[Tensor], weights: Iterable[Tensor]) -> None:
+    with torch.no_grad():
+        for p, w in zip(params, weights, strict=True):
+            p.copy_(w)
+
+
+@pytest.mark.parametrize("hyperparams", STATES.values(), ids=STATES.keys())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_saved_state_continues_bitwise(fresh: bool, dtype: torch.dtype, hyperparams: ShampooHyperParams) -> None:
+    params = parameters(dtype=dtype)
+    optimizer = Shampoo(params, lr=0.05, hyperparams=hyperparams)
+    train(optimizer, range(5))
+    state, weights = saved_and_loaded(optimizer.state_dict()), clones(params)
+    train(optimizer, range(5, 9))
+
+    others = parameters(dtype=dtype)
+    resumed = Shampoo(others, lr=0.7, hyperparams=hyperparams)
+    if not fresh:
+        train(resumed, range(50, 53))
+    put_weights(others, weights)
+    resumed.load_state_dict(state)
+    assert_equal(resumed.state_dict(), state)
+    train(resumed, range(5, 9))
+    assert_equal(snapshot(resumed), snapshot(optimizer))
+
+
+def test_a_state_in_which_some_parameters_have_not_begun() -> None:
+    params, others = parameters(), parameters()
+    params[1].requires_grad_(False)
+    optimizer = Shampoo(params, hyperparams=HYPERPARAMS)
+    train(optimizer)
+    state, weights = saved_and_loaded(optimizer.state_dict()), clones(params)
+    params[1].requires_grad_(True)
+    train(optimizer, range(3, 6))
+    resumed = Shampoo(others, hyperparams=HYPERPARAMS)
+    resumed.load_state_dict(state)
+    put_weights(others, weights)
+    train(resumed, range(3, 6))
+    assert_equal(snapshot(resumed), snapshot(optimizer))
+
+
+def test_state_dict_hooks_run_in_order() -> None:
+    params = parameters()
+    optimizer, seen = Shampoo(params, hyperparams=HYPERPARAMS), []
+    train(optimizer, range(2))
+    optimizer.register_state_dict_pre_hook(lambda _: seen.append("before saving"))
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "note": "kept"})
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: seen.append(state["note"]))
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("after loading"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["before saving", "kept", "after loading"]
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+def test_torch_distributed_checkpoint_reads_and_restores_the_state(flatten: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    optimizer, start = Shampoo(model.parameters(), hyperparams=HYPERPARAMS), copy.deepcopy(model.state_dict())
+    get_optimizer_state_dict(model, optimizer, options=options)  # takes a step with lr 0 to make the state
+    assert_equal(dict(model.state_dict()), dict(start))
+    train(optimizer)
+    twin = copy.deepcopy(model)
+    resumed = Shampoo(twin.parameters(), hyperparams=HYPERPARAMS)
+    set_optimizer_state_dict(
+        twin, resumed, get_optimizer_state_dict(model, optimizer, options=options), options=options
+    )
+    train(optimizer, range(3, 6))
+    train(resumed, range(3, 6))
+    assert_equal(snapshot(resumed), snapshot(optimizer))
+
+
+def test_the_state_is_plain_and_has_the_documented_keys() -> None:
+    params = parameters()
+    optimizer = Shampoo(params, hyperparams=replace(HYPERPARAMS, graft_type=LayerwiseGrafting.ADAGRAD))
+    train(optimizer)
+    state = optimizer.state_dict()
+    assert {type(x) for x in leaves(state)} <= {Tensor, int, float, bool, str, type(None)}
+    assert set(state["state"]) == set(range(len(params)))
+    assert all(entry["step"] == 3 and type(entry["step"]) is int for entry in state["state"].values())
+    blocks = {key: block for key, block in state["state"][0].items() if key != "step"}
+    assert set(blocks) == {f"{rows},{columns}" for rows in ("0:3", "3:6") for columns in ("0:3", "3:5")}
+    corner = blocks["3:6,3:5"]
+    assert {"momentum", "L0", "L1", "P0", "P1", "graft_accumulator"} <= set(corner)
+    shapes = {key: tuple(corner[key].shape) for key in ("momentum", "L0", "L1", "P0", "P1")}
+    assert shapes == {"momentum": (3, 2), "L0": (3, 3), "L1": (2, 2), "P0": (3, 3), "P1": (2, 2)}
+
+
+def with_a_block_missing(state: Any) -> Any:
+    del state["state"][0]["3:6,3:5"]
+    return state
+
+
+def with_a_factor_missing(state: Any) -> Any:
+    del state["state"][0]["3:6,3:5"]["L1"]
+    return state
+
+
+def with_a_factor_of_another_shape(state: Any) -> Any:
+    state["state"][0]["3:6,3:5"]["L1"] = torch.eye(3, dtype=torch.float64)
+    return state
+
+
+def with_an_unknown_block(state: Any) -> Any:
+    state["state"][0]["6:9,3:5"] = state["state"][0]["3:6,3:5"]
+    return state
+
+
+def with_no_step(state: Any) -> Any:
+    del state["state"][0]["step"]
+    return state
+
+
+def of_another_block_size(state: Any) -> Any:
+    optimizer = Shampoo(names_of(parameters()), hyperparams=replace(HYPERPARAMS, block_size=3))
+    train(optimizer)
+    return optimizer.state_dict()
+
+
+def state_and_target(fresh: bool) -> tuple[Any, Shampoo]:
+    """The state of an optimizer after some steps, and that optimizer or a new one to load it; they differ in lr."""
+    params = names_of(parameters())
+    optimizer = Shampoo(params, hyperparams=HYPERPARAMS)
+    train(optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    target = Shampoo(params, hyperparams=HYPERPARAMS) if fresh else optimizer
+    target.param_groups[0]["lr"] = 0.5
+    return state, target
+
+
+def load_and_step(optimizer: Shampoo, state: Any) -> None:
+    """A fresh optimizer knows its blocks, and may refuse the state, only at its first step."""
+    optimizer.load_state_dict(state)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        of_another_block_size,
+        with_a_block_missing,
+        with_a_factor_missing,
+        with_a_factor_of_another_shape,
+        with_an_unknown_block,
+        with_no_step,
+    ],
+)
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_state_that_does_not_fit_is_refused_by_name(broken: Callable[[Any], Any], fresh: bool) -> None:
+    state, target = state_and_target(fresh)
+    before = snapshot(target)
+    put_gradients(params_of(target), 3)
+    with pytest.raises(REFUSED, match=r"layer\.[02]\.weight"):
+        load_and_step(target, broken(state))
+    assert_equal(params_of(target), before["weights"])
+    if not fresh:
+        assert_equal(snapshot(target), before)
+        train(target, range(3, 5))
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_state_without_an_entry_for_one_parameter_is_refused_at_once(fresh: bool) -> None:
+    state, target = state_and_target(fresh)
+    before = snapshot(target)
+    del state["state"][2]
+    with pytest.raises(ValueError, match=r"1 of 4 parameters.*'layer\.2\.weight'"):
+        target.load_state_dict(state)
+    assert_equal(snapshot(target), before)
