@@ -4,6 +4,7 @@ import enum
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,19 +34,28 @@ class Verdict(enum.Enum):
     BIND = enum.auto()
 
 
-def agree(mesh: Mesh, replicas: Sequence[Replicas], hp: ShampooHyperParams, complaint: str, unbound: bool) -> Verdict:
+def agree(
+    mesh: Mesh,
+    replicas: Sequence[Replicas],
+    hp: ShampooHyperParams,
+    groups: Sequence[Mapping[str, Any]],
+    complaint: str,
+    unbound: bool,
+) -> Verdict:
     """What all ranks do next: this step, not this step, or bind parameters first.
 
-    One all-gather of three numbers among replicas and, where there are other ranks too, one all-reduce of three among
+    One all-gather of four numbers among replicas and, where there are other ranks too, one all-reduce of three among
     everyone, so that all ranks step, skip, bind or raise together.
 
     Args:
+        groups: the parameter groups, whose settings must be the same on replicas.
         complaint: what this rank was given that it cannot use.
         unbound: whether this rank has parameters that are not bound yet.
 
     Raises:
-        StepRefusedError: on every rank, if one has a complaint, or if ranks that have to differ in which parameters
-            have gradients or in the size of these; with ``nonfinite_gradient="raise"``, if a gradient is not finite.
+        StepRefusedError: on every rank, if one has a complaint, or if replicas differ in their settings, in which
+            parameters have gradients or in the size of these; with ``nonfinite_gradient="raise"``, if a gradient is not
+            finite.
     """
     finite = True
     for shared in replicas:
@@ -61,7 +71,7 @@ def agree(mesh: Mesh, replicas: Sequence[Replicas], hp: ShampooHyperParams, comp
             (mesh.model, [b for b in shared.bindings if b.matrix.storage.shard is not None], 0.0),
         ):
             if group.size > 1 and bindings:
-                differences = _compare(mesh.rank, group, bindings, size)
+                differences = _compare(mesh.rank, group, bindings, groups, size)
                 complaint = complaint or differences
     verdict = [not finite, bool(complaint), unbound]
     if mesh.everyone.size > 1:
@@ -105,15 +115,24 @@ def _can_be_squared(binding: Binding, largest: float) -> bool:
     return largest * largest < limit  # False for NaN
 
 
-def _compare(rank: int, group: Group, bindings: Sequence[Binding], largest: float) -> str:
-    """How the group differs in which of these parameters have gradients, or in the largest entry; empty if not."""
+def _compare(
+    rank: int, group: Group, bindings: Sequence[Binding], groups: Sequence[Mapping[str, Any]], largest: float
+) -> str:
+    """How ranks differ in which of these parameters have gradients, the largest entry, or settings; empty if not."""
     present = [binding.matrix.name for binding in bindings if binding.param.grad is not None]
-    fingerprint = int.from_bytes(hashlib.sha256("\n".join(present).encode()).digest()[:6], "big")  # exact in float64
-    mine = torch.tensor([len(present), fingerprint, largest], dtype=torch.float64, device=bindings[0].param.device)
-    table = torch.empty(group.size * 3, dtype=torch.float64, device=mine.device)
+    options = ("lr", "momentum", "weight_decay", "maximize")
+    settings = sorted({str({name: groups[binding.group][name] for name in options}) for binding in bindings})
+    numbers = [len(present), _fingerprint(present), largest, _fingerprint(settings)]
+    mine = torch.tensor(numbers, dtype=torch.float64, device=bindings[0].param.device)
+    table = torch.empty(group.size * len(numbers), dtype=torch.float64, device=mine.device)
     all_gather(table, mine, group=group.handle)
-    rows = table.view(-1, 3).tolist()
-    for other, (count, names, entry) in zip(group.ranks, rows, strict=True):
+    rows = table.view(group.size, -1).tolist()
+    for other, (count, names, entry, options_) in zip(group.ranks, rows, strict=True):
+        if options_ != rows[0][3]:
+            return (
+                f"ranks {group.ranks[0]} and {other} differ in lr, momentum, weight_decay or maximize (rank {rank} has "
+                f"{', '.join(settings)}); schedulers must do the same on all ranks"
+            )
         if names != rows[0][1]:
             absent = [binding.matrix.name for binding in bindings if binding.param.grad is None]
             return (
@@ -128,6 +147,11 @@ def _compare(rank: int, group: Group, bindings: Sequence[Binding], largest: floa
                 "average them in backward)"
             )
     return ""
+
+
+def _fingerprint(texts: Sequence[str]) -> int:
+    """A number of 48 bits, exact in float64."""
+    return int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:6], "big")
 
 
 def graft_norms(mesh: Mesh, shared: Replicas, norms: Tensor, bindings: Sequence[Binding]) -> Tensor:

@@ -138,16 +138,18 @@ class Shampoo(Optimizer):
         if self._mesh is None and any(self._is_trial(group["params"]) for group in self.param_groups):
             return loss
         mesh = self._mesh or locate(self._claims)
-        verdict = agree(mesh, self._replicas, self.hyperparams, self._unusable(), self._has_unbound())
+        verdict = self._agree(mesh, self._unusable(), self._has_unbound())
         if verdict is Verdict.BIND:
-            complaint = self._bind(mesh) or self._unusable()
-            verdict = agree(mesh, self._replicas, self.hyperparams, complaint, unbound=False)
+            verdict = self._agree(mesh, self._bind(mesh) or self._unusable(), unbound=False)
         if verdict is Verdict.SKIP:
             self.skipped_steps += 1
             return loss
         for shared in self._replicas:
             self._step(mesh, shared)
         return loss
+
+    def _agree(self, mesh: Mesh, complaint: str, unbound: bool) -> Verdict:
+        return agree(mesh, self._replicas, self.hyperparams, self.param_groups, complaint, unbound)
 
     def _step(self, mesh: Mesh, shared: Replicas) -> None:
         hp = self.hyperparams
