@@ -1,0 +1,119 @@
+"""Starts the processes of a run on this host, passes on what they report, and ends them all together."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from types import TracebackType
+
+from .log import Record, Report
+from .settings import RunError, Settings, rank_log
+
+GRACE_SECONDS = 5.0
+"""Between asking a process to end and ending it."""
+
+
+def launch(settings: Settings, report: Report) -> None:
+    """Run `settings` on new processes of this host until all are done.
+
+    Raises:
+        RunError: a process died; it says which, how, and what to do. The others are ended.
+    """
+    with _Processes(settings) as processes:
+        processes.watch(report)
+
+
+class _Processes:
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.messages: queue.Queue[tuple[int, Record | None]] = queue.Queue()
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> _Processes:
+        port = _free_port()
+        try:
+            for rank in range(self.settings.world):
+                self._start(rank, port)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        self._end()
+
+    def _start(self, rank: int, port: int) -> None:
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.settings.world, "MASTER_PORT": port}
+        place = {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        command = [sys.executable, "-m", f"{__package__}.worker", str(self.settings.output)]
+        with rank_log(self.settings.output, rank).open("a") as log:
+            process = subprocess.Popen(
+                command,
+                env=os.environ | place | {"OMP_NUM_THREADS": str(self.settings.threads)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                # Out of reach of the terminal's Ctrl-C: this process decides when they end.
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        threading.Thread(target=self._listen, args=(rank, process), daemon=True).start()
+
+    def _listen(self, rank: int, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.endswith("\n"):
+                self.messages.put((rank, json.loads(line)))
+        self.messages.put((rank, None))
+
+    def watch(self, report: Report) -> None:
+        """Pass reports on until every process has ended well, or the first one badly."""
+        errors: dict[int, str] = {}
+        running = len(self.processes)
+        while running:
+            rank, record = self.messages.get()
+            if record is None:
+                running -= 1
+                code = self.processes[rank].wait()
+                if code != 0:
+                    raise RunError(self._obituary(rank, code, errors.get(rank)))
+            elif record["event"] == "error":
+                errors[rank] = record["message"]
+            else:
+                report(record)
+
+    def _obituary(self, rank: int, code: int, message: str | None) -> str:
+        log = rank_log(self.settings.output, rank)
+        who = f"rank {rank} of {self.settings.world}"
+        again = f"continue with: shampoo3d train --resume --output {self.settings.output}"
+        if message:
+            return f"{who} stopped: {message} (details in {log})"
+        if code < 0:
+            hint = ", perhaps for lack of memory (try a smaller --batch)" if code == -signal.SIGKILL else ""
+            return f"{who} was killed by {signal.Signals(-code).name}{hint}; the others were ended; {again}"
+        return f"{who} ended with exit code {code} (details in {log}); {again}"
+
+    def _end(self) -> None:
+        running = [process for process in self.processes if process.poll() is None]
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,204 @@
+"""One optimizer's run on one rank: build, resume, train, evaluate, save."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from torch.optim.lr_scheduler import LambdaLR
+
+from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams
+
+from . import gpt
+from .log import Log, Report, finished, read
+from .settings import RunError, Settings, log_file, plan_file
+from .text import Text, training_batches, validation_batches
+
+WARM_UP = 0.1
+"""Share of the steps in which the learning rate rises; it falls to zero along a cosine."""
+
+
+def schedule(steps: int, step: int) -> float:
+    """The factor of the peak learning rate at `step`, counted from 0; the same for every optimizer."""
+    return min(1.0, (step + 1) / max(1.0, WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def make_optimizer(name: str, module: PipelineModule, settings: Settings) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(module.parameters(), lr=settings.adamw_lr, betas=(0.9, 0.95), weight_decay=0.1)
+    hyperparams, topology = shampoo_settings(settings), module.topology()
+    return Shampoo(module.parameters(), settings.shampoo_lr, hyperparams=hyperparams, topology=topology)
+
+
+def shampoo_settings(settings: Settings) -> ShampooHyperParams:
+    return ShampooHyperParams(
+        block_size=settings.block_size,
+        preconditioning_compute_steps=settings.refresh,
+        beta2=0.95,
+        matrix_eps=1e-6,
+        # A byte embedding is a small matrix: it gets a preconditioner like any other.
+        ignore_embedding_layer=False,
+        # The direction's own length is right for embeddings and matrices alike, with one learning rate.
+        graft_type=LayerwiseGrafting.NONE,
+    )
+
+
+def make_engine(module: PipelineModule, optimizer: torch.optim.Optimizer, settings: Settings) -> Any:
+    config = {
+        "train_batch_size": settings.batch,
+        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "gradient_accumulation_steps": settings.micro_batches,
+        # Not DeepSpeed's default of 1.0: under the pipeline it clips by the norm of the first stage alone.
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 0},
+        "steps_per_print": settings.steps + 1,
+    }
+    scheduler = LambdaLR(optimizer, partial(schedule, settings.steps))
+    return deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
+
+
+class Stopwatch:
+    """Measures the time inside `optimizer.step()`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.seconds = 0.0
+        self._start = 0.0
+        optimizer.register_step_pre_hook(lambda *_: self._enter())
+        optimizer.register_step_post_hook(lambda *_: self._leave())
+
+    def _enter(self) -> None:
+        self._start = now()
+
+    def _leave(self) -> None:
+        self.seconds += now() - self._start
+
+
+def now() -> float:
+    """The time when all work issued so far is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Trainer:
+    """Trains the model of the settings with the optimizer `name`, from its checkpoint where there is one."""
+
+    def __init__(self, name: str, settings: Settings, text: Text, report: Report) -> None:
+        self.name, self.settings, self.text, self.report = name, settings, text, report
+        self.log_file = log_file(settings.output, name)
+        self.checkpoints = self.log_file.parent / "checkpoint"
+        self.done = finished(self.log_file)
+
+    def complete(self) -> None:
+        if self.done:
+            for record in read(self.log_file):
+                self.report(record)
+            return
+        self._build()
+        first = self._resume()
+        self.log = Log(self.log_file, self.report, keep=first) if dist.get_rank() == 0 else None
+        self.seconds = self.log.seconds if self.log else 0.0
+        for step in range(first + 1, self.settings.steps + 1):
+            self._step(step)
+        self._finish()
+
+    def _build(self) -> None:
+        module = PipelineModule(
+            gpt.layers(self.settings, len(self.text.vocabulary)),
+            num_stages=self.settings.pipe,
+            loss_fn=gpt.loss,
+            # Every layer draws its weights from a seed of its own, so they do not depend on the topology.
+            seed_layers=True,
+            base_seed=self.settings.seed,
+            seed_fn=lambda seed: torch.manual_seed(int(seed)),
+            partition_method=gpt.PARTITION,
+        )
+        self.optimizer = make_optimizer(self.name, module, self.settings)
+        self.stopwatch = Stopwatch(self.optimizer)
+        self.engine = make_engine(module, self.optimizer, self.settings)
+        self.data_rank: int = self.engine.grid.data_parallel_id
+
+    def _step(self, step: int) -> None:
+        before, start = self.stopwatch.seconds, now()
+        batches = training_batches(self.text, self.settings, step, self.data_rank)
+        loss = float(self.engine.train_batch(batches))
+        took, inside = now() - start, self.stopwatch.seconds - before
+        self.seconds += took
+        self._write(event="step", step=step, loss=loss, step_seconds=took, optimizer_seconds=inside)
+        if not math.isfinite(loss):
+            raise RunError(f"the loss is {loss} at step {step}: take a smaller --{self.name}-lr")
+        if self.name == "shampoo" and step == 1:
+            self._write_plan()
+        last = step == self.settings.steps
+        if last or step % self.settings.evaluate_every == 0 or step == 1:
+            self._evaluate(step)
+        if last or step % self.settings.save_every == 0:
+            self._save(step)
+
+    def _write(self, **record: Any) -> None:
+        if self.log:
+            self.log.write(optimizer=self.name, seconds=self.seconds, **record)
+
+    def _evaluate(self, step: int) -> None:
+        batches, count = validation_batches(self.text, self.settings, self.data_rank)
+        loss = float(self.engine.eval_batch(batches, num_micro_batches=count))
+        self._write(event="validation", step=step, loss=loss)
+
+    def _finish(self) -> None:
+        optimizer = self.optimizer
+        if isinstance(optimizer, Shampoo):
+            bytes_here, skipped, failed = optimizer.state_bytes(), optimizer.skipped_steps, optimizer.root_failures
+        else:
+            tensors = (t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+            bytes_here, skipped, failed = sum(t.numel() * t.element_size() for t in tensors), 0, 0
+        everyones = gather((bytes_here, skipped, failed))
+        counts = {
+            "state_bytes": [size for size, _, _ in everyones],
+            "skipped_steps": max(skipped for _, skipped, _ in everyones),
+            "root_failures": sum(failed for _, _, failed in everyones),
+        }
+        self._write(event="finished", step=self.settings.steps, **counts)
+
+    def _write_plan(self) -> None:
+        """Collect the plan of every pipeline stage; ranks that share a stage have the same one."""
+        assert isinstance(self.optimizer, Shampoo)
+        plans = dict.fromkeys(chain(*gather([plan.to_json() for plan in self.optimizer.plans])))
+        if self.log:
+            plan_file(self.settings.output).write_text(json.dumps([json.loads(plan) for plan in plans]) + "\n")
+
+    def _save(self, step: int) -> None:
+        """Write a checkpoint; `latest` names it only when all ranks have written, and the one before goes only then."""
+        tag = f"step-{step:06d}"
+        self.engine.save_checkpoint(str(self.checkpoints), tag=tag, save_latest=False)
+        dist.barrier()
+        if self.log:
+            latest = self.checkpoints / "latest"
+            latest.with_suffix(".new").write_text(tag)
+            os.replace(latest.with_suffix(".new"), latest)
+            for folder in self.checkpoints.glob("step-*"):
+                if folder.name != tag:
+                    shutil.rmtree(folder)
+
+    def _resume(self) -> int:
+        """Load the latest checkpoint, if there is one; return its step."""
+        if not (self.checkpoints / "latest").exists():
+            return 0
+        self.engine.load_checkpoint(str(self.checkpoints))
+        return int(self.engine.global_steps)
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, on every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,235 @@
+"""The command line, with real processes where it starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shampoo3d import cli
+from shampoo3d.plan import Plan
+from shampoo3d.train.log import Record, read
+from shampoo3d.train.settings import Settings, log_file
+
+TINY = (
+    "--layers 2 --width 16 --heads 2 --context 16 --batch 4 --micro-batches 2 --block-size 8 --refresh 2 --device cpu"
+)
+COMMAND = [sys.executable, "-m", "shampoo3d.cli"]
+
+
+def start(arguments: str, *, output: Path) -> subprocess.Popen[str]:
+    command = [*COMMAND, *arguments.split(), "--output", str(output)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+
+
+def environment() -> dict[str, str]:
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {key: value for key, value in os.environ.items() if key not in launched}
+
+
+def run(arguments: str, *, output: Path) -> tuple[int, str, str]:
+    process = start(arguments, output=output)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def losses(output: Path, optimizer: str) -> list[tuple[str, int, float]]:
+    records: list[Record] = read(log_file(output, optimizer))
+    return [(r["event"], r["step"], r["loss"]) for r in records if r["event"] != "finished"]
+
+
+def one_line(err: str) -> str:
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("shampoo3d: ")
+    return lines[0]
+
+
+def test_demo_in_small(tmp_path: Path) -> None:
+    code, out, err = run(f"train {TINY} --steps 6 --evaluate-every 3", output=tmp_path / "run")
+    assert code == 0, err
+    for words in ("AdamW", "3D-Shampoo", "validation loss", "optimizer's share", "state per rank", "steps to AdamW's"):
+        assert words in out
+    for name in ("loss.png", "ownership.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 10_000
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for name in ("adamw", "shampoo"):
+        assert len(summary["runs"][name]["state_bytes"]) == 4
+        assert [step for event, step, _ in losses(tmp_path / "run", name) if event == "validation"] == [1, 3, 6]
+    # Both start from the same weights, on the same sequences.
+    assert losses(tmp_path / "run", "adamw")[0] == losses(tmp_path / "run", "shampoo")[0]
+    assert_foreseen(tmp_path / "run")
+
+
+def assert_foreseen(output: Path) -> None:
+    """`shampoo3d plan` shows what the run did."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from shampoo3d.train.planning import foresee
+    from shampoo3d.train.results import read_plans
+    from shampoo3d.train.text import read_text
+
+    run_settings = Settings.load(output)
+    vocabulary = read_text(run_settings.text, run_settings.context).vocabulary
+    plans: list[Plan] = read_plans(output)
+    assert [p.ranks for p in plans] == [(0, 1), (0, 1, 2, 3), (2, 3)]
+    assert [p.digest() for p in foresee(run_settings, len(vocabulary))] == [p.digest() for p in plans]
+
+
+def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    arguments = f"train {TINY} --pipe 1 --data 2 --steps 60 --save-every 7 --evaluate-every 20"
+    code, _, err = run(arguments, output=tmp_path / "whole")
+    assert code == 0, err
+
+    process = start(arguments, output=tmp_path / "cut")
+    wait_for(process, lambda: len(losses(tmp_path / "cut", "shampoo")) > 12)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) == 2
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == cli.INTERRUPTED
+    assert err == ""
+    assert "shampoo3d train --resume" in out
+    assert not any(child.is_running() for child in children)
+    kept = losses(tmp_path / "cut", "shampoo")
+    assert 12 < len(kept) < 60
+    assert kept == losses(tmp_path / "whole", "shampoo")[: len(kept)]
+
+    # What a save that was cut short leaves behind does no harm.
+    (tmp_path / "cut" / "shampoo" / "checkpoint" / "step-000099").mkdir()
+    code, _, err = run("train --resume", output=tmp_path / "cut")
+    assert code == 0, err
+    for name in ("adamw", "shampoo"):
+        assert losses(tmp_path / "cut", name) == losses(tmp_path / "whole", name)
+
+
+def test_dead_rank_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    process = start(f"train {TINY} --data 1 --optimizer shampoo --steps 100000", output=tmp_path)
+    wait_for(process, lambda: len(losses(tmp_path, "shampoo")) > 2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    victim = next(child for child in children if child.environ()["RANK"] == "1")
+    victim.kill()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert "rank 1 of 2 was killed by SIGKILL" in one_line(err)
+    assert f"--resume --output {tmp_path}" in err
+    assert not any(child.is_running() for child in children)
+
+
+def test_dead_parent_leaves_no_processes(tmp_path: Path) -> None:
+    process = start(f"train {TINY} --data 1 --optimizer adamw --steps 100000", output=tmp_path)
+    wait_for(process, lambda: len(losses(tmp_path, "adamw")) > 2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    assert not psutil.wait_procs(children, timeout=20)[1]
+
+
+def test_error_inside_a_rank_is_told_in_one_line(tmp_path: Path) -> None:
+    code, _, err = run(f"train {TINY} --pipe 1 --data 1 --optimizer adamw --adamw-lr 1e38", output=tmp_path)
+    assert code != 0
+    assert "take a smaller --adamw-lr" in one_line(err)
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "shampoo3d.cli"]
+    command = [*launcher, *f"train {TINY} --data 1 --steps 4 --output {tmp_path / 'run'}".split()]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "optimizer's share" in result.stdout
+    assert (tmp_path / "run" / "ownership.png").exists()
+
+
+WRONG = {
+    "--text missing.txt": "--text missing.txt cannot be read: No such file or directory",
+    "--processes 3": "--processes is 3, but --pipe 2 x --data 2 = 4",
+    "--pipe 8": "--pipe 8 stages cannot share --layers 4",
+    "--optimizer sgd": "--optimizer must be one of adamw, shampoo, both, not 'sgd'",
+    "--steps many": "--steps",
+    "--stepps 3": "No such option: --stepps",
+    "--steps 0": "--steps must be at least 1, not 0",
+    "--batch 30": "--batch 30 is not a multiple of --data 2 x --micro-batches 4 = 8",
+    "--heads 3": "--width 128 is not a multiple of --heads 3",
+    "--shampoo-lr nan": "--shampoo-lr must be a positive number, not nan",
+    "--device tpu": "--device must be one of auto, cpu, cuda, not 'tpu'",
+    "--resume": "--resume needs --output",
+    "--resume --output nowhere": "--output nowhere holds no run to resume",
+    "--context 100000": "--context 100000 needs at least",
+}
+
+
+def refusal(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments.split())
+    assert stop.value.code not in (0, None)
+    return one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_wrong_input_is_one_line(arguments: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        assert WRONG[arguments] in refusal(f"train {arguments}", capsys)
+    finally:
+        os.chdir(before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_as_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Settings(output=tmp_path, steps=7).save()
+    assert "already holds a run" in refusal(f"train --output {tmp_path}", capsys)
+    Settings(output=tmp_path, steps=7, text=Path("text.txt")).save()
+    assert "text.txt cannot be read" in refusal(f"train --resume --output {tmp_path} --text text.txt", capsys)
+    contradiction = refusal(f"train --resume --output {tmp_path} --steps 8", capsys)
+    assert "--steps 8 contradicts the run" in contradiction
+    assert "which has 7" in contradiction
+
+
+def test_launcher_with_another_number_of_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "the launcher's WORLD_SIZE is 3" in refusal(f"train --output {tmp_path}", capsys)
+
+
+def test_missing_extras_are_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    without = "import sys; sys.modules['typer'] = None; import shampoo3d.cli"
+    result = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True, env=environment())
+    assert result.returncode != 0
+    assert one_line(result.stderr) == 'shampoo3d: the command line needs typer: pip install "3d-shampoo[cli,deepspeed]"'
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert 'needs deepspeed: pip install "3d-shampoo[cli,deepspeed]"' in refusal("train", capsys)
+
+
+def test_plan_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(f"plan --layers 6 --pipe 3 --data 3 --picture {tmp_path / 'plan.png'}".split())
+    assert stop.value.code in (0, None)
+    assert "load / mean" in capsys.readouterr().out
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_files_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert "Not a directory" in refusal(f"train --output {tmp_path / 'file' / 'run'}", capsys)
+    (tmp_path / "settings.json").write_text("{}")
+    assert "does not hold the settings of a run" in refusal(f"train --resume --output {tmp_path}", capsys)
+    assert "--picture plan.doc" in refusal("plan --picture plan.doc", capsys)

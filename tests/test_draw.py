@@ -1,0 +1,63 @@
+"""Drawing: tiles cover matrices exactly, tables and pictures come out for plans of all kinds."""
+
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from shampoo3d import Plan, ShampooHyperParams
+from shampoo3d.draw import _matrix, loss_figure, ownership_figure, ownership_table
+from shampoo3d.layout import Storage, describe
+from shampoo3d.plan import make_plan
+from shampoo3d.train.results import Curve, Run
+
+SHAPES = {"a.weight": (30, 20), "a.bias": (30,), "b.conv.weight": (8, 3, 5, 5), "scale": (), "c.embedding": (50, 6)}
+
+
+def plan(ranks: tuple[int, ...], block_size: int = 8) -> Plan:
+    hp = ShampooHyperParams(block_size=block_size)
+    storages = [
+        Storage(name, shape, "float32", ranks, excluded="embedding" * ("embedding" in name))
+        for name, shape in SHAPES.items()
+    ]
+    return make_plan([describe(storage, hp, len(ranks)) for storage in storages], ranks, hp)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("block_size", [0, 1, 2, 4, 7])
+def test_tiles_cover_the_matrix_without_overlap(name: str, block_size: int) -> None:
+    blocks = [block for block in plan((0, 1), block_size).blocks if block.matrix == name]
+    box = _matrix(name, blocks)
+    width, height = max(t.x + t.width for t in box.tiles), max(t.y + t.height for t in box.tiles)
+    assert sum(t.width * t.height for t in box.tiles) == pytest.approx(width * height)
+    assert height == pytest.approx(math.sqrt(SHAPES[name][0] if SHAPES[name] else 1))
+    total = sum(block.elements for block in blocks)
+    for tile in box.tiles:
+        assert tile.width * tile.height / (width * height) == pytest.approx(tile.block.elements / total)
+
+
+def test_table_counts_what_each_rank_owns_over_all_plans() -> None:
+    plans = [plan((0, 1)), plan((0, 1, 2, 3))]
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(ownership_table(plans))
+    text = console.export_text()
+    for rank in range(4):
+        elements = sum(block.elements for p in plans for block in p.owned_by(rank))
+        assert any(f" {rank} " in line and f"{elements:,}" in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize("ranks", [(0,), (0, 1), tuple(range(40))])
+def test_ownership_picture(ranks: tuple[int, ...], tmp_path: Path) -> None:
+    ownership_figure([plan(ranks), plan(tuple(r + len(ranks) for r in ranks))], tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_loss_picture(tmp_path: Path) -> None:
+    curve = Curve((1, 2, 3), (0.1, 0.2, 0.3), (3.0, 2.0, 1.5))
+    runs = [Run(name, curve, curve, 0.1, (1, 2), 0, 0) for name in ("adamw", "shampoo")]
+    loss_figure(runs, tmp_path / "loss.png")
+    loss_figure(runs[:1], tmp_path / "one.png")
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    assert curve.reached(2.5) == (2, 0.2)
+    assert curve.reached(1.0) is None
