@@ -5,8 +5,8 @@ ENV    := OMP_NUM_THREADS=1 DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu}
 
 .PHONY: demo test test-slow test-all lint format env clean
 
-demo: env  ## train a GPT with AdamW and with 3D-Shampoo on 4 processes; results in runs/demo
-	$(BIN)/shampoo3d train --output runs/demo
+demo: env  ## train a GPT with AdamW and with 3D-Shampoo on 4 processes; results in runs/
+	$(BIN)/shampoo3d train
 
 test: env  ## everything but the slow tests
 	$(ENV) $(BIN)/python -m pytest

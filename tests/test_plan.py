@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Matrix, Storage, describe
-from shampoo3d.plan import Plan, block_cost, make_plan
+from shampoo3d.plan import Plan, block_cost, make_plan, make_plans
 
 HP = ShampooHyperParams(block_size=256)
 
@@ -53,6 +53,14 @@ def test_planned_owners_stay_and_new_blocks_even_out_the_load() -> None:
     second = make_plan(matrices([(256, 256)] * 4), (0, 1), HP, fixed)
     assert [block.owner for block in second.blocks[:3]] == [block.owner for block in first.blocks]
     assert sorted(len(second.owned_by(rank)) for rank in (0, 1)) == [2, 2]
+
+
+def test_sets_of_ranks_are_balanced_on_top_of_those_that_contain_them() -> None:
+    tied, first, second = matrices([(256, 256)]), matrices([(256, 256)]), matrices([(256, 256)] * 2)
+    plans = {plan.ranks: plan for plan in make_plans({(0, 1): first, (2, 3): second, (0, 1, 2, 3): tied}, HP)}
+    assert [block.owner for block in plans[0, 1, 2, 3].blocks] == [0]
+    assert [block.owner for block in plans[0, 1].blocks] == [1]
+    assert sorted(block.owner for block in plans[2, 3].blocks) == [2, 3]
 
 
 def test_json_and_digest() -> None:

@@ -13,7 +13,7 @@ from shampoo3d.engines import deepspeed, native
 from shampoo3d.holdings import Binding, Replicas, make_batches
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Storage, describe
-from shampoo3d.plan import BlockId, make_plan
+from shampoo3d.plan import BlockId, make_plans
 from shampoo3d.topology import Claims, Mesh
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -152,15 +152,15 @@ def assemble(
                 storage = _storage(param, behind[param], group, facts, mesh, tied)
                 matrix = describe(storage, facts.hp, mesh.everyone.size)
                 by_holders[storage.holders].append(Binding(matrix, param, number, group["precondition"]))
-    replicas = []
-    # Ranks that share a tied weight meet in its group first, in one order, so that no two wait for each other.
-    for holders in sorted(by_holders, key=lambda ranks: (ranks == mesh.data.ranks, ranks)):
-        bindings = by_holders[holders]
-        if holders != mesh.data.ranks:
+    for holders, bindings in by_holders.items():
+        if holders != mesh.data.ranks:  # these meet from stages whose parameters may come in another order
             bindings.sort(key=lambda binding: binding.matrix.name)
-        plan = make_plan([binding.matrix for binding in bindings], holders, facts.hp, fixed)
+    held = {holders: [binding.matrix for binding in bindings] for holders, bindings in by_holders.items()}
+    replicas = []
+    for plan in make_plans(held, facts.hp, fixed):
+        bindings = by_holders[plan.ranks]
         batches = make_batches(plan, bindings, mesh.rank, facts.hp)
-        replicas.append(Replicas(mesh.group(holders), plan, bindings, batches, holders != mesh.data.ranks))
+        replicas.append(Replicas(mesh.group(plan.ranks), plan, bindings, batches, plan.ranks != mesh.data.ranks))
     return replicas
 
 

@@ -93,6 +93,7 @@ def make_plan(
     ranks: Sequence[int],
     hp: ShampooHyperParams,
     fixed: Mapping[BlockId, int] | None = None,
+    load: Mapping[int, float] | None = None,
 ) -> Plan:
     """Give each block to one of ``ranks`` so that the estimated costs are balanced.
 
@@ -104,20 +105,21 @@ def make_plan(
         ranks: the global ranks that hold them.
         hp: the costs depend on block sizes and refresh intervals.
         fixed: blocks that already have an owner keep it.
+        load: what ranks have to do beside this plan.
     """
-    fixed = fixed or {}
+    fixed, load = fixed or {}, load or {}
     drafts = [
         PlannedBlock(m.name, b.key, m.storage.dtype, b.shape, b.elements, b.shape[: m.rank], cost, fixed.get(id_, -1))
         for m in matrices
         for b in m.blocks
         for id_, cost in [((m.name, b.key), block_cost(b.shape, m.rank, hp))]
     ]
-    load = {rank: [0.0, 0] for rank in ranks}
+    taken: dict[int, tuple[float, int]] = {rank: (load.get(rank, 0.0), 0) for rank in ranks}
     for block in drafts:
         if block.owner >= 0:
-            load[block.owner][0] += block.cost
-            load[block.owner][1] += block.elements
-    heap = [(cost, elements, place, rank) for place, (rank, (cost, elements)) in enumerate(load.items())]
+            cost, elements = taken[block.owner]
+            taken[block.owner] = cost + block.cost, elements + block.elements
+    heap = [(cost, elements, place, rank) for place, (rank, (cost, elements)) in enumerate(taken.items())]
     heapq.heapify(heap)
     owners: dict[BlockId, int] = {}
     for block in sorted((b for b in drafts if b.owner < 0), key=lambda b: (-b.cost, -b.elements)):
@@ -126,3 +128,19 @@ def make_plan(
         heapq.heapreplace(heap, (cost + block.cost, elements + block.elements, place, rank))
     blocks = (PlannedBlock(**vars(b) | {"owner": owners.get(b.id, b.owner)}) for b in drafts)
     return Plan(tuple(ranks), tuple(blocks))
+
+
+def make_plans(
+    held: Mapping[tuple[int, ...], Sequence[Matrix]], hp: ShampooHyperParams, fixed: Mapping[BlockId, int] | None = None
+) -> list[Plan]:
+    """A plan for each set of ranks that hold the same matrices, the larger sets first.
+
+    A set is balanced on top of the plans of the sets that contain it, which all its ranks know. (Ranks that share a
+    tied weight with another stage are such a set; all sets are in one order everywhere, so no two wait for each other.)
+    """
+    plans: list[Plan] = []
+    for ranks in sorted(held, key=lambda ranks: (-len(ranks), ranks)):
+        known = [plan.load() for plan in plans if set(ranks) <= set(plan.ranks)]
+        load = {rank: sum(plan[rank] for plan in known) for rank in ranks}
+        plans.append(make_plan(held[ranks], ranks, hp, fixed, load))
+    return plans

@@ -13,7 +13,7 @@ from torch import nn
 
 from shampoo3d.engines.native import embedding_weights
 from shampoo3d.layout import Matrix, Storage, describe
-from shampoo3d.plan import Plan, make_plan
+from shampoo3d.plan import Plan, make_plans
 
 from . import gpt
 from .settings import Settings
@@ -26,7 +26,8 @@ def foresee(settings: Settings, vocabulary: int) -> list[Plan]:
     matrices: defaultdict[tuple[int, ...], dict[str, Matrix]] = defaultdict(dict)
     for storage in _storages(settings, vocabulary, hp.ignore_embedding_layer):
         matrices[storage.holders].setdefault(storage.name, describe(storage, hp, settings.world))
-    return [make_plan(list(held.values()), ranks, hp) for ranks, held in sorted(matrices.items())]
+    plans = make_plans({ranks: list(held.values()) for ranks, held in matrices.items()}, hp)
+    return sorted(plans, key=lambda plan: plan.ranks)
 
 
 def _storages(settings: Settings, vocabulary: int, ignore_embeddings: bool) -> list[Storage]:
