@@ -43,10 +43,12 @@ class Facts:
         """Take in a new group of parameters; where that raises, nothing has been learned.
 
         Raises:
-            ValueError: naming a parameter of a dtype that is not supported, or what is wrong with the embeddings.
+            ValueError: naming a parameter whose dtype or storage is not supported, or what is wrong with the embeddings.
         """
         fresh = self._names_of(group, params, names)
         for param, name in fresh.items():
+            if native.is_sharded(param):
+                raise ValueError(f"parameter {name!r} is a DTensor, as FSDP2 makes them, which is not supported yet")
             if param.dtype not in _DTYPES:
                 kind = "complex" if param.is_complex() else "not supported"
                 supported = ", ".join(map(str, _DTYPES))

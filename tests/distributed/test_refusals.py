@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from shampoo3d import Shampoo, ShampooHyperParams
 
@@ -286,6 +288,21 @@ def _unfrozen_on_one_replica() -> Outcome:
 
 def test_a_parameter_that_joins_late_on_one_replica_only() -> None:
     _refused(run(_unfrozen_on_one_replica, 2, seconds=SECONDS), RuntimeError)
+
+
+def _dtensor() -> str:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    try:
+        Shampoo([("fc.weight", weight)])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_sharded_parameter_is_refused_by_name() -> None:
+    for message in run(_dtensor, 2, seconds=SECONDS):
+        assert "'fc.weight' is a DTensor" in message
 
 
 # --- gradients that are not finite

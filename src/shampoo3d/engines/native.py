@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shampoo3d.layout import Shard
 from shampoo3d.topology import Mesh, Topology, mesh_of, world_group
@@ -52,6 +53,11 @@ def tensor_parallel_shard(param: Tensor, model_rank: int, model_size: int) -> Sh
     if not parallel or not 0 <= axis < param.dim():
         return None
     return Shard(int(axis), model_size, model_rank)
+
+
+def is_sharded(param: Tensor) -> bool:
+    """Whether it is a ``DTensor``, of which this rank may store a part only."""
+    return isinstance(param, DTensor)
 
 
 def checksum(tensor: Tensor) -> tuple[float, float]:
