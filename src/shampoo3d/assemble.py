@@ -43,7 +43,7 @@ class Facts:
         """Take in a new group of parameters; where that raises, nothing has been learned.
 
         Raises:
-            ValueError: naming a parameter whose dtype or storage is not supported, or what is wrong with the embeddings.
+            ValueError: naming a parameter that is not supported, or what is wrong with the embeddings.
         """
         fresh = self._names_of(group, params, names)
         for param, name in fresh.items():

@@ -74,7 +74,7 @@ class Plan:
 # Measured by benchmarks/cost_model.py (CPU, float32), in multiply-adds of a large matrix product: a root by
 # eigen-decomposition takes 6.5 d^3 + 2000 d^2, memory traffic and calls the rest.
 _ROOT_CUBIC, _ROOT_SQUARE = 6.5, 2000.0
-_PER_ELEMENT, _PER_BLOCK = 400.0, 1.5e6
+_PER_ELEMENT, _PER_BLOCK = 250.0, 1.5e6
 
 
 def block_cost(shape: Shape, rank: int, hp: ShampooHyperParams) -> float:
