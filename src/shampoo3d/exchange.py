@@ -161,18 +161,17 @@ def graft_norms(mesh: Mesh, shared: Replicas, norms: Tensor, bindings: Sequence[
 
     Args:
         norms: float64, (blocks of the plan, k), zero for blocks of other owners.
-        bindings: whose norms are wanted.
+        bindings: whose norms are wanted, in the order in which they are bound.
 
     Returns:
         float64, (len(bindings), k); of the logical matrix for those that are sharded over the model group.
     """
     if shared.group.size > 1:
         dist.all_reduce(norms, group=shared.group.handle)
-    slots = shared.slots_of(bindings)
-    width = max((len(places) for places in slots), default=0)
-    padded = torch.cat([norms, norms.new_zeros(1, norms.shape[1])])
-    index = torch.tensor([places + [len(norms)] * (width - len(places)) for places in slots], dtype=torch.int64)
-    whole = padded[index.to(norms.device).view(len(bindings), width)].sum(1)
+    counts = torch.tensor([len(binding.matrix.blocks) for binding in shared.bindings], device=norms.device)
+    whole = torch.segment_reduce(norms, "sum", lengths=counts, axis=0)
+    chosen = set(bindings)
+    whole = whole[[i for i, binding in enumerate(shared.bindings) if binding in chosen]]
     sharded = [i for i, binding in enumerate(bindings) if binding.matrix.storage.shard is not None]
     if sharded and mesh.model.size > 1:
         parts = whole[sharded]

@@ -116,13 +116,6 @@ class Replicas:
             for now, members in by_phase.items():
                 yield Unit(batch, members, now)
 
-    def slots_of(self, bindings: Sequence[Binding]) -> list[list[int]]:
-        """For each binding, the places of its blocks in the plan."""
-        places: defaultdict[int, list[int]] = defaultdict(list)
-        for slot, (binding, _) in enumerate(self.local):
-            places[id(binding)].append(slot)
-        return [places[id(binding)] for binding in bindings]
-
 
 def make_batches(plan: Plan, bindings: Sequence[Binding], rank: int, hp: ShampooHyperParams) -> list[Batch]:
     """Allocate the stacks of the blocks that ``rank`` owns."""
