@@ -16,12 +16,17 @@ def inverse_roots(stack: Tensor, p: int, eps: float) -> Tensor:
         eps: relative ridge, above 0.
 
     Returns:
-        Shape (n, d, d). A matrix without a root (zero, or not finite) yields one that is not finite.
+        Shape (n, d, d). A matrix without a root (zero, not finite, not converging) yields one that is not finite.
     """
     # One bad matrix would make the whole batch raise; it gets a harmless stand-in and a NaN root instead.
     sound = stack.isfinite().all(-1).all(-1)
     eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
-    eigenvalues, Q = torch.linalg.eigh(torch.where(sound[:, None, None], stack, eye))
+    try:
+        eigenvalues, Q = torch.linalg.eigh(torch.where(sound[:, None, None], stack, eye))
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # one matrix: it alone goes without a root
+        if len(stack) == 1:
+            return torch.full_like(stack, torch.nan)
+        return torch.cat([inverse_roots(matrix[None], p, eps) for matrix in stack.unbind()])
     largest = eigenvalues[:, -1:]
     scale = (eigenvalues.maximum(torch.finfo(stack.dtype).eps * largest) + eps * largest).pow(-1.0 / p)
     roots = (Q * scale[:, None, :]) @ Q.mT

@@ -1,0 +1,97 @@
+"""A stack of blocks: the paper's symbols one by one, any subset of rows, and roots that cannot be computed."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from shampoo3d.hyperparams import ShampooHyperParams
+from shampoo3d.preconditioner import Stack, squared_norms, state_shapes, unfold
+
+ALL = slice(None)
+SHAPES = [(3, 4), (2, 3, 4), (2, 1, 3, 2)]
+
+
+def stack_of(shape: tuple[int, ...], n: int, **settings: Any) -> Stack:
+    hp = ShampooHyperParams(matrix_eps=1e-4, **settings)
+    return Stack(shape, n, len(shape), hp, torch.float64, torch.device("cpu"))
+
+
+def gradient(shape: tuple[int, ...], n: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_factors_and_direction_by_their_definitions(shape: tuple[int, ...]) -> None:
+    stack, G = stack_of(shape, 2, beta2=0.9), gradient(shape, 2)
+    stack.accumulate(G, ALL)
+    stack.refresh_roots(ALL)
+    S = stack.precondition(G, ALL).numpy()
+    for block in range(2):
+        expected = G[block].numpy()
+        for axis, d in enumerate(shape):
+            U = np.moveaxis(G[block].numpy(), axis, 0).reshape(d, -1)
+            L = 0.9e-4 * np.eye(d) + 0.1 * U @ U.T
+            np.testing.assert_allclose(stack.statistics[axis][block], L, rtol=1e-12, atol=1e-15)
+            w, Q = np.linalg.eigh(L)
+            P = (Q * (w + 1e-4 * w[-1]) ** (-1 / (2 * len(shape)))) @ Q.T
+            expected = np.moveaxis(np.tensordot(P, expected, (1, axis)), 0, axis)
+        np.testing.assert_allclose(S[block], expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("graft", ["sgd", "adagrad"])
+def test_some_rows_are_computed_like_all_and_leave_the_others_alone(shape: tuple[int, ...], graft: str) -> None:
+    some, rows = stack_of(shape, 4, graft_type=graft), torch.tensor([2, 0])
+    few, G = stack_of(shape, 2, graft_type=graft), gradient(shape, 2)
+    for stack, which in ((some, rows), (few, ALL)):
+        stack.accumulate_graft(G, which)
+        stack.accumulate(G, which)
+        stack.refresh_roots(which)
+    untouched = stack_of(shape, 4, graft_type=graft).tensors()
+    for name, tensor in some.tensors().items():
+        assert torch.equal(tensor[rows], few.tensors()[name]), name
+        assert torch.equal(tensor[[1, 3]], untouched[name][[1, 3]]), name
+    assert torch.equal(some.precondition(G, rows), few.precondition(G, ALL))
+    assert torch.equal(some.direction(G, rows), few.direction(G, ALL))
+
+
+@pytest.mark.parametrize("bad", ["not finite", "not converging"])
+def test_a_root_that_cannot_be_computed_stays_as_it_was(bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack, G = stack_of((3, 4), 3), gradient((3, 4), 3)
+    stack.accumulate(G, ALL)
+    stack.refresh_roots(ALL)
+    before = [P.clone() for P in stack.roots]
+    stack.accumulate(gradient((3, 4), 3, seed=1), ALL)
+    stack.statistics[0][1] = torch.inf if bad == "not finite" else 77.0
+    eigh = torch.linalg.eigh
+
+    def stubborn(A: Tensor) -> Any:
+        if (A == 77.0).all(-1).all(-1).any():
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(A)
+
+    monkeypatch.setattr(torch.linalg, "eigh", stubborn)
+    stack.refresh_roots(ALL)
+    assert int(stack.root_failures) == 1
+    assert torch.equal(stack.roots[0][1], before[0][1])
+    assert not torch.equal(stack.roots[0][0], before[0][0])
+    assert not torch.equal(stack.roots[1][1], before[1][1])
+    assert all(P.isfinite().all() for P in stack.roots)
+
+
+def test_unfolding_and_norms() -> None:
+    G = gradient((2, 3, 4), 5)
+    assert torch.equal(unfold(G, 1)[3], G[3].movedim(1, 0).reshape(3, 8))
+    expected = [[float((x**2).sum()), float((4 * x**2).sum())] for x in G]
+    torch.testing.assert_close(squared_norms(G, 2 * G), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("settings", [{}, {"graft_type": "adagrad"}, {"start_preconditioning_step": 3}])
+def test_the_shapes_of_the_state_are_known_before_it_is_allocated(settings: dict[str, Any]) -> None:
+    stack = stack_of((3, 4), 2, **settings)
+    found = {name: tensor.shape[1:] for name, tensor in stack.tensors().items()}
+    foreseen = state_shapes((3, 4), 2, stack.hp)
+    assert list(found.items()) == list(foreseen.items())
