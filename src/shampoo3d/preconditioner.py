@@ -116,10 +116,14 @@ class Stack:
 
         Nesterov's look-ahead ``momentum u + d`` is a temporary: M and N stay plain sums.
         """
-        S = S.add(W, alpha=step.weight_decay)
+
+        def decayed(direction: Tensor) -> Tensor:
+            return direction.add(W, alpha=step.weight_decay) if step.weight_decay else direction
+
+        S = decayed(S)
         u, d = self._advance(self.momentum, S, rows, step.momentum), S
         if not step.started:
-            D = D.add(W, alpha=step.weight_decay)
+            D = decayed(D)
             assert self.graft_momentum is not None
             u, d = self._advance(self.graft_momentum, D, rows, step.momentum), D
         if self.hp.nesterov:
