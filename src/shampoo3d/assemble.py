@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shampoo3d.engines import deepspeed, native
-from shampoo3d.holdings import Binding, Replicas, make_batches
+from shampoo3d.holdings import Binding, Replicas
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Storage, describe
 from shampoo3d.plan import BlockId, make_plans
@@ -160,9 +160,8 @@ def assemble(
     held = {holders: [binding.matrix for binding in bindings] for holders, bindings in by_holders.items()}
     replicas = []
     for plan in make_plans(held, facts.hp, fixed):
-        bindings = by_holders[plan.ranks]
-        batches = make_batches(plan, bindings, mesh.rank, facts.hp)
-        replicas.append(Replicas(mesh.group(plan.ranks), plan, bindings, batches, plan.ranks != mesh.data.ranks))
+        group_, tied_ = mesh.group(plan.ranks), plan.ranks != mesh.data.ranks
+        replicas.append(Replicas.bind(group_, plan, by_holders[plan.ranks], mesh.rank, facts.hp, tied=tied_))
     return replicas
 
 

@@ -1,6 +1,7 @@
 """State keyed by parameter and block: made whole over the replicas, and taken back by whoever owns what."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ def live_state(replicas: Sequence[Replicas]) -> dict[Tensor, ParamState]:
         for binding in shared.bindings:
             state[binding.param] = {"step": 0}
         for batch in shared.batches:
+            tensors = batch.stack.tensors()
             for member in batch.members:
-                tensors = batch.stack.tensors()
                 key = shared.plan.blocks[member.slot].key
                 state[member.binding.param][key] = {name: tensor[member.row] for name, tensor in tensors.items()}
     return state
@@ -39,11 +40,8 @@ def complete_state(
         shapes = [state_shapes(block.shape, binding.matrix.rank, hp) for binding, block in shared.local]
         for dtype in dict.fromkeys(state_dtype(binding.param.dtype) for binding in shared.bindings):
             slots = [s for s, (b, _) in enumerate(shared.local) if state_dtype(b.param.dtype) == dtype]
-            if shared.group.size == 1:
-                arrivals = [{slot: _flat(shared, live, slot) for slot in slots}]
-            else:
-                sizes = {slot: sum(shape.numel() for shape in shapes[slot].values()) for slot in slots}
-                arrivals = list(share(rank, shared, sizes, lambda slot, s=shared: _flat(s, live, slot), dtype))  # type: ignore[misc]
+            sizes = {slot: sum(shape.numel() for shape in shapes[slot].values()) for slot in slots}
+            arrivals = share(rank, shared, sizes, partial(_flat, shared, live), dtype)
             for slot, flat in (item for arrived in arrivals for item in arrived.items()):
                 pieces = flat.split_with_sizes([shape.numel() for shape in shapes[slot].values()])
                 named = zip(shapes[slot].items(), pieces, strict=True)

@@ -3,6 +3,7 @@
 import enum
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -97,15 +98,14 @@ def _first(mesh: Mesh, complaint: str) -> str:
 def _largest_entries(bindings: Sequence[Binding]) -> dict[Binding, float]:
     """The largest magnitude in each gradient, NaN if it has a NaN; one synchronisation per device."""
     gradients = {b: b.param.grad for b in bindings if b.param.grad is not None and b.param.grad.layout == torch.strided}
-    dense = list(gradients)
-    norms = torch._foreach_norm(list(gradients.values()), math.inf) if dense else []
-    by_device: dict[torch.device, list[int]] = {}
-    for i, norm in enumerate(norms):
-        by_device.setdefault(norm.device, []).append(i)
+    if not gradients:
+        return {}
+    by_device: defaultdict[torch.device, dict[Binding, Tensor]] = defaultdict(dict)
+    for binding, norm in zip(gradients, torch._foreach_norm(list(gradients.values()), math.inf), strict=True):
+        by_device[norm.device][binding] = norm.double()
     entries: dict[Binding, float] = {}
-    for places in by_device.values():
-        values = torch.stack([norms[i].double() for i in places]).tolist()
-        entries |= {dense[i]: value for i, value in zip(places, values, strict=True)}
+    for norms in by_device.values():
+        entries |= zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)
     return entries
 
 
@@ -189,9 +189,6 @@ def deliver(rank: int, shared: Replicas, updated: Mapping[int, Tensor], active: 
         active: the bindings that are updated at this step, the same on all replicas.
     """
     wanted = [slot for slot, (binding, _) in enumerate(shared.local) if binding in active]
-    if shared.group.size == 1:
-        _write(shared, {slot: updated[slot] for slot in wanted})
-        return
     sizes = {slot: shared.plan.blocks[slot].elements for slot in wanted}
     for dtype in dict.fromkeys(shared.local[slot][0].param.dtype for slot in wanted):
         chosen = {slot: size for slot, size in sizes.items() if shared.local[slot][0].param.dtype == dtype}
@@ -212,6 +209,9 @@ def share(
         The flat tensors that arrived, by slot.
     """
     group, planned = shared.group, shared.plan.blocks
+    if group.size == 1:
+        yield {slot: flat(slot).reshape(-1) for slot in sizes}
+        return
     device = shared.bindings[0].param.device
     for bucket in _buckets(group, {slot: (planned[slot].owner, size) for slot, size in sizes.items()}):
         width = max(sum(sizes[slot] for slot in slots) for slots in bucket.values())

@@ -1,6 +1,5 @@
 """What this rank holds and owns: parameters bound to their matrices, owned blocks gathered into stacks."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +25,6 @@ class Binding:
     param: Tensor
     group: int
     precondition: bool
-
-    def pieces(self, tensor: Tensor, blocks: Iterable[Block]) -> list[Tensor]:
-        """Rectangles of ``tensor``, which has the parameter's shape; copies where its strides allow no view."""
-        whole = tensor.reshape(self.matrix.view)
-        return [whole[block.slices] for block in blocks]
 
     def write(self, blocks: Sequence[Block], values: Sequence[Tensor]) -> None:
         """Put new values into rectangles of the parameter."""
@@ -60,12 +54,12 @@ class Batch:
 
     def gather(self, members: Sequence[Owned], *, gradient: bool) -> Tensor:
         """The members' blocks of the gradient or of the weights, (len(members), *shape) in the stack's dtype."""
-        pieces: list[Tensor] = []
-        for member in members:
-            source = member.binding.param.grad if gradient else member.binding.param.detach()
+        wholes: dict[Binding, Tensor] = {}  # once per parameter: a reshape copies where its strides allow no view
+        for binding in dict.fromkeys(member.binding for member in members):
+            source = binding.param.grad if gradient else binding.param.detach()
             assert source is not None
-            pieces += member.binding.pieces(source, [member.block])
-        return torch.stack(pieces).to(self.stack.dtype)
+            wholes[binding] = source.reshape(binding.matrix.view)
+        return torch.stack([wholes[member.binding][member.block.slices] for member in members]).to(self.stack.dtype)
 
 
 @dataclass
@@ -91,19 +85,25 @@ class Unit:
 
 @dataclass(eq=False)
 class Replicas:
-    """Ranks that store the same parameters, the plan by which they share the work, and this rank's part of it."""
+    """Ranks that store the same parameters, the plan by which they share the work, and this rank's part of it.
+
+    ``local`` are the blocks in coordinates of the parameters, in the order of the plan.
+    """
 
     group: Group
     plan: Plan
     bindings: list[Binding]
+    local: list[tuple[Binding, Block]]
     batches: list[Batch]
     tied: bool
 
-    def __post_init__(self) -> None:
-        self.by_name = {binding.matrix.name: binding for binding in self.bindings}
-        self.local = [
-            (binding, block) for binding in self.bindings for block in binding.matrix.local_blocks
-        ]  # in the order of the plan's blocks
+    @classmethod
+    def bind(
+        cls, group: Group, plan: Plan, bindings: list[Binding], rank: int, hp: ShampooHyperParams, *, tied: bool
+    ) -> "Replicas":
+        """Allocate the stacks of the blocks that ``rank`` owns."""
+        local = [(binding, block) for binding in bindings for block in binding.matrix.local_blocks]
+        return cls(group, plan, bindings, local, _make_batches(plan, local, rank, hp), tied)
 
     def units(self, steps: dict[Tensor, int], hp: ShampooHyperParams) -> Iterator[Unit]:
         """The owned blocks of the parameters in ``steps`` (each with its t), batched by phase."""
@@ -117,9 +117,7 @@ class Replicas:
                 yield Unit(batch, members, now)
 
 
-def make_batches(plan: Plan, bindings: Sequence[Binding], rank: int, hp: ShampooHyperParams) -> list[Batch]:
-    """Allocate the stacks of the blocks that ``rank`` owns."""
-    local = [(binding, block) for binding in bindings for block in binding.matrix.local_blocks]
+def _make_batches(plan: Plan, local: Sequence[tuple[Binding, Block]], rank: int, hp: ShampooHyperParams) -> list[Batch]:
     kinds: defaultdict[Any, list[tuple[int, Binding, Block]]] = defaultdict(list)
     for slot, (planned, (binding, block)) in enumerate(zip(plan.blocks, local, strict=True)):
         if planned.owner == rank:
@@ -140,8 +138,4 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def state_bytes(batches: Iterable[Batch]) -> int:
     """Bytes of all stacks' state."""
-    return sum(
-        math.prod(tensor.shape) * tensor.element_size()
-        for batch in batches
-        for tensor in batch.stack.tensors().values()
-    )
+    return sum(tensor.nbytes for batch in batches for tensor in batch.stack.tensors().values())

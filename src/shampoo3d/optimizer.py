@@ -226,9 +226,11 @@ class Shampoo(Optimizer):
 
     def _bind(self, mesh: Mesh) -> str:
         """Bind all parameters anew; those bound before keep state and owners. Returns why it can't be done, if so."""
-        owned = {binding.param: self.state[binding.param] for binding in self._bindings()}
+        present = self._present()
+        bound = (binding.param for binding in self._bindings())
+        owned = {param: self.state[param] for param in bound if param in present}
         try:
-            return self._assemble(mesh, self._saved, {p: s for p, s in owned.items() if p in self._present()})
+            return self._assemble(mesh, self._saved, owned)
         except ValueError as error:  # perhaps on this rank only: all are told of it
             return str(error)
 

@@ -1,6 +1,7 @@
 """Where this process stands among the ranks: the grid pipe x data x model and its process groups."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,10 +46,7 @@ class Topology:
 
     @property
     def world_size(self) -> int:
-        size = 1
-        for length in self.dims:
-            size *= length
-        return size
+        return math.prod(self.dims)
 
     def coordinates(self, rank: int) -> tuple[int, ...]:
         coordinates = []

@@ -55,18 +55,14 @@ def refuse_zero(originals: Sequence[Tensor]) -> None:
 
 
 def unwrap(params: Sequence[Tensor], originals: Sequence[Tensor]) -> list[Tensor]:
-    """The model's parameter behind each tensor of a group: itself, or the one that a float32 clone was made of.
+    """The model's parameter behind each tensor of a group whose parameters a wrapper has replaced.
 
     DeepSpeed's bfloat16 wrapper at stage 0 puts float32 clones of the trainable parameters into the groups, in order.
 
     Raises:
-        RuntimeError: if the tensors are neither, or if the wrapper is the float16 one, which divides gradients by a
-            loss scale that was never applied to them.
+        RuntimeError: if the tensors are no such clones, or if the wrapper is the float16 one, which divides gradients
+            by a loss scale that was never applied to them.
     """
-    known = set(originals)
-    if all(param in known for param in params):
-        return list(params)
-    refuse_zero(originals)
     trainable = [param for param in originals if param.requires_grad and param.numel() > 0]
     if [p.shape for p in trainable] != [p.shape for p in params]:
         raise RuntimeError(
