@@ -1,6 +1,7 @@
 """3D-Shampoo: Kronecker-factored preconditioning whose work is shared over data, pipeline and tensor parallel ranks."""
 
-from shampoo3d.exchange import StepRefusedError
+from shampoo3d.agreement import StepRefusedError
+from shampoo3d.distribution import Distribution
 from shampoo3d.hyperparams import LayerwiseGrafting, ShampooHyperParams
 from shampoo3d.optimizer import Shampoo
 from shampoo3d.plan import Plan, PlannedBlock
@@ -8,6 +9,7 @@ from shampoo3d.report import Report
 from shampoo3d.topology import Topology
 
 __all__ = [
+    "Distribution",
     "LayerwiseGrafting",
     "Plan",
     "PlannedBlock",

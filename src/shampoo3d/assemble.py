@@ -1,23 +1,27 @@
-"""From parameter groups to replicas: reads how each parameter is stored, cuts, plans, binds, and agrees on it."""
+"""From parameter groups to teams: reads how parameters are stored, agrees on it with the other ranks, plans, binds."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo3d.engines import deepspeed, native
-from shampoo3d.holdings import Binding, Replicas
+from shampoo3d.agreement import everyones, first_complaint
+from shampoo3d.distribution import Distribution
+from shampoo3d.engines import deepspeed, dtensor, native, zero
+from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams
-from shampoo3d.layout import Storage, describe
-from shampoo3d.plan import BlockId, make_plans
-from shampoo3d.topology import Claims, Mesh
+from shampoo3d.layout import Holder, Matrix, Storage, describe
+from shampoo3d.plan import BlockId, Plan, in_order, make_plans
+from shampoo3d.readers import Stored, is_flat, read
+from shampoo3d.slabs import Binding, Place
+from shampoo3d.topology import Mesh
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Embeddings = Iterable[Tensor | str] | Callable[[str, Tensor], bool]
+Ranks = tuple[int, ...]
 
 
 @dataclass
@@ -27,41 +31,52 @@ class Facts:
     Attributes:
         names: of every parameter, unique.
         embeddings: those that ``ignore_embedding_layer`` leaves without preconditioner.
+        given: the embeddings that the user named.
         models: the modules that the parameters came from, as far as they could be found.
-        originals: the parameters as the user gave them, by group: wrappers may replace those in the groups.
+        originals: the model's parameters, by group. These are the lists that the groups were made with: an engine puts
+            other tensors into the groups, but where it replaces a parameter of the model it does so in these lists.
     """
 
     hp: ShampooHyperParams
     names: dict[Tensor, str] = field(default_factory=dict)
     embeddings: set[Tensor] = field(default_factory=set)
+    given: Embeddings | None = None
     models: list[nn.Module] = field(default_factory=list)
     originals: list[list[Tensor]] = field(default_factory=list)
 
-    def learn(
-        self, group: int, params: Sequence[Tensor], names: Sequence[str] | None, embeddings: Embeddings | None
-    ) -> None:
+    def learn(self, params: list[Tensor], names: Sequence[str] | None) -> None:
         """Take in a new group of parameters; where that raises, nothing has been learned.
 
         Raises:
             ValueError: naming a parameter that is not supported, or what is wrong with the embeddings.
         """
-        fresh = self._names_of(group, params, names)
+        fresh = self._names_of(len(self.originals), params, names)
         for param, name in fresh.items():
-            if native.is_sharded(param):
-                raise ValueError(f"parameter {name!r} is a DTensor, as FSDP2 makes them, which is not supported yet")
             if param.dtype not in _DTYPES:
                 kind = "complex" if param.is_complex() else "not supported"
                 supported = ", ".join(map(str, _DTYPES))
                 raise ValueError(f"parameter {name!r} is {kind} ({param.dtype}); supported: {supported}")
-        self.embeddings |= self._embeddings_of(fresh, embeddings)
+        self.embeddings |= self._embeddings_of(fresh)
         self.names |= fresh
-        self.originals.append(list(params))
+        self.originals.append(params)
+
+    def learn_replaced(self) -> None:
+        """Take in parameters that an engine has put in the place of others since the optimizer was made."""
+        for group, params in enumerate(self.originals):
+            if fresh := [param for param in params if param not in self.names]:
+                names = self._names_of(group, fresh, None)
+                self.embeddings |= self._embeddings_of(names)
+                self.names |= names
 
     def _names_of(self, group: int, params: Sequence[Tensor], given: Sequence[str] | None) -> dict[Tensor, str]:
         """Names as given, as in the model, or by place; unique."""
         named = (item for model in reversed(self.models) for item in model.named_parameters())
         in_model: dict[Tensor, str] = {param: name for name, param in named}
-        taken = set(self.names.values())
+        taken = {
+            name
+            for param, name in self.names.items()
+            if not in_model or param in in_model or name not in in_model.values()
+        }
         fresh: dict[Tensor, str] = {}
         for place, param in enumerate(params):
             name = given[place] if given else in_model.get(param, f"group{group}.param{place}")
@@ -69,8 +84,9 @@ class Facts:
             taken.add(fresh[param])
         return fresh
 
-    def _embeddings_of(self, fresh: Mapping[Tensor, str], given: Embeddings | None) -> set[Tensor]:
+    def _embeddings_of(self, fresh: Mapping[Tensor, str]) -> set[Tensor]:
         """The embeddings that ``ignore_embedding_layer`` is about: by module type, and those that are given."""
+        given = self.given
         if not self.hp.ignore_embedding_layer:
             if given is not None:
                 raise ValueError("embeddings was given, but hyperparams.ignore_embedding_layer is False")
@@ -86,83 +102,15 @@ class Facts:
         wanted = set(given or ())
         return found | {param for param, name in fresh.items() if name in wanted or param in wanted}
 
-    def check_embeddings(self, given: Embeddings | None) -> None:
+    def check_embeddings(self) -> None:
         """Raise ValueError if an embedding was given that is not among the parameters, once all groups are known."""
-        if given is None or callable(given):
+        if self.given is None or callable(self.given):
             return
         names = set(self.names.values())
-        for item in given:
+        for item in self.given:
             if (item not in names) if isinstance(item, str) else (item not in self.names):
                 what = repr(item) if isinstance(item, str) else f"a tensor of shape {tuple(item.shape)}"
                 raise ValueError(f"embeddings contains {what}, which is not a parameter of this optimizer")
-
-
-def locate(claims: Claims) -> Mesh:
-    """This process's place among the ranks, checked against what the user said.
-
-    Raises:
-        ValueError: where a claim contradicts what was found.
-    """
-    mesh = deepspeed.locate() if deepspeed.is_running() else native.locate(claims.topology)
-    claims.check(mesh)
-    return mesh
-
-
-def unwrapped(groups: Sequence[Mapping[str, Any]], facts: Facts) -> dict[Tensor, Tensor]:
-    """For each tensor in the groups, the model's parameter behind it."""
-    originals = [params for params in facts.originals if params]
-    everything = [param for params in originals for param in params]
-    deepspeed.refuse_zero(everything)
-    behind: dict[Tensor, Tensor] = {}
-    for place, group in enumerate(groups):
-        params: list[Tensor] = group["params"]
-        known = originals[place] if place < len(originals) else []
-        if all(param in facts.names for param in params):
-            behind |= {param: param for param in params}
-        else:
-            behind |= dict(zip(params, deepspeed.unwrap(params, known), strict=True))
-    return behind
-
-
-def assemble(
-    groups: Sequence[Mapping[str, Any]],
-    behind: Mapping[Tensor, Tensor],
-    facts: Facts,
-    mesh: Mesh,
-    taking_part: Collection[Tensor],
-    fixed: Mapping[BlockId, int],
-) -> list[Replicas]:
-    """Bind the parameters ``taking_part``, and plan among each set of ranks that store the same ones.
-
-    ``fixed`` are the owners of blocks that were planned before, which stay.
-
-    Raises:
-        ValueError: naming a parameter that is tied to other pipeline stages, if there is no model to tell which.
-    """
-    tied: dict[Tensor, tuple[int, ...]] = {}
-    for model in facts.models:
-        tied |= deepspeed.tied_holders(model)
-    by_holders: defaultdict[tuple[int, ...], list[Binding]] = defaultdict(list)
-    for number, group in enumerate(groups):
-        for param in group["params"]:
-            if param in taking_part:
-                if deepspeed.is_tied_copy(behind[param]) and behind[param] not in tied:
-                    raise ValueError(
-                        f"{facts.names[behind[param]]!r} is tied to other pipeline stages, and only the model tells to "
-                        "which: pass model.parameters() itself, or model="
-                    )
-                storage = _storage(param, behind[param], group, facts, mesh, tied)
-                matrix = describe(storage, facts.hp, mesh.everyone.size)
-                by_holders[storage.holders].append(Binding(matrix, param, number, group["precondition"]))
-    for holders, bindings in by_holders.items():
-        if holders != mesh.data.ranks:  # these meet from stages whose parameters may come in another order
-            bindings.sort(key=lambda binding: binding.matrix.name)
-    held = {holders: [binding.matrix for binding in bindings] for holders, bindings in by_holders.items()}
-    replicas = []
-    for plan in make_plans(held, facts.hp, fixed):
-        group_, tied_ = mesh.group(plan.ranks), plan.ranks != mesh.data.ranks
-        replicas.append(Replicas.bind(group_, plan, by_holders[plan.ranks], mesh.rank, facts.hp, tied=tied_))
-    return replicas
 
 
 def is_trainable(param: Tensor) -> bool:
@@ -170,48 +118,197 @@ def is_trainable(param: Tensor) -> bool:
     return param.numel() > 0 and (param.requires_grad or param.grad is not None)
 
 
-def _storage(
-    param: Tensor,
-    original: Tensor,
-    group: Mapping[str, Any],
+class DisagreementError(ValueError):
+    """Ranks of one team differ in what they hold, and all of them know it."""
+
+
+def assemble(
+    groups: Sequence[Mapping[str, Any]],
     facts: Facts,
     mesh: Mesh,
-    tied: Mapping[Tensor, tuple[int, ...]],
-) -> Storage:
-    excluded = "embedding" if original in facts.embeddings else ""
-    if not group["precondition"]:
-        excluded = "its parameter group has precondition=False"
-    return Storage(
-        name=facts.names[original],
-        shape=tuple(param.shape),
-        dtype=str(param.dtype).removeprefix("torch."),
-        holders=tied.get(original, mesh.data.ranks),
-        shard=native.tensor_parallel_shard(original, mesh.model.ranks.index(mesh.rank), mesh.model.size),
-        excluded=excluded,
+    distribution: Distribution,
+    known: Collection[Tensor],
+    fixed: Mapping[BlockId, int],
+) -> list[Team]:
+    """Bind the trainable parameters, and those that are ``known`` already, and plan in each team.
+
+    Collective: each error is raised on all ranks.
+
+    Args:
+        fixed: the owners of blocks that were planned before, which stay.
+
+    Raises:
+        DisagreementError: naming the parameter that can't be explained, or in which ranks differ, and how.
+    """
+    stored: list[Stored] = []
+    complaint = ""
+    try:
+        facts.learn_replaced()
+        tied = {weight: ranks for model in facts.models for weight, ranks in deepspeed.tied_holders(model).items()}
+        exact = distribution.tensor_parallel == "exact"
+        found = read(groups, facts.originals, facts.names, mesh, tied, exact=exact)
+        stored = [s for s in found if s.sharded or is_trainable(s.tensor) or s.tensor in known]
+        complaint = _unknown_ties(stored, facts, tied)
+    except (ValueError, RuntimeError) as error:  # perhaps on this rank only: all are told of it
+        complaint = str(error)
+    if complaint := first_complaint(mesh, complaint):
+        raise DisagreementError(complaint)
+    places: dict[Tensor, Place] = {}
+    for s in stored:
+        places.setdefault(s.tensor, Place(s.tensor, s.group, groups[s.group]["precondition"]))
+    by_team = _teams(stored, facts, mesh)
+    matrices: dict[Ranks, list[Matrix]] = {}
+    for ranks in in_order(by_team):
+        # Also after a complaint, since others may wait for this rank in another team.
+        matrices[ranks], differences = _matrices(ranks, by_team[ranks], groups, facts, mesh, distribution.root_copies)
+        complaint = complaint or differences
+    if complaint := first_complaint(mesh, complaint):
+        raise DisagreementError(complaint)
+    plans: list[Plan] = []
+    try:
+        plans = make_plans(matrices, facts.hp, fixed, distribution.memory_bound)
+    except ValueError as error:
+        complaint = str(error)
+    if complaint := first_complaint(mesh, complaint):
+        raise DisagreementError(complaint)
+    if complaint := first_complaint(mesh, _different_plans(plans, mesh)):
+        raise DisagreementError(complaint)
+    teams = []
+    for plan in plans:
+        bindings = [
+            Binding(i, matrix, places[s.tensor], s.offset, s.part.elements)
+            for i, (matrix, (s, _)) in enumerate(zip(matrices[plan.ranks], by_team[plan.ranks], strict=True))
+        ]
+        tied_ = any(set(plan.ranks) - set(mesh.data.ranks) and s.original in tied for s, _ in by_team[plan.ranks])
+        teams.append(Team(mesh.group(plan.ranks), mesh.rank, plan, bindings, facts.hp, tied_))
+    return teams
+
+
+def _unknown_ties(stored: Sequence[Stored], facts: Facts, tied: Mapping[Tensor, Ranks]) -> str:
+    for s in stored:
+        if deepspeed.is_tied_copy(s.original) and s.original not in tied:
+            return (
+                f"{facts.names[s.original]!r} is tied to other pipeline stages, and only the model tells to "
+                "which: pass model.parameters() itself, or model="
+            )
+    return ""
+
+
+def _teams(stored: Sequence[Stored], facts: Facts, mesh: Mesh) -> dict[Ranks, list[tuple[Stored, int]]]:
+    """What is stored by team, each with its cover, in the order of all members. Collective in the model group."""
+    ends = {facts.names[s.original]: (s.holders, s.team) for s in stored if s.meets_shards}
+    table: list[dict[str, tuple[Ranks, Ranks]]] = everyones(mesh.model, ends)
+    found: defaultdict[Ranks, list[tuple[Stored, int]]] = defaultdict(list)
+    for s in stored:
+        peers = [theirs.get(facts.names[s.original], ((), ())) for theirs in table] if s.meets_shards else []
+        team = tuple(sorted({*s.team, *(rank for _, ranks in peers for rank in ranks)}))
+        # The shards of a divided matrix make it whole together; each holder group of an undivided one has all of it.
+        shards = {rank for ranks, _ in peers for rank in ranks} if s.divided is not None else set()
+        found[team].append((s, min({*s.holders, *shards}) if s.sharded else 0))
+    for ranks, members in found.items():
+        if ranks != mesh.data.ranks:  # these may meet from stages whose parameters come in another order
+            members.sort(key=lambda member: facts.names[member[0].original])
+    return dict(found)
+
+
+def _matrices(
+    ranks: Ranks,
+    members: Sequence[tuple[Stored, int]],
+    groups: Sequence[Mapping[str, Any]],
+    facts: Facts,
+    mesh: Mesh,
+    root_copies: int,
+) -> tuple[list[Matrix], str]:
+    """The matrices of a team from what each of its ranks stores of them, or in what the ranks differ. Collective."""
+    storages, parts, values = [], [], []
+    for s, cover in members:
+        excluded = "embedding" if s.original in facts.embeddings else ""
+        if not groups[s.group]["precondition"]:
+            excluded = "its parameter group has precondition=False"
+        dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in (s.tensor, s.original)]
+        name = facts.names[s.original]
+        storages.append(Storage(name, s.shape, dtypes[0], (), s.sharded, s.divided, excluded, dtypes[1]))
+        parts.append((cover, s.part))
+        values.append(None if s.sharded else repr(native.checksum(dtensor.local(s.tensor))))
+    table = everyones(mesh.group(ranks), (repr(facts.hp), storages, parts, values))
+    matrices: list[Matrix] = []
+    complaint = _differences(ranks, table)
+    if complaint:
+        return matrices, complaint
+    for number, storage in enumerate(storages):
+        holders = tuple(
+            Holder(rank, row[2][number][1], row[2][number][0]) for rank, row in zip(ranks, table, strict=True)
+        )
+        try:
+            stored = replace(storage, holders=holders).with_covers(root_copies)
+        except ValueError as error:
+            return matrices, str(error)
+        matrix = describe(stored, facts.hp, mesh.everyone.size)
+        if gaps := matrix.gaps():
+            return matrices, f"the storage of {matrix.name!r} of shape {matrix.shape} can't be explained: {gaps}"
+        matrices.append(matrix)
+    return matrices, ""
+
+
+def _differences(ranks: Ranks, table: Sequence[tuple[str, list[Storage], list[Any], list[Any]]]) -> str:
+    """In what ranks of a team differ: settings, parameters, or the values of what they store alike."""
+    hp, storages, _, _ = table[0]
+    for rank, (hp_, storages_, _, _) in zip(ranks, table, strict=True):
+        pairs: list[tuple[str, Any, Any]] = [("hyperparams", hp, hp_)]
+        pairs.append(("number of parameters", len(storages), len(storages_)))
+        pairs += ((f"parameter {i}", a, b) for i, (a, b) in enumerate(zip(storages, storages_, strict=False)))
+        for what, first, other in pairs:
+            if first != other:
+                return _differ(what, ranks[0], first, rank, other)
+    for number, storage in enumerate(storages):
+        seen: dict[Any, tuple[int, Any]] = {}
+        for rank, (_, _, parts, values) in zip(ranks, table, strict=True):
+            first_rank, first = seen.setdefault(parts[number], (rank, values[number]))
+            if values[number] != first:
+                return _differ(f"sum and magnitude of {storage.name}", first_rank, first, rank, values[number])
+    return ""
+
+
+def _differ(what: str, first_rank: int, first: Any, rank: int, other: Any) -> str:
+    return (
+        f"ranks of one data-parallel group must hold the same parameters, but {what} is {_shown(first)} on rank "
+        f"{first_rank} and {_shown(other)} on rank {rank}; if these ranks are no replicas of each other, give "
+        "topology= or, for shards of one matrix, set tensor_model_parallel and partition_dim on the parameter"
     )
 
 
-def disagreement(replicas: Sequence[Replicas], hp: ShampooHyperParams) -> str:
-    """How replicas differ in parameters, settings or values; empty if they do not. Collective among replicas."""
+def _shown(value: Any) -> str:
+    return f"{value.name} {value.shape} {value.dtype}" if isinstance(value, Storage) else str(value)
+
+
+def _different_plans(plans: Sequence[Plan], mesh: Mesh) -> str:
+    """Which rank has another plan than the first of its team, and the first block in which they differ. Collective."""
     complaint = ""
-    for shared in replicas:
-        if shared.group.size == 1:
+    for plan in plans:
+        digests = everyones(mesh.group(plan.ranks), plan.digest())
+        if len(set(digests)) == 1:
             continue
-        mine: dict[str, Any] = {"hyperparams": repr(hp), "number of parameters": len(shared.bindings)}
-        for place, b in enumerate(shared.bindings):
-            mine[f"parameter {place}"] = (b.matrix.name, b.matrix.storage.shape, b.matrix.storage.dtype)
-        mine |= {f"blocks of {b.matrix.name}": [x.key for x in b.matrix.blocks] for b in shared.bindings}
-        mine |= {f"sum and magnitude of {b.matrix.name}": repr(native.checksum(b.param)) for b in shared.bindings}
-        mine["plan"] = shared.plan.digest()
-        everyones: list[Any] = [None] * shared.group.size
-        dist.all_gather_object(everyones, mine, group=shared.group.handle)
-        for rank, theirs in zip(shared.group.ranks, everyones, strict=True):
-            for what in everyones[0] | theirs:
-                first, other = everyones[0].get(what), theirs.get(what)
-                if first != other and not complaint:
-                    complaint = (
-                        "ranks of one data-parallel group must hold the same parameters, but "
-                        f"{what} is {first} on rank {shared.group.ranks[0]} and {other} on rank {rank}; if these ranks "
-                        "are no replicas of each other, give topology="
-                    )
+        everyones_plans = everyones(mesh.group(plan.ranks), plan)
+        for rank, other in zip(plan.ranks, everyones_plans, strict=True):
+            pairs = zip(everyones_plans[0].blocks, other.blocks, strict=False)
+            differing = next((f"{a} and {b}" for a, b in pairs if a != b), f"{len(other.blocks)} blocks")
+            if other != everyones_plans[0] and not complaint:
+                complaint = f"the plans of ranks {plan.ranks[0]} and {rank} differ: {differing}"
     return complaint
+
+
+def flat_groups(facts: Facts) -> bool:
+    """Whether an engine has put flat slices into the groups."""
+    return any(is_flat(params) for params in facts.originals)
+
+
+def check_shapes(shapes: Sequence[Sequence[int]] | None, params: Sequence[Tensor]) -> None:
+    """Raise ValueError unless these are the shapes of the trainable parameters, as the model has them."""
+    if shapes is None:
+        return
+    found = [zero.shape_of(param) for param in params if param.requires_grad]
+    given = [tuple(shape) for shape in shapes]
+    if given != found:
+        place = next((i for i, (a, b) in enumerate(zip(given, found, strict=False)) if a != b), None)
+        detail = "" if place is None else f": number {place} is {given[place]}, the parameter's is {found[place]}"
+        raise ValueError(f"shapes has {len(given)} entries for {len(found)} trainable parameters{detail}")

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Shape = tuple[int, ...]
@@ -30,9 +30,19 @@ class Block:
     def elements(self) -> int:
         return math.prod(self.shape)
 
-    def shifted(self, offset: Shape) -> "Block":
-        """The same rectangle seen from a shard that begins at ``offset``."""
-        return Block(tuple(a - o for a, o in zip(self.start, offset, strict=True)), self.shape)
+    @property
+    def stop(self) -> Shape:
+        return tuple(a + n for a, n in zip(self.start, self.shape, strict=True))
+
+    def intersect(self, other: "Block") -> "Block | None":
+        """What both have in common, if anything."""
+        low = tuple(map(max, self.start, other.start))
+        lengths = tuple(b - a for a, b in zip(low, map(min, self.stop, other.stop), strict=True))
+        return Block(low, lengths) if all(n > 0 for n in lengths) else None
+
+    def within(self, other: "Block") -> tuple[slice, ...]:
+        """The slices of this rectangle in a tensor that holds ``other``."""
+        return tuple(slice(a - o, a - o + n) for a, o, n in zip(self.start, other.start, self.shape, strict=True))
 
 
 def merge_dims(shape: Sequence[int], limit: int) -> tuple[tuple[int, ...], ...]:
@@ -69,3 +79,32 @@ def grid(cuts: Sequence[Cuts]) -> tuple[Block, ...]:
     return tuple(
         Block(tuple(a for a, _ in corner), tuple(b - a for a, b in corner)) for corner in itertools.product(*sides)
     )
+
+
+def rectangles(shape: Sequence[int], first: int, last: int) -> Iterator[Block]:
+    """The elements ``first <= i < last`` of a row-major tensor as rectangles, in that order: at most 2 ndim - 1."""
+    if first >= last:
+        return
+    if len(shape) <= 1:
+        yield Block((first,) * len(shape), (last - first,) * len(shape))
+        return
+    inner = math.prod(shape[1:])
+    top, bottom = -(-first // inner), last // inner  # the rows top, ..., bottom - 1 are whole
+    if top > bottom:
+        yield from _in_row(shape, bottom, first, last)
+        return
+    yield from _in_row(shape, top - 1, first, top * inner)
+    if top < bottom:
+        yield Block((top, *[0] * (len(shape) - 1)), (bottom - top, *shape[1:]))
+    yield from _in_row(shape, bottom, bottom * inner, last)
+
+
+def _in_row(shape: Sequence[int], row: int, first: int, last: int) -> Iterator[Block]:
+    offset = row * math.prod(shape[1:])
+    for part in rectangles(shape[1:], first - offset, last - offset):
+        yield Block((row, *part.start), (1, *part.shape))
+
+
+def strides_of(shape: Sequence[int]) -> Shape:
+    """Of a row-major tensor."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

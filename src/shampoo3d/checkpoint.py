@@ -1,58 +1,182 @@
-"""State keyed by parameter and block: made whole over the replicas, and taken back by whoever owns what."""
+"""State keyed by parameter and block: made whole over a team, and taken back by whoever stores and owns what.
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+The blocks of a checkpoint are those of the logical matrix, so it does not tell, or depend on, the layout it came from.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from shampoo3d.exchange import share
-from shampoo3d.holdings import Binding, Replicas, state_dtype
-from shampoo3d.hyperparams import ShampooHyperParams, check_group
-from shampoo3d.preconditioner import state_shapes
+from shampoo3d.collectives import Link
+from shampoo3d.holdings import Team
+from shampoo3d.hyperparams import ShampooHyperParams, check_group, momenta_names
+from shampoo3d.layout import Holder, Matrix, Part, Piece, describe
+from shampoo3d.preconditioner import factor_shapes, state_shapes
+from shampoo3d.routes import BUCKET_ELEMENTS, Routes
+from shampoo3d.slabs import Binding
 
 ParamState = dict[str, Any]
 """``{"step": t, "<start>:<stop>,...": {"momentum": ..., "L0": ..., "P0": ...}}``, one entry per block."""
 
+FLAT_NAMES = {"momentum": "exp_avg", "graft_accumulator": "exp_avg_sq", "graft_momentum": "graft_momentum"}
+"""The state of flat slices has the names under which DeepSpeed looks for such state."""
 
-def live_state(replicas: Sequence[Replicas]) -> dict[Tensor, ParamState]:
-    """For each parameter, its blocks that this rank owns; the tensors are views of the stacks."""
-    state: dict[Tensor, ParamState] = {}
-    for shared in replicas:
-        for binding in shared.bindings:
-            state[binding.param] = {"step": 0}
-        for batch in shared.batches:
-            tensors = batch.stack.tensors()
-            for member in batch.members:
-                key = shared.plan.blocks[member.slot].key
-                state[member.binding.param][key] = {name: tensor[member.row] for name, tensor in tensors.items()}
+
+def live_state(teams: Sequence[Team]) -> dict[Tensor, ParamState]:
+    """What this rank keeps for each tensor of the groups, in views of the slabs and stacks.
+
+    For flat slices it is what belongs to single elements, in the layout of the slice; their factors are in
+    :func:`owned_factors`.
+    """
+    state: dict[Tensor, ParamState] = {place.tensor: {"step": 0} for team in teams for place in team.places}
+    for team in teams:
+        for place, slab in team.flat_slabs.items():
+            state[place.tensor] |= {FLAT_NAMES[name]: tensor for name, tensor in slab.momenta.tensors().items()}
+        for stack in team.stack_slabs:
+            for row, member in enumerate(stack.members):
+                views = {name: tensor[row] for name, tensor in stack.momenta.tensors().items()}
+                state[member.binding.place.tensor].setdefault(member.cell.piece.box.key, {}).update(views)
+        for binding, key, views in _factors(team):
+            if not binding.matrix.storage.sharded:
+                state[binding.place.tensor].setdefault(key, {}).update(views)
     return state
 
 
-def complete_state(
-    rank: int, replicas: Sequence[Replicas], live: Mapping[Tensor, ParamState], hp: ShampooHyperParams
-) -> dict[Tensor, ParamState]:
-    """The state of every block, whoever owns it, in copies. Collective among replicas."""
+def owned_factors(teams: Sequence[Team]) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """The factors that this rank owns of matrices in flat slices, by parameter and block."""
+    found: defaultdict[str, dict[str, dict[str, Tensor]]] = defaultdict(dict)
+    for team in teams:
+        for binding, key, views in _factors(team):
+            if binding.matrix.storage.sharded:
+                found[binding.matrix.name][key] = views
+    return dict(found)
+
+
+def _factors(team: Team) -> Iterator[tuple[Binding, str, dict[str, Tensor]]]:
+    for batch in team.batches:
+        tensors = batch.stack.tensors()
+        for member in batch.members:
+            views = {name: tensor[member.row] for name, tensor in tensors.items()}
+            yield member.binding, team.plan.blocks[member.slot].key, views
+
+
+def logical(matrix: Matrix, hp: ShampooHyperParams) -> Matrix:
+    """The same matrix as one process would store it: its blocks are those of a checkpoint."""
+    whole = Holder(0, Part.whole(matrix.shape))
+    return describe(
+        replace(matrix.storage, holders=(whole,), sharded=False, divided=None), replace(hp, fair_blocks=False), 1
+    )
+
+
+def complete_state(team: Team, steps: Mapping[Tensor, int]) -> dict[Tensor, ParamState]:
+    """The state of every block of a team, whoever keeps what, in copies. Collective in the team."""
+    link = Link(team.rank, team.group, team.bindings[0].place.stored.device)
+    momenta = _whole_momenta(team, link)
+    factors = _all_factors(team, link)
     whole: dict[Tensor, ParamState] = {}
-    for shared in replicas:
-        whole |= {binding.param: {"step": live[binding.param]["step"]} for binding in shared.bindings}
-        shapes = [state_shapes(block.shape, binding.matrix.rank, hp) for binding, block in shared.local]
-        for dtype in dict.fromkeys(state_dtype(binding.param.dtype) for binding in shared.bindings):
-            slots = [s for s, (b, _) in enumerate(shared.local) if state_dtype(b.param.dtype) == dtype]
-            sizes = {slot: sum(shape.numel() for shape in shapes[slot].values()) for slot in slots}
-            arrivals = share(rank, shared, sizes, partial(_flat, shared, live), dtype)
-            for slot, flat in (item for arrived in arrivals for item in arrived.items()):
-                pieces = flat.split_with_sizes([shape.numel() for shape in shapes[slot].values()])
-                named = zip(shapes[slot].items(), pieces, strict=True)
-                param, key = shared.local[slot][0].param, shared.plan.blocks[slot].key
-                whole[param][key] = {name: piece.view(shape).clone() for (name, shape), piece in named}
+    for binding in team.bindings:
+        state: ParamState = {"step": steps[binding.place.tensor]}
+        for block in canonical_blocks(binding.matrix, team.hp):
+            tensors = {name: tensor[block.slices].clone() for name, tensor in momenta[binding.number].items()}
+            state[block.key] = tensors | factors.get((binding.number, block.key), {})
+        whole[binding.place.tensor] = state
     return whole
 
 
-def _flat(shared: Replicas, live: Mapping[Tensor, ParamState], slot: int) -> Tensor:
-    tensors: dict[str, Tensor] = live[shared.local[slot][0].param][shared.plan.blocks[slot].key]
-    return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+def canonical_blocks(matrix: Matrix, hp: ShampooHyperParams) -> Any:
+    """The blocks in a checkpoint: of a preconditioned matrix its own, else those that one process would have."""
+    return matrix.blocks if matrix.rank else logical(matrix, hp).blocks
+
+
+def _whole_momenta(team: Team, link: Link) -> dict[int, dict[str, Tensor]]:
+    """Momenta of each logical matrix, merged, put together from the homes of its elements."""
+    names = momenta_names(team.hp)
+    items: list[tuple[int, int, Piece]] = []  # home, matrix, piece
+    for binding in team.bindings:
+        if binding.matrix.storage.sharded:
+            for holder in binding.matrix.storage.holders:
+                items += ((holder.rank, binding.number, piece) for piece in binding.matrix.pieces(holder.part))
+    routes = Routes.of(team.plan, [binding.matrix for binding in team.bindings])
+    items += (
+        (leg.home, leg.matrix, leg.cell.piece)
+        for leg in routes.legs
+        if not team.bindings[leg.matrix].matrix.storage.sharded
+    )
+    kept = {}
+    for slab in team.stack_slabs:
+        for row, member in enumerate(slab.members):
+            kept[member.binding.number, member.cell.piece.box.key] = [t[row] for t in slab.momenta.tensors().values()]
+
+    def mine(number: int) -> Tensor:
+        _, matrix, piece = items[number]
+        binding = team.bindings[matrix]
+        if binding.matrix.storage.sharded:
+            tensors = team.flat_slabs[binding.place].momenta.tensors().values()
+            return torch.stack([binding.view(tensor, piece) for tensor in tensors])
+        return torch.stack(kept[matrix, piece.box.key])
+
+    whole = {
+        b.number: {name: torch.zeros(b.matrix.merged, dtype=_dtype(b), device=b.place.stored.device) for name in names}
+        for b in team.bindings
+    }
+    for numbers, dtype in _by_dtype(team, [matrix for _, matrix, _ in items]):
+        sizes = [(items[n][0], items[n][2].box.elements * len(names)) for n in numbers]
+        for n, flat in _shared(link, numbers, sizes, mine, dtype):
+            _, matrix, piece = items[n]
+            for name, values in zip(names, flat.view(len(names), *piece.box.shape), strict=True):
+                whole[matrix][name][piece.box.slices] = values
+    return whole
+
+
+def _all_factors(team: Team, link: Link) -> dict[tuple[int, str], dict[str, Tensor]]:
+    """All factors, by matrix and block."""
+    kept = {(binding.number, key): views for binding, key, views in _factors(team) if "L0" in views}  # by the owner
+    slots = [slot for slot, block in enumerate(team.plan.blocks) if block.factors]
+    shapes = {
+        slot: factor_shapes(team.plan.blocks[slot].factors, len(team.plan.blocks[slot].factors)) for slot in slots
+    }
+
+    def key(slot: int) -> tuple[int, str]:
+        return team.slots[slot][0].number, team.plan.blocks[slot].key
+
+    def mine(place: int) -> Tensor:
+        return torch.cat([tensor.reshape(-1) for tensor in kept[key(slots[place])].values()])
+
+    found = {}
+    for numbers, dtype in _by_dtype(team, [team.slots[slot][0].number for slot in slots]):
+        sizes = [(team.plan.blocks[slots[n]].owner, sum(s.numel() for s in shapes[slots[n]].values())) for n in numbers]
+        for n, flat in _shared(link, numbers, sizes, mine, dtype):
+            pieces = flat.split_with_sizes([shape.numel() for shape in shapes[slots[n]].values()])
+            named = zip(shapes[slots[n]].items(), pieces, strict=True)
+            found[key(slots[n])] = {name: piece.view(shape).clone() for (name, shape), piece in named}
+    return found
+
+
+def _shared(
+    link: Link,
+    numbers: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    mine: Callable[[int], Tensor],
+    dtype: torch.dtype,
+) -> Iterator[tuple[int, Tensor]]:
+    """What each rank has, given to all: the numbers with the flat tensors that belong to them."""
+    for arrived in link.share("state", sizes, lambda place: mine(numbers[place]), dtype, BUCKET_ELEMENTS):
+        yield from ((numbers[place], flat) for place, flat in arrived.items())
+
+
+def _by_dtype(team: Team, matrices: Sequence[int]) -> Iterator[tuple[list[int], torch.dtype]]:
+    dtypes = [_dtype(team.bindings[matrix]) for matrix in matrices]
+    for dtype in dict.fromkeys(dtypes):
+        yield [n for n, of in enumerate(dtypes) if of == dtype], dtype
+
+
+def _dtype(binding: Binding) -> torch.dtype:
+    named: torch.dtype = getattr(torch, binding.matrix.storage.state_dtype)
+    return named
 
 
 def check_loadable(binding: Binding, saved: ParamState, hp: ShampooHyperParams) -> None:
@@ -61,39 +185,124 @@ def check_loadable(binding: Binding, saved: ParamState, hp: ShampooHyperParams) 
     Raises:
         ValueError: naming the parameter and what is missing, left over or of another shape.
     """
-    name = binding.matrix.name
-    blocks = {a.key: b for a, b in zip(binding.matrix.blocks, binding.matrix.local_blocks, strict=True)}
+    matrix = binding.matrix
+    blocks = {block.key: block for block in canonical_blocks(matrix, hp)}
     found = set(saved) - {"step"}
     if found != set(blocks):
         missing, extra = sorted(set(blocks) - found), sorted(found - set(blocks))
         raise ValueError(
-            f"the loaded state of {name!r} has {len(found)} blocks where the optimizer has {len(blocks)}: missing "
-            f"{missing[:3]}, unknown {extra[:3]}; it was saved with another block_size or shape, or not by all ranks"
+            f"the loaded state of {matrix.name!r} has {len(found)} blocks where the optimizer has {len(blocks)}: "
+            f"missing {missing[:3]}, unknown {extra[:3]}; it was saved with another block_size or shape, or not by all "
+            "ranks"
         )
     if not isinstance(saved.get("step"), int):
-        raise ValueError(f"the loaded state of {name!r} has no step count: 'step' is {saved.get('step')!r}")
+        raise ValueError(f"the loaded state of {matrix.name!r} has no step count: 'step' is {saved.get('step')!r}")
     for key, block in blocks.items():
-        wanted = {field: tuple(shape) for field, shape in state_shapes(block.shape, binding.matrix.rank, hp).items()}
+        wanted = {field: tuple(shape) for field, shape in state_shapes(block.shape, matrix.rank, hp).items()}
         given = {field: tuple(tensor.shape) for field, tensor in saved[key].items()}
         if given != wanted:
             raise ValueError(
-                f"the loaded state of block {key} of {name!r} holds {given} where {wanted} is needed: saved with "
-                "other hyperparams, such as graft_type, start_preconditioning_step or precondition"
+                f"the loaded state of block {key} of {matrix.name!r} holds {given} where {wanted} is needed: saved "
+                "with other hyperparams, such as graft_type, start_preconditioning_step or precondition"
             )
 
 
-def load(replicas: Sequence[Replicas], live: dict[Tensor, ParamState], saved: Mapping[Tensor, ParamState]) -> None:
-    """Copy saved state, already checked, into the blocks that this rank owns."""
-    for shared in replicas:
-        for binding in shared.bindings:
-            if binding.param in saved:
-                live[binding.param]["step"] = saved[binding.param]["step"]
-        for member in (member for batch in shared.batches for member in batch.members):
-            param = member.binding.param
-            if param in saved:
-                key = shared.plan.blocks[member.slot].key
-                for name, tensor in live[param][key].items():
-                    tensor.copy_(saved[param][key][name])
+def load(teams: Sequence[Team], live: dict[Tensor, ParamState], saved: Mapping[Tensor, ParamState]) -> None:
+    """Copy complete state, already checked, into what this rank keeps."""
+    for team in teams:
+        for binding in team.bindings:
+            if binding.place.tensor in saved:
+                live[binding.place.tensor]["step"] = saved[binding.place.tensor]["step"]
+        for binding, key, views in _factors(team):
+            if binding.place.tensor in saved:
+                _copy(views, saved[binding.place.tensor][key])
+        _load_momenta(team, saved)
+
+
+def carry(live: dict[Tensor, ParamState], owned: Mapping[Tensor, ParamState]) -> None:
+    """Copy what this rank kept before into what it keeps now; owners and homes of what was bound before stay."""
+    for tensor, state in owned.items():
+        for key, kept in state.items():
+            if key == "step":
+                live[tensor]["step"] = kept
+            elif isinstance(kept, Tensor):
+                live[tensor][key].copy_(kept)
+            else:
+                _copy(live[tensor][key], kept)
+
+
+def _load_momenta(team: Team, saved: Mapping[Tensor, ParamState]) -> None:
+    whole: dict[int, dict[str, Tensor]] = {}
+    for binding in team.bindings:
+        if binding.place.tensor in saved:
+            state = saved[binding.place.tensor]
+            device = binding.place.stored.device
+            whole[binding.number] = {
+                name: torch.zeros(binding.matrix.merged, dtype=_dtype(binding), device=device)
+                for name in momenta_names(team.hp)
+            }
+            for block in canonical_blocks(binding.matrix, team.hp):
+                for name, tensor in whole[binding.number].items():
+                    tensor[block.slices] = state[block.key][name]
+    for slab in team.stack_slabs:
+        for row, member in enumerate(slab.members):
+            if member.binding.number in whole:
+                for name, tensor in slab.momenta.tensors().items():
+                    tensor[row].copy_(whole[member.binding.number][name][member.cell.piece.box.slices])
+    for binding in team.bindings:
+        if binding.number in whole and binding.matrix.storage.sharded:
+            slab_ = team.flat_slabs[binding.place]
+            part = next(h.part for h in binding.matrix.storage.holders if h.rank == team.rank)
+            for piece in binding.matrix.pieces(part):
+                for name, tensor in slab_.momenta.tensors().items():
+                    binding.view(tensor, piece).copy_(whole[binding.number][name][piece.box.slices])
+
+
+def _copy(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, tensor in into.items():
+        tensor.copy_(values[name])
+
+
+# ---- flat slices: each rank saves and loads its own ------------------------------------------------------------------
+
+
+def own_state(teams: Sequence[Team]) -> dict[str, Any]:
+    """What only this rank keeps of matrices in flat slices, and a fingerprint of the layout that it belongs to."""
+    return {"layout": layout_of(teams), "factors": owned_factors(teams)}
+
+
+def layout_of(teams: Sequence[Team]) -> list[str]:
+    """Fingerprints of the plans: state that each rank keeps for itself fits nothing else."""
+    return [team.plan.digest() for team in teams]
+
+
+def check_own(teams: Sequence[Team], saved: Mapping[str, Any], slices: Mapping[Tensor, ParamState]) -> None:
+    """Raise unless what :func:`own_state` and :func:`live_state` saved belongs to this layout.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if saved["layout"] != layout_of(teams):
+        raise ValueError(
+            "the loaded state was saved under another layout (number of ranks, ZeRO stage, block_size or parameters): "
+            f"plans {saved['layout']}, here {layout_of(teams)}"
+        )
+    live = live_state(teams)
+    for tensor, state in slices.items():
+        given = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+        wanted = {name: tuple(value.shape) for name, value in live[tensor].items() if isinstance(value, Tensor)}
+        if given != wanted:
+            raise ValueError(f"the loaded state of a slice of {tensor.numel()} elements holds {given}, not {wanted}")
+
+
+def load_own(teams: Sequence[Team], live: dict[Tensor, ParamState], saved: Mapping[str, Any], slices: Any) -> None:
+    """Take back what :func:`own_state` and :func:`live_state` saved on this rank, already checked."""
+    for tensor, state in slices.items():
+        live[tensor]["step"] = int(state["step"])
+        _copy({name: value for name, value in live[tensor].items() if name != "step"}, state)
+    for name, blocks in owned_factors(teams).items():
+        for key, views in blocks.items():
+            _copy(views, saved["factors"][name][key])
 
 
 def loaded_groups(current: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,269 +1,273 @@
-"""The only communication of a step: agreement, norms, and updated blocks on their way home."""
+"""What travels in a step: gradients to owners, directions home, norms, new weights to replicas."""
 
-import enum
-import hashlib
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from shampoo3d.blocks import Block
-from shampoo3d.holdings import Binding, Replicas, state_dtype
-from shampoo3d.hyperparams import ShampooHyperParams
-from shampoo3d.topology import Group, Mesh
-
-# Its newer name, where torch has it.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-BUCKET_ELEMENTS = 2**22
-"""Elements that one collective brings home, over all ranks: bounds the buffer, whatever the model's size."""
+from shampoo3d.collectives import Link, Swap
+from shampoo3d.holdings import Team, Unit
+from shampoo3d.layout import Storage
+from shampoo3d.routes import BUCKET_ELEMENTS, Leg
+from shampoo3d.schedule import Phase, phase
+from shampoo3d.slabs import Binding, Place, Steps, write
+from shampoo3d.topology import Mesh
 
 
-class StepRefusedError(RuntimeError):
-    """What this or another rank was given cannot be used; raised on all ranks, and nothing was changed."""
+@dataclass(frozen=True)
+class Trip:
+    """Cells on their way: those that stay on this rank with their values, and a swap for the others."""
+
+    here: dict[Leg, Tensor]
+    into: Sequence[Leg]
+    swap: Swap | None
+
+    def arrived(self) -> dict[Leg, Tensor]:
+        """All that is here now; those that travelled are flat."""
+        return self.here if self.swap is None else self.here | dict(zip(self.into, self.swap.wait(), strict=True))
 
 
-class Verdict(enum.Enum):
-    """What all ranks do next."""
+class Exchange:
+    """Carries out a team's plan, step after step."""
 
-    STEP = enum.auto()
-    SKIP = enum.auto()
-    BIND = enum.auto()
+    def __init__(self, team: Team, mesh: Mesh, update_precision: Literal["state", "parameter"]) -> None:
+        self.team, self.rank = team, mesh.rank
+        self.link = Link(mesh.rank, team.group, team.bindings[0].place.stored.device)
+        self._update_precision = update_precision
+        by_slot: defaultdict[int, list[Leg]] = defaultdict(list)
+        copied: defaultdict[tuple[int, ...], list[Leg]] = defaultdict(list)
+        for leg in team.legs:
+            by_slot[leg.slot].append(leg)
+            if len(leg.cell.ranks) > 1 and mesh.rank in leg.cell.ranks:
+                copied[leg.cell.ranks].append(leg)
+        self._legs = [[leg for slot in slots for leg in by_slot[slot]] for slots in team.rounds]
+        # The classes of replicas, each a group; in one order, so that no two wait for each other.
+        self._copies = [
+            (Link(mesh.rank, mesh.group(ranks), self.link.device), copied[ranks]) for ranks in sorted(copied)
+        ]
 
+    @property
+    def received(self) -> Counter[str]:
+        """Bytes that came from other ranks so far, by what they were."""
+        return sum((link.received for link, _ in self._copies), self.link.received.copy())
 
-def agree(
-    mesh: Mesh,
-    replicas: Sequence[Replicas],
-    hp: ShampooHyperParams,
-    groups: Sequence[Mapping[str, Any]],
-    complaint: str,
-    unbound: bool,
-) -> Verdict:
-    """What all ranks do next: this step, not this step, or bind parameters first.
+    def collect(self, steps: Steps) -> Iterator[Unit]:
+        """The owned blocks that take part, in units, with their gradients made whole in ``blocks``.
 
-    One all-gather of four numbers among replicas and, where there are other ranks too, one all-reduce of three among
-    everyone, so that all ranks step, skip, bind or raise together.
+        What the caller leaves there is sent home as the block's direction. The gradients of the next round travel
+        while those of the current one are worked on, and so do the directions of the one before.
+        """
+        coming = [self._gather(0, steps)] if self._legs else []
+        going: list[Trip] = []
+        for number, slots in enumerate(self.team.rounds):
+            units = list(self.team.units(slots, steps))
+            _fill(units, coming[number].arrived())
+            if number + 1 < len(self.team.rounds):
+                coming.append(self._gather(number + 1, steps))
+            yield from (unit for unit in units if not unit.guests)
+            self._share_roots(slots, number, steps)
+            yield from (unit for unit in units if unit.guests)
+            if number > 0:
+                self._take_home(going[number - 1])
+            going.append(self._send_home(number, units, steps))
+        if going:
+            self._take_home(going[-1])
 
-    Args:
-        groups: the parameter groups, whose settings must be the same on replicas.
-        complaint: what this rank was given that it cannot use.
-        unbound: whether this rank has parameters that are not bound yet.
+    def sum_norms(self, norms: Tensor) -> Tensor:
+        """Over the team, of what each rank found at the homes of its elements."""
+        return self.link.sum("norms", norms)
 
-    Raises:
-        StepRefusedError: on every rank, if one has a complaint, or if replicas differ in their settings, in which
-            parameters have gradients or in the size of these; with ``nonfinite_gradient="raise"``, if a gradient is not
-            finite.
-    """
-    finite = True
-    for shared in replicas:
-        entries = _largest_entries(shared.bindings)
-        if bad := [binding for binding, entry in entries.items() if not _can_be_squared(binding, entry)]:
-            finite = False
-            if hp.nonfinite_gradient == "raise" and not complaint:
-                complaint = f"the gradient of {bad[0].matrix.name!r} is NaN or infinite, or its squares are"
-        # A shared weight may be clipped by its own stage's norm, so that copies on two stages differ by a factor.
-        largest = 0.0 if shared.tied else max(entries.values(), default=0.0)
-        for group, bindings, size in (
-            (shared.group, shared.bindings, largest),
-            (mesh.model, [b for b in shared.bindings if b.matrix.storage.shard is not None], 0.0),
-        ):
-            if group.size > 1 and bindings:
-                differences = _compare(mesh.rank, group, bindings, groups, size)
-                complaint = complaint or differences
-    verdict = [not finite, bool(complaint), unbound]
-    if mesh.everyone.size > 1:
-        votes = torch.tensor(verdict, dtype=torch.int32, device=_device(mesh, replicas))
-        dist.all_reduce(votes, dist.ReduceOp.MAX, group=mesh.everyone.handle)
-        verdict = votes.bool().tolist()
-    nonfinite, refused, unbound = verdict
-    if refused:
-        raise StepRefusedError(f"{_first(mesh, complaint)}; no parameter and no state was changed")
-    if unbound:
-        return Verdict.BIND
-    return Verdict.SKIP if nonfinite else Verdict.STEP
+    def copy(self, steps: Steps) -> None:
+        """Bring new weights from their homes to the replicas."""
+        bindings = self.team.bindings
+        for link, legs in self._copies:
+            active = [leg for leg in legs if bindings[leg.matrix].place in steps]
+            for dtype in dict.fromkeys(self._storage_of(leg).dtype for leg in active):
+                chosen = [leg for leg in active if self._storage_of(leg).dtype == dtype]
+                self._copy(link, chosen, getattr(torch, dtype))
 
+    def _copy(self, link: Link, legs: Sequence[Leg], dtype: torch.dtype) -> None:
+        views = _Views(self.team.bindings, lambda place: place.flat)
+        items = [(leg.home, leg.elements) for leg in legs]
+        for arrived in link.share("weights", items, lambda number: views.of(legs[number]), dtype, BUCKET_ELEMENTS):
+            others = {legs[number]: flat for number, flat in arrived.items() if legs[number].home != self.rank}
+            if others:
+                write([(self.team.bindings[leg.matrix], leg.cell.piece) for leg in others], list(others.values()))
 
-def _first(mesh: Mesh, complaint: str) -> str:
-    """The complaint of the first rank that has one, told to all."""
-    complaints: list[str] = [complaint] * mesh.everyone.size
-    if mesh.everyone.size > 1:
-        dist.all_gather_object(complaints, complaint, group=mesh.everyone.handle)
-    return next(filter(None, complaints))
+    def reduce(self, sequence_parallel: int) -> None:
+        """Average the gradients over the replicas, each element at its home only: what others have of it stays.
 
+        ``sequence_parallel``: among how many ranks the tokens of one sample are split, whose gradients are summed.
+        """
+        for link, legs in self._copies:
+            for dtype in dict.fromkeys(self._storage_of(leg).dtype for leg in legs):
+                chosen = [leg for leg in legs if self._storage_of(leg).dtype == dtype]
+                self._reduce(link, chosen, getattr(torch, dtype), link.group.size / sequence_parallel)
 
-def _largest_entries(bindings: Sequence[Binding]) -> dict[Binding, float]:
-    """The largest magnitude in each gradient, NaN if it has a NaN; one synchronisation per device."""
-    gradients = {b: b.param.grad for b in bindings if b.param.grad is not None and b.param.grad.layout == torch.strided}
-    if not gradients:
-        return {}
-    by_device: defaultdict[torch.device, dict[Binding, Tensor]] = defaultdict(dict)
-    for binding, norm in zip(gradients, torch._foreach_norm(list(gradients.values()), math.inf), strict=True):
-        by_device[norm.device][binding] = norm.double()
-    entries: dict[Binding, float] = {}
-    for norms in by_device.values():
-        entries |= zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)
-    return entries
+    def _reduce(self, link: Link, legs: Sequence[Leg], dtype: torch.dtype, divisor: float) -> None:
+        views = _Views(self.team.bindings, _gradient)
+        for turn, bucket in enumerate(_in_buckets(legs, BUCKET_ELEMENTS)):
+            mine = [leg for leg in bucket if leg.home == self.rank]
+            peers = [rank for rank in link.group.ranks if rank != self.rank]
+            out = [(leg.home, views.of(leg)) for leg in bucket if leg.home != self.rank]
+            into = [(peer, leg.elements) for peer in peers for leg in mine]
+            arrived = link.swap("reduced", turn, dtype, out, into).wait()
+            for place, leg in enumerate(mine):
+                total = views.of(leg)
+                for flat in arrived[place :: len(mine)]:
+                    total.add_(flat.view(total.shape))
+                total.div_(divisor)
 
+    # ---- between homes and owners ------------------------------------------------------------------------------------
 
-def _can_be_squared(binding: Binding, largest: float) -> bool:
-    """Whether the sum of the gradient's squares is finite in the dtype of the state."""
-    limit = torch.finfo(state_dtype(binding.param.dtype)).max / binding.param.numel()
-    return largest * largest < limit  # False for NaN
+    def _gather(self, number: int, steps: Steps) -> Trip:
+        """Start to bring the gradients of a round to their owners."""
 
+        def due(now: Phase) -> bool:
+            return now.accumulate or now.started
 
-def _compare(
-    rank: int, group: Group, bindings: Sequence[Binding], groups: Sequence[Mapping[str, Any]], largest: float
-) -> str:
-    """How ranks differ in which of these parameters have gradients, the largest entry, or settings; empty if not."""
-    present = [binding.matrix.name for binding in bindings if binding.param.grad is not None]
-    options = ("lr", "momentum", "weight_decay", "maximize")
-    settings = sorted({str({name: groups[binding.group][name] for name in options}) for binding in bindings})
-    numbers = [len(present), _fingerprint(present), largest, _fingerprint(settings)]
-    mine = torch.tensor(numbers, dtype=torch.float64, device=bindings[0].param.device)
-    table = torch.empty(group.size * len(numbers), dtype=torch.float64, device=mine.device)
-    all_gather(table, mine, group=group.handle)
-    rows = table.view(group.size, -1).tolist()
-    for other, (count, names, entry, options_) in zip(group.ranks, rows, strict=True):
-        if options_ != rows[0][3]:
-            return (
-                f"ranks {group.ranks[0]} and {other} differ in lr, momentum, weight_decay or maximize (rank {rank} has "
-                f"{', '.join(settings)}); schedulers must do the same on all ranks"
-            )
-        if names != rows[0][1]:
-            absent = [binding.matrix.name for binding in bindings if binding.param.grad is None]
-            return (
-                f"rank {group.ranks[0]} has gradients for {rows[0][0]:.0f} and rank {other} for {count:.0f} of "
-                f"{len(bindings)} parameters, not the same ones; ranks of one group must have gradients for the same "
-                f"parameters (on rank {rank} these have none: {absent[:5]})"
-            )
-        if abs(entry - rows[0][2]) > 1e-3 * abs(rows[0][2]):
-            return (
-                f"the largest gradient entry is {rows[0][2]:.6g} on rank {group.ranks[0]} and {entry:.6g} on rank "
-                f"{other}; replicas must have the same, averaged gradients (DeepSpeed and DistributedDataParallel "
-                "average them in backward)"
-            )
-    return ""
+        views = _Views(self.team.bindings, _gradient)
+        legs = [leg for leg in self._due(number, steps, due) if leg.gathered]
+        pieces = {leg: views.of(leg) for leg in legs if leg.home == self.rank}
+        dtype = getattr(torch, self._storage(number).dtype)
+        ends = [(leg, leg.home, leg.keeper) for leg in legs]
+        return self._trip("gradients", number, dtype, pieces, ends, self._anyone(number, steps, due))
 
+    def _send_home(self, number: int, units: Sequence[Unit], steps: Steps) -> Trip:
+        """Start to bring the directions of a round from the owners to the homes of their elements."""
 
-def _fingerprint(texts: Sequence[str]) -> int:
-    """A number of 48 bits, exact in float64."""
-    return int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:6], "big")
+        def due(now: Phase) -> bool:
+            return now.started
 
+        blocks = {m.slot: (m, block) for unit in units for m, block in zip(unit.members, unit.blocks, strict=True)}
+        legs, pieces = self._due(number, steps, due), {}
+        for leg in legs:
+            if leg.keeper == self.rank:
+                member, block = blocks[leg.slot]
+                pieces[leg] = block[leg.cell.piece.box.within(member.block)]
+        storage = self._storage(number)
+        dtype = getattr(torch, storage.model_dtype if self._update_precision == "parameter" else storage.state_dtype)
+        ends = [(leg, leg.keeper, leg.home) for leg in legs]
+        return self._trip("updates", number, dtype, pieces, ends, self._anyone(number, steps, due))
 
-def graft_norms(mesh: Mesh, shared: Replicas, norms: Tensor, bindings: Sequence[Binding]) -> Tensor:
-    """Squared norms of each whole parameter from those of its blocks.
+    def _share_roots(self, slots: Sequence[int], number: int, steps: Steps) -> None:
+        """Bring new roots from the owners to the other keepers."""
+        planned = self.team.plan.blocks
+        places = self._due_places(steps, lambda now: now.refresh)
+        due = [s for s in slots if len(planned[s].keepers) > 1 and self.team.slots[s][0].place in places]
+        if not due:
+            return
+        out: list[tuple[int, Tensor]] = []
+        into: list[tuple[int, int]] = []
+        roots: list[Tensor] = []
+        for slot in (slot for slot in due if self.rank in planned[slot].keepers):
+            stack, row = self.team.stacked[slot]
+            for P in (P[row] for P in stack.roots):
+                if planned[slot].owner == self.rank:
+                    out += ((peer, P) for peer in planned[slot].keepers if peer != self.rank)
+                else:
+                    into.append((planned[slot].owner, P.numel()))
+                    roots.append(P)
+        dtype = getattr(torch, self._storage(number).state_dtype)
+        arrived = self.link.swap("roots", number, dtype, out, into).wait()
+        for P, flat in zip(roots, arrived, strict=True):
+            P.copy_(flat.view(P.shape))
 
-    Each block has one owner, so the sum over ranks adds zeros only: it is exact, and the same whoever owns what.
+    def _take_home(self, trip: Trip) -> None:
+        arrived = trip.arrived()
+        if arrived:
+            into = [self.team.direction(leg) for leg in arrived]
+            values = [piece.view(to.shape) for piece, to in zip(arrived.values(), into, strict=True)]
+            torch._foreach_copy_(into, values)
 
-    Args:
-        norms: float64, (blocks of the plan, k), zero for blocks of other owners.
-        bindings: whose norms are wanted, in the order in which they are bound.
+    def _trip(
+        self,
+        what: str,
+        number: int,
+        dtype: torch.dtype,
+        pieces: dict[Leg, Tensor],
+        ends: Sequence[tuple[Leg, int, int]],
+        anyone: bool,
+    ) -> Trip:
+        """``ends``: legs with the ranks from and to which they go; ``pieces``: what starts here."""
+        here = {leg: pieces[leg] for leg, start, stop in ends if start == stop == self.rank}
+        if not (anyone and self.team.travels):
+            return Trip(here, (), None)
+        out = [(stop, pieces[leg]) for leg, start, stop in ends if start == self.rank != stop]
+        into = [(leg, start) for leg, start, stop in ends if stop == self.rank != start]
+        swap = self.link.swap(what, number, dtype, out, [(start, leg.elements) for leg, start in into])
+        return Trip(here, [leg for leg, _ in into], swap)
 
-    Returns:
-        float64, (len(bindings), k); of the logical matrix for those that are sharded over the model group.
-    """
-    if shared.group.size > 1:
-        dist.all_reduce(norms, group=shared.group.handle)
-    counts = torch.tensor([len(binding.matrix.blocks) for binding in shared.bindings], device=norms.device)
-    whole = torch.segment_reduce(norms, "sum", lengths=counts, axis=0, unsafe=True)  # unsafe: without a synchronisation
-    chosen = set(bindings)
-    whole = whole[[i for i, binding in enumerate(shared.bindings) if binding in chosen]]
-    sharded = [i for i, binding in enumerate(bindings) if binding.matrix.storage.shard is not None]
-    if sharded and mesh.model.size > 1:
-        parts = whole[sharded]
-        dist.all_reduce(parts, group=mesh.model.handle)
-        whole[sharded] = parts
-    return whole
+    def _due(self, number: int, steps: Steps, due: Callable[[Phase], bool]) -> list[Leg]:
+        """The legs of a round whose matrices take part in the step, in a phase in which they are due."""
+        places = self._due_places(steps, due)
+        return [leg for leg in self._legs[number] if self.team.bindings[leg.matrix].place in places]
 
+    def _anyone(self, number: int, steps: Steps, due: Callable[[Phase], bool]) -> bool:
+        """Whether any rank may have a leg that is due: the same on all of them."""
+        places = self._due_places(steps, due)
+        return any(self.team.slots[slot][0].place in places for slot in self.team.rounds[number])
 
-def deliver(rank: int, shared: Replicas, updated: Mapping[int, Tensor], active: set[Binding]) -> None:
-    """Bring every updated block from its owner to all replicas.
+    def _due_places(self, steps: Steps, due: Callable[[Phase], bool]) -> set[Place]:
+        return {place for place, t in steps.items() if due(phase(t, self.team.hp))}
 
-    Args:
-        rank: this process.
-        updated: new weights of the blocks that this rank owns, by their slot in the plan.
-        active: the bindings that are updated at this step, the same on all replicas.
-    """
-    wanted = [slot for slot, (binding, _) in enumerate(shared.local) if binding in active]
-    sizes = {slot: shared.plan.blocks[slot].elements for slot in wanted}
-    for dtype in dict.fromkeys(shared.local[slot][0].param.dtype for slot in wanted):
-        chosen = {slot: size for slot, size in sizes.items() if shared.local[slot][0].param.dtype == dtype}
-        for arrived in share(rank, shared, chosen, lambda slot: updated[slot], dtype):
-            _write(shared, arrived)
+    def _storage_of(self, leg: Leg) -> Storage:
+        return self.team.bindings[leg.matrix].matrix.storage
 
-
-def share(
-    rank: int, shared: Replicas, sizes: Mapping[int, int], flat: Callable[[int], Tensor], dtype: torch.dtype
-) -> Iterator[dict[int, Tensor]]:
-    """Give every replica what each owner has for its blocks, one bucket (one collective) at a time.
-
-    Args:
-        sizes: how many numbers travel for each slot of the plan.
-        flat: those numbers, for a slot that this rank owns; of any shape.
-
-    Yields:
-        The flat tensors that arrived, by slot.
-    """
-    group, planned = shared.group, shared.plan.blocks
-    if group.size == 1:
-        yield {slot: flat(slot).reshape(-1) for slot in sizes}
-        return
-    device = shared.bindings[0].param.device
-    for bucket in _buckets(group, {slot: (planned[slot].owner, size) for slot, size in sizes.items()}):
-        width = max(sum(sizes[slot] for slot in slots) for slots in bucket.values())
-        send = torch.zeros(width, dtype=dtype, device=device)
-        for slot, piece in zip(bucket[rank], send.split_with_sizes(_fill(sizes, bucket[rank], width)), strict=False):
-            piece.copy_(flat(slot).reshape(-1))
-        received = torch.empty(group.size * width, dtype=dtype, device=device)
-        # As bytes, since not every backend carries every dtype.
-        all_gather(received.view(torch.uint8), send.view(torch.uint8), group=group.handle)
-        arrived: dict[int, Tensor] = {}
-        for owner, row in zip(group.ranks, received.view(group.size, width), strict=True):
-            pieces = row.split_with_sizes(_fill(sizes, bucket[owner], width))
-            arrived |= dict(zip(bucket[owner], pieces, strict=False))
-        yield arrived
+    def _storage(self, number: int) -> Storage:
+        """Of a round, whose matrices are all stored in one dtype."""
+        return self.team.slots[self.team.rounds[number][0]][0].matrix.storage
 
 
-def _fill(sizes: Mapping[int, int], slots: Sequence[int], width: int) -> list[int]:
-    """The pieces' sizes and, last, the padding up to ``width``."""
-    used = [sizes[slot] for slot in slots]
-    return [*used, width - sum(used)]
+class _Views:
+    """Pieces of what places hold; each place is flattened once."""
+
+    def __init__(self, bindings: Sequence[Binding], flatten: Callable[[Place], Tensor]) -> None:
+        self.bindings, self.flatten = bindings, flatten
+        self.flats: dict[Place, Tensor] = {}
+
+    def of(self, leg: Leg) -> Tensor:
+        binding = self.bindings[leg.matrix]
+        if binding.place not in self.flats:
+            self.flats[binding.place] = self.flatten(binding.place)
+        return binding.view(self.flats[binding.place], leg.cell.piece)
 
 
-def _buckets(group: Group, blocks: Mapping[int, tuple[int, int]]) -> Iterator[dict[int, list[int]]]:
-    """Per owner, rounds of slots of about ``BUCKET_ELEMENTS`` elements over all ranks; ``blocks``: (owner, size)."""
-    quota = max(1, BUCKET_ELEMENTS // group.size)
-    queues: dict[int, list[int]] = {owner: [] for owner in group.ranks}
-    for slot in reversed(list(blocks)):
-        queues[blocks[slot][0]].append(slot)
-    while any(queues.values()):
-        bucket: dict[int, list[int]] = {}
-        for owner, queue in queues.items():
-            bucket[owner], filled = [], 0
-            while queue and (not filled or filled + blocks[queue[-1]][1] <= quota):
-                filled += blocks[queue[-1]][1]
-                bucket[owner].append(queue.pop())
+def _in_buckets(legs: Sequence[Leg], most: int) -> Iterator[list[Leg]]:
+    """Consecutive legs with about ``most`` elements."""
+    bucket: list[Leg] = []
+    filled = 0
+    for leg in legs:
+        if bucket and filled + leg.elements > most:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(leg)
+        filled += leg.elements
+    if bucket:
         yield bucket
 
 
-def _write(shared: Replicas, values: Mapping[int, Tensor]) -> None:
-    by_binding: dict[Binding, tuple[list[Block], list[Tensor]]] = {}
-    for slot, value in values.items():
-        binding, block = shared.local[slot]
-        blocks, tensors = by_binding.setdefault(binding, ([], []))
-        blocks.append(block)
-        tensors.append(value.view(block.shape))
-    for binding, (blocks, tensors) in by_binding.items():
-        binding.write(blocks, tensors)
+def _gradient(place: Place) -> Tensor:
+    gradient = place.gradient
+    assert gradient is not None
+    return gradient
 
 
-def _device(mesh: Mesh, replicas: Sequence[Replicas]) -> torch.device:
-    """Where everyone's collectives take their tensors: with the parameters; a rank may have none of these."""
-    if replicas:
-        return replicas[0].bindings[0].param.device
-    nccl = dist.get_backend(mesh.everyone.handle) == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+def _fill(units: Sequence[Unit], arrived: dict[Leg, Tensor]) -> None:
+    """Put together the blocks of the units."""
+    by_slot: defaultdict[int, list[Leg]] = defaultdict(list)
+    for leg in arrived:
+        by_slot[leg.slot].append(leg)
+    for unit in units:
+        stack = unit.batch.stack
+        unit.blocks = torch.empty((len(unit.members), *stack.shape), dtype=stack.dtype, device=stack.device)
+        into, values = [], []
+        for block, member in zip(unit.blocks.unbind(), unit.members, strict=True):
+            for leg in by_slot[member.slot]:
+                into.append(block[leg.cell.piece.box.within(member.block)])
+                values.append(arrived[leg].view(into[-1].shape) if arrived[leg].dim() == 1 else arrived[leg])
+        if into:
+            torch._foreach_copy_(into, values)

@@ -1,8 +1,9 @@
-"""What this rank holds and owns: parameters bound to their matrices, owned blocks gathered into stacks."""
+"""What this rank owns: stacks of blocks with their factors; and the teams of ranks that share the blocks."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,33 +11,18 @@ from torch import Tensor
 
 from shampoo3d.blocks import Block
 from shampoo3d.hyperparams import ShampooHyperParams
-from shampoo3d.layout import Matrix
+from shampoo3d.momenta import Momenta, Rows
 from shampoo3d.plan import Plan
-from shampoo3d.preconditioner import Rows, Stack
+from shampoo3d.preconditioner import Stack
+from shampoo3d.routes import BUCKET_ELEMENTS, Leg, Routes, rounds
 from shampoo3d.schedule import Phase, phase
+from shampoo3d.slabs import Binding, FlatSlab, Member, Place, StackSlab, Steps, rows_of, state_dtype
 from shampoo3d.topology import Group
 
 
-@dataclass(eq=False)
-class Binding:
-    """A tensor of a parameter group, the matrix that it stores, and whether the group wanted it preconditioned."""
-
-    matrix: Matrix
-    param: Tensor
-    group: int
-    precondition: bool
-
-    def write(self, blocks: Sequence[Block], values: Sequence[Tensor]) -> None:
-        """Put new values into rectangles of the parameter."""
-        whole = self.param.detach().reshape(self.matrix.view)
-        torch._foreach_copy_([whole[block.slices] for block in blocks], list(values))
-        if whole.data_ptr() != self.param.data_ptr():  # the strides of the parameter allowed no view of it
-            self.param.copy_(whole.view(self.param.shape))
-
-
 @dataclass(frozen=True, eq=False)
-class Owned:
-    """A block that this rank owns: its place in the plan, in the parameter and in its stack."""
+class Kept:
+    """A block whose roots are kept here: its place in the plan, and in its batch."""
 
     slot: int
     binding: Binding
@@ -46,96 +32,160 @@ class Owned:
 
 @dataclass(eq=False)
 class Batch:
-    """The owned blocks of one shape and parameter group, with their stack."""
+    """Kept blocks of one shape, with the stack of their factors; those of one round are next to each other.
+
+    ``guests``: other ranks own them and send their roots.
+    """
 
     stack: Stack
-    group: int
-    members: list[Owned]
-
-    def gather(self, members: Sequence[Owned], *, gradient: bool) -> Tensor:
-        """The members' blocks of the gradient or of the weights, (len(members), *shape) in the stack's dtype."""
-        wholes: dict[Binding, Tensor] = {}  # once per parameter: a reshape copies where its strides allow no view
-        for binding in dict.fromkeys(member.binding for member in members):
-            source = binding.param.grad if gradient else binding.param.detach()
-            assert source is not None
-            wholes[binding] = source.reshape(binding.matrix.view)
-        return torch.stack([wholes[member.binding][member.block.slices] for member in members]).to(self.stack.dtype)
+    members: list[Kept]
+    guests: bool
 
 
 @dataclass
 class Unit:
-    """Members of a batch that are in the same phase at this step, and their directions once computed."""
+    """Members of a batch that are in the same phase at this step, with their gradients and then their directions."""
 
     batch: Batch
-    members: list[Owned]
+    members: list[Kept]
     phase: Phase
-    S: Tensor = field(init=False)
-    D: Tensor = field(init=False)
+    blocks: Tensor = field(init=False)
+
+    @property
+    def guests(self) -> bool:
+        return self.batch.guests
 
     @property
     def rows(self) -> Rows:
-        if len(self.members) == self.batch.stack.n:
-            return slice(None)
-        return torch.tensor([member.row for member in self.members], device=self.batch.stack.device)
-
-    @property
-    def slots(self) -> list[int]:
-        return [member.slot for member in self.members]
+        return rows_of([member.row for member in self.members], self.batch.stack.n, self.batch.stack.device)
 
 
 @dataclass(eq=False)
-class Replicas:
-    """Ranks that store the same parameters, the plan by which they share the work, and this rank's part of it.
+class Team:
+    """Ranks that store the same matrices between them, the plan by which they share the work, and this rank's part.
 
-    ``local`` are the blocks in coordinates of the parameters, in the order of the plan.
+    Attributes:
+        slots: the block of each slot of the plan.
+        legs: the ways of the cells that this rank has to do with.
+        travels: whether any block's owner is not the home of all its elements.
+        rounds: the slots that are worked on together.
     """
 
     group: Group
+    rank: int
     plan: Plan
     bindings: list[Binding]
-    local: list[tuple[Binding, Block]]
-    batches: list[Batch]
+    hp: ShampooHyperParams
     tied: bool
+    slots: list[tuple[Binding, Block]] = field(init=False)
+    legs: list[Leg] = field(init=False)
+    travels: bool = field(init=False)
+    rounds: list[list[int]] = field(init=False)
+    batches: list[Batch] = field(init=False)
+    flat_slabs: dict[Place, FlatSlab] = field(init=False)
+    stack_slabs: list[StackSlab] = field(init=False)
 
-    @classmethod
-    def bind(
-        cls, group: Group, plan: Plan, bindings: list[Binding], rank: int, hp: ShampooHyperParams, *, tied: bool
-    ) -> "Replicas":
-        """Allocate the stacks of the blocks that ``rank`` owns."""
-        local = [(binding, block) for binding in bindings for block in binding.matrix.local_blocks]
-        return cls(group, plan, bindings, local, _make_batches(plan, local, rank, hp), tied)
+    def __post_init__(self) -> None:
+        self.slots = [(binding, block) for binding in self.bindings for block in binding.matrix.blocks]
+        routes = Routes.of(self.plan, [binding.matrix for binding in self.bindings])
+        self.legs, self.travels = list(routes.at(self.rank).legs), routes.travels
+        self.rounds = rounds(self.plan, BUCKET_ELEMENTS)
+        self.batches = self._make_batches()
+        self.flat_slabs = self._make_flat_slabs()
+        self.stack_slabs = self._make_stack_slabs()
+        self._slab_of = {member.cell: slab for slab in self.stack_slabs for member in slab.members}
 
-    def units(self, steps: dict[Tensor, int], hp: ShampooHyperParams) -> Iterator[Unit]:
-        """The owned blocks of the parameters in ``steps`` (each with its t), batched by phase."""
+    @property
+    def device(self) -> torch.device:
+        return self.bindings[0].place.stored.device
+
+    @property
+    def slabs(self) -> list[FlatSlab | StackSlab]:
+        return [*self.flat_slabs.values(), *self.stack_slabs]
+
+    @cached_property
+    def names(self) -> dict[Place, list[str]]:
+        """The matrices in each place, also those of which this rank stores nothing."""
+        found: dict[Place, list[str]] = {}
+        for binding in self.bindings:
+            found.setdefault(binding.place, []).append(binding.matrix.name)
+        return found
+
+    @property
+    def places(self) -> list[Place]:
+        return list(self.names)
+
+    @cached_property
+    def twins(self) -> set[int]:
+        """The ranks that store the very same as this one, of everything."""
+        found = set(self.group.ranks)
+        for binding in self.bindings:
+            parts = {holder.rank: holder.part for holder in binding.matrix.storage.holders}
+            found &= {rank for rank in found if parts.get(rank) == parts[self.rank]}
+        return set() if any(binding.matrix.storage.sharded for binding in self.bindings) else found
+
+    def direction(self, leg: Leg) -> Tensor:
+        """Where S of a cell goes whose home is here."""
+        binding = self.bindings[leg.matrix]
+        if binding.matrix.storage.sharded:
+            return self.flat_slabs[binding.place].direction(binding, leg.cell.piece)
+        return self._slab_of[leg.cell].direction(leg.cell)
+
+    def units(self, slots: Collection[int], steps: Steps) -> Iterator[Unit]:
+        """The kept blocks among these that take part in the step, batched by phase: those that are owned first."""
+        wanted = set(slots)
         for batch in self.batches:
-            by_phase: defaultdict[Phase, list[Owned]] = defaultdict(list)
+            by_phase: defaultdict[Phase, list[Kept]] = defaultdict(list)
             for member in batch.members:
-                t = steps.get(member.binding.param)
-                if t is not None:
-                    by_phase[phase(t, hp)].append(member)
+                if member.slot in wanted and member.binding.place in steps:
+                    by_phase[phase(steps[member.binding.place], self.hp)].append(member)
             for now, members in by_phase.items():
-                yield Unit(batch, members, now)
+                yield Unit(batch, members, Phase(False, False, now.started) if batch.guests else now)
+
+    def _make_batches(self) -> list[Batch]:
+        kinds: defaultdict[Any, list[tuple[int, Binding, Block]]] = defaultdict(list)
+        planned = self.plan.blocks
+        for slot in (slot for round_ in self.rounds for slot in round_ if self.rank in planned[slot].keepers):
+            binding, block = self.slots[slot]
+            stored = binding.place.stored
+            guest = planned[slot].owner != self.rank
+            kinds[guest, block.shape, state_dtype(stored.dtype), stored.device].append((slot, binding, block))
+        batches = []
+        for (guests, shape, dtype, device), found in kinds.items():
+            members = [Kept(slot, binding, block, row) for row, (slot, binding, block) in enumerate(found)]
+            stack = Stack(shape, len(found), self.hp, dtype, device, guest=guests)
+            batches.append(Batch(stack, members, guests))
+        return sorted(batches, key=lambda batch: batch.guests)
+
+    @cached_property
+    def stacked(self) -> dict[int, tuple[Stack, int]]:
+        """The stack and the row of every kept slot."""
+        return {member.slot: (batch.stack, member.row) for batch in self.batches for member in batch.members}
+
+    def _make_flat_slabs(self) -> dict[Place, FlatSlab]:
+        found: defaultdict[Place, list[Binding]] = defaultdict(list)
+        for binding in self.bindings:
+            if binding.matrix.storage.sharded:
+                found[binding.place].append(binding)
+        return {place: FlatSlab(place, bindings, self.hp) for place, bindings in found.items()}
+
+    def _make_stack_slabs(self) -> list[StackSlab]:
+        kinds: defaultdict[Any, list[Member]] = defaultdict(list)
+        for leg in self.legs:
+            binding = self.bindings[leg.matrix]
+            if leg.home == self.rank and not binding.matrix.storage.sharded:
+                flat, factors = binding.place.flat, self.plan.blocks[leg.slot].factors
+                kind = (leg.cell.piece.box.shape, factors, binding.place.group, flat.dtype, flat.device)
+                kinds[kind].append(Member(leg.slot, binding, leg.cell))
+        return [StackSlab(members, self.hp) for members in kinds.values()]
 
 
-def _make_batches(plan: Plan, local: Sequence[tuple[Binding, Block]], rank: int, hp: ShampooHyperParams) -> list[Batch]:
-    kinds: defaultdict[Any, list[tuple[int, Binding, Block]]] = defaultdict(list)
-    for slot, (planned, (binding, block)) in enumerate(zip(plan.blocks, local, strict=True)):
-        if planned.owner == rank:
-            device, dtype = binding.param.device, state_dtype(binding.param.dtype)
-            kinds[block.shape, binding.matrix.rank, binding.group, dtype, device].append((slot, binding, block))
-    batches = []
-    for (shape, axes, group, dtype, device), found in kinds.items():
-        stack = Stack(shape, len(found), axes, hp, dtype, device)
-        members = [Owned(slot, binding, block, row) for row, (slot, binding, block) in enumerate(found)]
-        batches.append(Batch(stack, group, members))
-    return batches
+def state_bytes(teams: Iterable[Team]) -> int:
+    """Bytes of all state on this rank."""
+    kept = (holder.tensors() for team in teams for holder in _stateful(team))
+    return sum(tensor.nbytes for tensors in kept for tensor in tensors.values())
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """State and arithmetic are float64 for float64 parameters, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def state_bytes(batches: Iterable[Batch]) -> int:
-    """Bytes of all stacks' state."""
-    return sum(tensor.nbytes for batch in batches for tensor in batch.stack.tensors().values())
+def _stateful(team: Team) -> Iterator[Stack | Momenta]:
+    yield from (batch.stack for batch in team.batches)
+    yield from (slab.momenta for slab in team.slabs)

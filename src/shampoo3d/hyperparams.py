@@ -74,6 +74,14 @@ class ShampooHyperParams:
             raise ValueError(f"nonfinite_gradient must be 'skip' or 'raise', got {self.nonfinite_gradient!r}")
 
 
+def momenta_names(hp: ShampooHyperParams) -> tuple[str, ...]:
+    """The state that is kept for each element: M and, where the settings need them, N and the sum of G^2."""
+    names = ["momentum"]
+    names += ["graft_momentum"] * (hp.start_preconditioning_step > 1)
+    names += ["graft_accumulator"] * (hp.graft_type is LayerwiseGrafting.ADAGRAD)
+    return tuple(names)
+
+
 def _graft_type(value: object) -> LayerwiseGrafting:
     if isinstance(value, str) and value.upper() in LayerwiseGrafting.__members__:
         return LayerwiseGrafting[value.upper()]

@@ -1,69 +1,208 @@
 """Where each element of each logical matrix lives, and into which blocks the matrix is cut.
 
-A reader (``engines/``) says how a parameter is stored; :func:`describe` turns that into a :class:`Matrix`. Blocks are
-cut from the *logical* matrix, so they do not depend on how many ranks there are.
+A reader (``engines/``) says what each rank stores of a parameter; :func:`describe` turns that into a :class:`Matrix`.
+Blocks are cut from the *logical* matrix, so they do not depend on how many ranks there are or how storage is sliced.
 """
 
+import bisect
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from shampoo3d.blocks import Block, Cuts, Shape, cut, grid, merge_dims, parts_at_most
+from shampoo3d.blocks import Block, Cuts, Shape, cut, grid, merge_dims, parts_at_most, rectangles, strides_of
 from shampoo3d.hyperparams import ShampooHyperParams
 
 GRAFTED_BLOCK = 2**18
 """Elements in a block without factors: small enough that the rows of a large embedding spread over the ranks."""
 
+Span = tuple[int, int]
+"""A range of an axis: from, to (exclusive)."""
+
 
 @dataclass(frozen=True)
-class Shard:
-    """This rank stores part number ``part`` of ``parts`` equal parts along ``axis`` of the logical matrix."""
+class Part:
+    """What one rank stores of a logical matrix.
 
-    axis: int
-    parts: int
-    part: int
+    Attributes:
+        spans: per axis, the ranges of it that are stored, one after the other.
+        first, last: of the elements in these ranges, in row-major order, those with ``first <= number < last``.
+    """
+
+    spans: tuple[tuple[Span, ...], ...]
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, spans: Sequence[Sequence[Span]]) -> "Part":
+        """All elements in these ranges."""
+        sides = tuple(tuple(axis) for axis in spans)
+        return cls(sides, 0, math.prod(sum(b - a for a, b in axis) for axis in sides))
+
+    @classmethod
+    def whole(cls, shape: Shape) -> "Part":
+        return cls.of([((0, n),) for n in shape])
+
+    def range(self, first: int, last: int) -> "Part":
+        """Of these elements those from number ``first`` to ``last``, as far as there are so many."""
+        first, last = self.first + max(first, 0), min(self.first + last, self.last)
+        return Part(self.spans, first, max(first, last))
+
+    @property
+    def shape(self) -> Shape:
+        """Of the tensor that the ranges span."""
+        return tuple(sum(b - a for a, b in axis) for axis in self.spans)
+
+    @property
+    def elements(self) -> int:
+        return self.last - self.first
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of the merged matrix, and where it lies in the row-major storage of a part."""
+
+    box: Block
+    offset: int
+    strides: Shape
+
+    def cut_to(self, block: Block) -> "Piece | None":
+        """What of it lies in the block."""
+        box = self.box.intersect(block)
+        if box is None:
+            return None
+        moved = sum((a - b) * stride for a, b, stride in zip(box.start, self.box.start, self.strides, strict=True))
+        return Piece(box, self.offset + moved, self.strides)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A rank that stores a part. The holders of one ``cover`` store the whole matrix between them."""
+
+    rank: int
+    part: Part
+    cover: int = 0
+
+
+def state_dtype(dtype: str) -> str:
+    """State and arithmetic are float64 for float64 parameters, float32 for all others."""
+    return "float64" if dtype == "float64" else "float32"
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How one parameter is stored on this rank, as its reader found it.
+    """How a parameter is stored, as its readers on all its holders found it.
 
     Attributes:
         name: the parameter's name, the same on all its holders.
-        shape: the shape of what is stored here.
-        dtype: such as ``"float32"``.
-        holders: the global ranks that store these very elements, this one included.
-        shard: which part of the logical matrix this is; None if it is the whole.
+        shape: of the logical matrix.
+        dtype: of what is stored, such as ``"float32"``.
+        holders: who stores what.
+        sharded: each element is stored, and so updated, in one place of a cover: ZeRO, FSDP. Else ranks that store
+            the same part are replicas, which divide its elements and give each other the updates.
+        divided: the axis along which tensor parallelism divides it.
         excluded: why it must not be preconditioned; empty if it may.
+        model_dtype: of the model's own parameter: lower than ``dtype`` where that is of a master copy.
     """
 
     name: str
     shape: Shape
     dtype: str
-    holders: tuple[int, ...]
-    shard: Shard | None = None
+    holders: tuple[Holder, ...]
+    sharded: bool = False
+    divided: int | None = None
     excluded: str = ""
+    model_dtype: str = ""
+
+    @property
+    def state_dtype(self) -> str:
+        return state_dtype(self.dtype)
+
+    @cached_property
+    def covers(self) -> dict[int, tuple[int, ...]]:
+        """The ranks of each cover."""
+        numbers = sorted({holder.cover for holder in self.holders})
+        return {number: tuple(h.rank for h in self.holders if h.cover == number) for number in numbers}
+
+    def counterparts(self, rank: int) -> tuple[int, ...]:
+        """The ranks that have the same place in each cover of replicas; of sharded matrices the rank itself."""
+        if self.sharded:
+            return (rank,)
+        place = next(ranks.index(rank) for ranks in self.covers.values() if rank in ranks)
+        return tuple(ranks[place] for ranks in self.covers.values())
+
+    def with_covers(self, count: int) -> "Storage":
+        """With the replicas of every part divided among ``count`` covers, neighbours together.
+
+        Raises:
+            ValueError: naming the parameter, if there are no replicas to divide or ``count`` does not divide them.
+        """
+        if count == 1:
+            return self
+        if self.sharded:
+            raise ValueError(
+                f"root_copies={count} needs replicas, but each element of {self.name!r} is stored and updated on one "
+                "rank only (ZeRO, FSDP): its gradient must travel to the one owner of the block; take root_copies=1"
+            )
+        by_part: dict[Part, list[int]] = {}
+        for holder in self.holders:
+            by_part.setdefault(holder.part, []).append(holder.rank)
+        covers: dict[int, int] = {}
+        for ranks in by_part.values():
+            if len(ranks) % count:
+                raise ValueError(
+                    f"root_copies={count} does not divide the {len(ranks)} replicas {ranks} of {self.name!r}"
+                )
+            covers |= {rank: place * count // len(ranks) for place, rank in enumerate(ranks)}
+        return replace(self, holders=tuple(replace(h, cover=covers[h.rank]) for h in self.holders))
+
+    @cached_property
+    def classes(self) -> dict[tuple[int, Part], tuple[int, ...]]:
+        """The ranks that store the same part, for each cover and part that is not empty."""
+        found: dict[tuple[int, Part], tuple[int, ...]] = {}
+        for holder in self.holders:
+            if holder.part.elements:
+                key = holder.cover, holder.part
+                found[key] = (*found.get(key, ()), holder.rank)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """What one class of replicas stores of one block.
+
+    Attributes:
+        block: the block's number in its matrix.
+        cover: of these holders.
+        ranks: they store these elements at the same place.
+        piece: the elements, and that place.
+    """
+
+    block: int
+    cover: int
+    ranks: tuple[int, ...]
+    piece: Piece
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A logical matrix as one rank sees it.
+    """A logical matrix.
 
     Attributes:
-        storage: how it is stored here.
-        shape: its logical shape.
-        view: the shape in which the stored part is cut: its dimensions merged.
-        offset: where the stored part begins in the merged logical matrix.
-        blocks: the blocks inside the stored part, in coordinates of the merged logical matrix.
+        storage: how it is stored.
+        groups: the axes that became one, for each axis of the merged matrix.
+        cuts: the boundaries of the blocks along each merged axis; empty for a matrix that is grafted only.
+        blocks: in coordinates of the merged matrix. None of a sharded matrix that is grafted only: its elements are
+            updated where they live.
         rank: how many axes are preconditioned; 0 for a matrix that is grafted only.
         path: "preconditioned", "grafted only" or "excluded".
         reason: why it took that path, where that is not plain.
     """
 
     storage: Storage
-    shape: Shape
-    view: Shape
-    offset: Shape
+    groups: tuple[tuple[int, ...], ...]
+    cuts: tuple[Cuts, ...]
     blocks: tuple[Block, ...]
     rank: int
     path: str
@@ -74,47 +213,88 @@ class Matrix:
         return self.storage.name
 
     @property
-    def local_blocks(self) -> tuple[Block, ...]:
-        """The blocks in coordinates of the stored part."""
-        return tuple(block.shifted(self.offset) for block in self.blocks)
+    def shape(self) -> Shape:
+        return self.storage.shape
+
+    @property
+    def merged(self) -> Shape:
+        """The shape of the merged matrix."""
+        return tuple(math.prod(self.shape[axis] for axis in group) for group in self.groups)
+
+    def pieces(self, part: Part) -> Iterator[Piece]:
+        """The rectangles of the merged matrix that a part is made of."""
+        spans = [_merged_spans(part.spans, self.shape, group) for group in self.groups]
+        lengths = tuple(sum(b - a for a, b in axis) for axis in spans)
+        strides = strides_of(lengths)
+        for stored in rectangles(lengths, part.first, part.last):
+            sides = (_logical(axis, a, a + n) for axis, a, n in zip(spans, stored.start, stored.shape, strict=True))
+            for corner in itertools.product(*sides):
+                box = Block(tuple(a for _, a, _ in corner), tuple(n for _, _, n in corner))
+                offset = sum(place * stride for (place, _, _), stride in zip(corner, strides, strict=True))
+                yield Piece(box, offset - part.first, strides)
+
+    def cells(self) -> Iterator[Cell]:
+        """Which class of replicas stores what of which block."""
+        for (cover, part), ranks in self.storage.classes.items():
+            for piece in self.pieces(part):
+                for number in self._blocks_at(piece.box):
+                    inside = piece.cut_to(self.blocks[number])
+                    if inside is not None:
+                        yield Cell(number, cover, ranks, inside)
+
+    def _blocks_at(self, box: Block) -> Iterator[int]:
+        """The numbers of the blocks that may meet the rectangle."""
+        if not self.cuts:
+            yield from range(len(self.blocks))
+            return
+        sides = (
+            range(bisect.bisect_right(edges, a) - 1, bisect.bisect_left(edges, a + n))
+            for edges, a, n in zip(self.cuts, box.start, box.shape, strict=True)
+        )
+        counts = [len(edges) - 1 for edges in self.cuts]
+        for place in itertools.product(*sides):
+            yield sum(i * stride for i, stride in zip(place, strides_of(counts), strict=True))
+
+    def gaps(self) -> str:
+        """What is wrong if the holders of a cover don't store every element exactly once; empty if they do."""
+        total = math.prod(self.shape)
+        for cover in {holder.cover for holder in self.storage.holders}:
+            parts = [part for (place, part) in self.storage.classes if place == cover]
+            stored = sum(part.elements for part in parts)
+            boxes = sorted((piece.box for part in parts for piece in self.pieces(part)), key=lambda box: box.start)
+            if stored != total or _overlap(boxes):
+                return f"its holders store {stored} elements of {total}" + ", some twice" * (stored >= total)
+        if self.storage.sharded and any(len(ranks) > 1 for ranks in self.storage.classes.values()):
+            return "elements that should be stored once are stored by several ranks"
+        return ""
 
 
 def describe(storage: Storage, hp: ShampooHyperParams, world_size: int) -> Matrix:
-    """Cut the logical matrix into blocks and tell which of them this rank stores.
+    """Cut the logical matrix into blocks.
 
-    ``world_size`` is the number of pieces that ``fair_blocks`` cuts a tensor-parallel matrix into. Where the block
-    grid of a sharded matrix does not match the shards, each shard is a matrix of its own, and ``reason`` says so.
+    ``world_size`` is the number of pieces that ``fair_blocks`` cuts a tensor-parallel matrix into.
     """
-    shard = storage.shard
-    shape = tuple(n * shard.parts if shard and i == shard.axis else n for i, n in enumerate(storage.shape))
-    groups, path, reason = _interpret(shape, storage, hp)
-    merged = tuple(math.prod(shape[i] for i in group) for group in groups)
-    low, high = [0] * len(merged), list(merged)
-    axis = None
-    if shard is not None:
-        axis = next(i for i, group in enumerate(groups) if shard.axis in group)
-        edges = cut(merged[axis], shard.parts)
-        low[axis], high[axis] = edges[shard.part : shard.part + 2]
+    groups, path, reason = _interpret(storage, hp)
     if path == "preconditioned":
-        cuts = _preconditioned_cuts(merged, axis, hp, world_size)
-    else:
-        cuts = _grafted_cuts(merged, axis, shard)
-    if shard is not None and axis is not None:
-        # A shard is a range of the merged axis only if its own axis is the outermost of those merged.
-        outer = groups[axis][: groups[axis].index(shard.axis)]
-        if any(shape[i] != 1 for i in outer) or not set(edges) <= set(cuts[axis]):
-            whole = describe(replace(storage, shard=None), hp, world_size)
-            note = f"{shard.parts} shards along axis {shard.axis} of {shape} do not match the block grid"
-            note += ": this shard is a matrix of its own"
-            return replace(whole, reason="; ".join(filter(None, [whole.reason, note])))
-    blocks = (b for b in grid(cuts) if all(lo <= a < hi for a, lo, hi in zip(b.start, low, high, strict=True)))
-    view = tuple(hi - lo for lo, hi in zip(low, high, strict=True))
-    rank = len(view) if path == "preconditioned" else 0
-    return Matrix(storage, shape, view, tuple(low), tuple(b for b in blocks if b.elements), rank, path, reason)
+        merged = [math.prod(storage.shape[axis] for axis in group) for group in groups]
+        parts = [parts_at_most(length, hp.block_size) for length in merged]
+        if hp.fair_blocks and storage.divided is not None:
+            axis = next(i for i, group in enumerate(groups) if storage.divided in group)
+            parts[axis] = min(world_size, merged[axis])
+        cuts = tuple(itertools.starmap(cut, zip(merged, parts, strict=True)))
+        return Matrix(storage, groups, cuts, grid(cuts), len(groups), path, reason)
+    matrix = Matrix(storage, groups, (), (), 0, path, reason)
+    if storage.sharded:
+        return matrix
+    # Nothing but the balance depends on these blocks. They do not cross shards, so that each has one class of holders.
+    pieces = [piece.box for _, part in storage.classes for piece in matrix.pieces(part)]
+    blocks = tuple(block for box in dict.fromkeys(pieces) for block in _by_rows(box))
+    return Matrix(storage, groups, (), blocks, 0, path, reason)
 
 
-def _interpret(shape: Shape, storage: Storage, hp: ShampooHyperParams) -> tuple[tuple[tuple[int, ...], ...], str, str]:
+def _interpret(storage: Storage, hp: ShampooHyperParams) -> tuple[tuple[tuple[int, ...], ...], str, str]:
     """The groups of axes that become one, the path, and the reason for the path."""
+    shape = storage.shape
     rows_and_rest = tuple(axes for axes in (tuple(range(len(shape)))[:1], tuple(range(1, len(shape)))) if axes)
     if storage.excluded:
         return rows_and_rest or ((),), "excluded", storage.excluded
@@ -127,17 +307,48 @@ def _interpret(shape: Shape, storage: Storage, hp: ShampooHyperParams) -> tuple[
     return rows_and_rest or ((),), "grafted only", reason
 
 
-def _preconditioned_cuts(merged: Shape, sharded: int | None, hp: ShampooHyperParams, world_size: int) -> list[Cuts]:
-    """Boundaries of at most ``block_size`` along each axis; of fair blocks along the sharded one."""
-    parts = [parts_at_most(length, hp.block_size) for length in merged]
-    if hp.fair_blocks and sharded is not None:
-        parts[sharded] = min(world_size, merged[sharded])
-    return list(itertools.starmap(cut, zip(merged, parts, strict=True)))
+def _by_rows(box: Block) -> Iterator[Block]:
+    rows = box.shape[0]
+    at_most = max(1, GRAFTED_BLOCK // max(1, math.prod(box.shape[1:])))
+    for a, b in itertools.pairwise(cut(rows, parts_at_most(rows, at_most))):
+        yield Block((box.start[0] + a, *box.start[1:]), (b - a, *box.shape[1:]))
 
 
-def _grafted_cuts(merged: Shape, sharded: int | None, shard: Shard | None) -> list[Cuts]:
-    """Boundaries by rows, and never across shards: nothing but the balance depends on them."""
-    edges = [cut(n, shard.parts if shard and i == sharded else 1) for i, n in enumerate(merged)]
-    rows_at_most = max(1, GRAFTED_BLOCK // max(1, math.prod(merged[1:])))
-    rows = [a + c for a, b in itertools.pairwise(edges[0]) for c in cut(b - a, parts_at_most(b - a, rows_at_most))[:-1]]
-    return [(*rows, merged[0]), *edges[1:]]
+def _merged_spans(spans: Sequence[Sequence[Span]], shape: Shape, group: Sequence[int]) -> list[Span]:
+    """The ranges of a merged axis that are stored, in the order of storage."""
+    merged = [(0, 1)]
+    for axis in group:
+        n = shape[axis]
+        if tuple(spans[axis]) == ((0, n),):
+            merged = [(a * n, b * n) for a, b in merged]
+        else:
+            merged = [(i * n + c, i * n + d) for a, b in merged for i in range(a, b) for c, d in spans[axis] if c < d]
+    joined: list[Span] = []
+    for a, b in merged:
+        if joined and joined[-1][1] == a:
+            joined[-1] = joined[-1][0], b
+        else:
+            joined.append((a, b))
+    return joined
+
+
+def _logical(spans: Sequence[Span], low: int, high: int) -> list[tuple[int, int, int]]:
+    """Where the stored range [low, high) of an axis belongs: (place in storage, place in the matrix, length) each."""
+    found, place = [], 0
+    for a, b in spans:
+        start, stop = max(low, place), min(high, place + b - a)
+        if start < stop:
+            found.append((start, a + start - place, stop - start))
+        place += b - a
+    return found
+
+
+def _overlap(boxes: Sequence[Block]) -> bool:
+    """Whether two of these rectangles, sorted by their first corner, have an element in common."""
+    for i, box in enumerate(boxes):
+        for other in itertools.islice(boxes, i + 1, None):
+            if other.start and other.start[0] >= box.stop[0]:
+                break
+            if box.intersect(other):
+                return True
+    return False

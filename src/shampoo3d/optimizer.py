@@ -1,6 +1,6 @@
 """Shampoo as a ``torch.optim`` optimizer that shares its work over the ranks that it finds."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
@@ -10,16 +10,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shampoo3d.assemble import Embeddings, Facts, assemble, disagreement, is_trainable, locate, unwrapped
-from shampoo3d.checkpoint import ParamState, check_loadable, complete_state, live_state, load, loaded_groups
+from shampoo3d import checkpoint
+from shampoo3d.agreement import StepRefusedError, Verdict, agree
+from shampoo3d.assemble import (
+    DisagreementError,
+    Embeddings,
+    Facts,
+    assemble,
+    check_shapes,
+    flat_groups,
+    is_trainable,
+)
+from shampoo3d.checkpoint import ParamState
+from shampoo3d.distribution import Distribution
 from shampoo3d.engines import deepspeed, native
-from shampoo3d.exchange import StepRefusedError, Verdict, agree, deliver, graft_norms
+from shampoo3d.exchange import Exchange
 from shampoo3d.grafting import graft_scale
-from shampoo3d.holdings import Binding, Replicas, Unit, state_bytes
-from shampoo3d.hyperparams import ShampooHyperParams, check_group
+from shampoo3d.holdings import Team, state_bytes
+from shampoo3d.hyperparams import LayerwiseGrafting, ShampooHyperParams, check_group
 from shampoo3d.plan import Plan
-from shampoo3d.preconditioner import Step, squared_norms
+from shampoo3d.readers import locate, unwrapped
+from shampoo3d.reduction import OwnerReduction
 from shampoo3d.report import Report
+from shampoo3d.slabs import Place
 from shampoo3d.topology import Claims, Mesh, Topology
 
 
@@ -63,39 +76,40 @@ class Shampoo(Optimizer):
         world_size: int | None = None,
         topology: Any = None,
         shapes: Sequence[Sequence[int]] | None = None,
+        distribution: Distribution = Distribution(),
     ) -> None:
-        if not isinstance(hyperparams, ShampooHyperParams):
-            raise TypeError(f"hyperparams must be a ShampooHyperParams, got {type(hyperparams).__name__}")
-        self.hyperparams = hyperparams
+        for name, value, kind in (
+            ("hyperparams", hyperparams, ShampooHyperParams),
+            ("distribution", distribution, Distribution),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+        self.hyperparams, self.distribution = hyperparams, distribution
         self.skipped_steps = 0
         self._claims = Claims(world_rank, world_size, None if topology is None else Topology.of(topology))
         if dist.is_available() and dist.is_initialized():
             self._claims.check_ranks(dist.get_rank(), dist.get_world_size(), "torch.distributed")
-        self._facts = Facts(hyperparams, models=[] if model is None else [model])
-        self._embeddings = embeddings if embeddings is None or callable(embeddings) else tuple(embeddings)
+        given = embeddings if embeddings is None or callable(embeddings) else tuple(embeddings)
+        self._facts = Facts(hyperparams, given=given, models=[] if model is None else [model])
         self._mesh: Mesh | None = None
-        self._replicas: list[Replicas] = []
+        self._teams: list[Team] = []
+        self._exchanges: list[Exchange] = []
+        self._groups: list[dict[str, Any]] = []  # engines show one at a time in param_groups
         self._saved: dict[Tensor, ParamState] = {}  # loaded state that waits until its parameter is bound
+        self._saved_own: dict[str, Any] | None = None  # the same of flat slices
+        self._reduction = OwnerReduction() if distribution.reduce_to_owners else None
+        if self._reduction is not None:  # DeepSpeed's engine looks for this method, and obeys it where it is there
+            self.get_grads_for_reduction = self._grads_for_reduction
         self._learn_model(params)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": hyperparams.weight_decay}
         super().__init__(params, defaults | {"precondition": True, "maximize": maximize})
-        self._facts.check_embeddings(self._embeddings)
-        self._check_shapes(shapes)
+        self._facts.check_embeddings()
+        check_shapes(shapes, [param for group in self.param_groups for param in group["params"]])
 
     def _learn_model(self, params: Any) -> None:
         found = native.model_behind(params)
         if found is not None and all(found is not known for known in self._facts.models):
             self._facts.models.append(found)
-
-    def _check_shapes(self, shapes: Sequence[Sequence[int]] | None) -> None:
-        if shapes is None:
-            return
-        found = [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.requires_grad]
-        given = [tuple(shape) for shape in shapes]
-        if given != found:
-            place = next((i for i, (a, b) in enumerate(zip(given, found, strict=False)) if a != b), None)
-            detail = "" if place is None else f": number {place} is {given[place]}, the parameter's is {found[place]}"
-            raise ValueError(f"shapes has {len(given)} entries for {len(found)} trainable parameters{detail}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with settings of their own; they take part from the next step on.
@@ -108,11 +122,11 @@ class Shampoo(Optimizer):
         group = self.param_groups[-1]
         try:
             check_group(group)
-            deepspeed.refuse_zero(group["params"])
-            self._facts.learn(len(self.param_groups) - 1, group["params"], group.get("param_names"), self._embeddings)
+            self._facts.learn(group["params"], group.get("param_names"))
         except Exception:
             self.param_groups.pop()
             raise
+        self._groups.append(group)
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -122,185 +136,210 @@ class Shampoo(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update; collective where the work is shared.
+        """One update of the parameters that are in the groups now; collective where the work is shared.
 
         Returns:
             The closure's loss, if there is a closure.
 
         Raises:
             StepRefusedError: on every rank alike, before anything changed: sparse gradients, replicas with different
-                parameters or gradients, or gradients that are not finite if ``nonfinite_gradient="raise"``.
+                parameters or gradients, storage that can't be explained, or gradients that are not finite if
+                ``nonfinite_gradient="raise"``.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._mesh is None and any(self._is_trial(group["params"]) for group in self.param_groups):
+        if self._mesh is None and self._is_trial():
             return loss
         mesh = self._mesh or locate(self._claims)
-        verdict = self._agree(mesh, self._unusable(), self._has_unbound())
+        averaged = self._reduction is None or not self._reduction.done
+        complaint = self._unusable() or (self._reduction.complaint() if self._reduction is not None else "")
+        verdict = self._agree(mesh, complaint, self._has_unbound(), averaged=averaged)
         if verdict is Verdict.BIND:
-            verdict = self._agree(mesh, self._bind(mesh) or self._unusable(), unbound=False)
+            verdict = self._agree(mesh, self._bind(mesh) or self._unusable(), unbound=False, averaged=averaged)
         if verdict is Verdict.SKIP:
             self.skipped_steps += 1
             return loss
-        for shared in self._replicas:
-            self._step(mesh, shared)
+        present = self._present()
+        for team, exchange in zip(self._teams, self._exchanges, strict=True):
+            self._step(team, exchange, present)
         return loss
 
-    def _agree(self, mesh: Mesh, complaint: str, unbound: bool) -> Verdict:
-        return agree(mesh, self._replicas, self.hyperparams, self.param_groups, complaint, unbound)
-
-    def _step(self, mesh: Mesh, shared: Replicas) -> None:
+    def _step(self, team: Team, exchange: Exchange, present: set[Place]) -> None:
         hp = self.hyperparams
-        active = [binding for binding in shared.bindings if binding.param.grad is not None]
-        if not active:
+        steps = {place: self._count(place) for place in team.places if place in present and place.gradient is not None}
+        if not steps:
             return
-        steps = {binding.param: self._count(binding.param) for binding in active}
-        norms = torch.zeros(len(shared.local), 2, dtype=torch.float64, device=active[0].param.device)
-        units = list(shared.units(steps, hp))
-        for unit in units:
-            self._directions(unit, norms)
-        scale = dict(zip(active, graft_scale(graft_norms(mesh, shared, norms, active), hp).unbind(), strict=True))
-        updated: dict[int, Tensor] = {}
-        for unit in units:
-            updated |= zip(unit.slots, self._updated(unit, scale), strict=True)
-        deliver(mesh.rank, shared, updated, set(active))
+        slabs = [slab for slab in team.slabs if slab.begin(steps)]
+        for unit in exchange.collect(steps):
+            stack, rows = unit.batch.stack, unit.rows
+            if unit.phase.accumulate:
+                stack.accumulate(unit.blocks, rows)
+            if unit.phase.refresh:
+                stack.refresh_roots(rows)
+            if unit.phase.started:
+                unit.blocks = stack.precondition(unit.blocks, rows)
+        scale = None
+        if hp.graft_type is not LayerwiseGrafting.NONE:
+            norms = torch.zeros(len(team.bindings), 2, dtype=torch.float64, device=team.device)
+            for slab in slabs:
+                slab.add_norms(norms)
+            scale = graft_scale(exchange.sum_norms(norms), hp)
+        for slab in slabs:
+            slab.update(scale, self._groups[slab.group])
+        exchange.copy(steps)
 
-    def _is_trial(self, params: Sequence[Tensor]) -> bool:
+    def _agree(self, mesh: Mesh, complaint: str, unbound: bool, *, averaged: bool) -> Verdict:
+        hp, present = self.hyperparams, self._present()
+        return agree(mesh, self._teams, present, hp, self._groups, complaint, unbound, averaged=averaged)
+
+    def _grads_for_reduction(self) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """The gradients that DeepSpeed's engine has to all-reduce: dense ones, and those of experts by their group."""
+        assert self._reduction is not None
+        return self._reduction.reduce((p for params in self._facts.originals for p in params), self._exchanges), {}
+
+    def _is_trial(self) -> bool:
         """Whether an engine's wrapper is trying the optimizer out with zero gradients, which must change nothing."""
-        trial = deepspeed.is_trial_step(params, self._facts.names)
+        params = [param for group in self.param_groups for param in group["params"]]
+        trial = not flat_groups(self._facts) and deepspeed.is_trial_step(params, self._facts.names)
         if trial:
-            unwrapped(self.param_groups, self._facts)  # refuses a wrapper that it does not know at once
+            for group, originals in zip(self._groups, self._facts.originals, strict=True):
+                unwrapped(group["params"], originals)  # refuses a wrapper that it does not know at once
         return trial
 
-    def _count(self, param: Tensor) -> int:
-        self.state[param]["step"] += 1
-        return int(self.state[param]["step"])
-
-    def _directions(self, unit: Unit, norms: Tensor) -> None:
-        """S and D of a unit, and the squared norms of its blocks."""
-        stack, rows = unit.batch.stack, unit.rows
-        G = unit.batch.gather(unit.members, gradient=True)
-        if self.param_groups[unit.batch.group]["maximize"]:
-            G = -G
-        stack.accumulate_graft(G, rows)
-        if unit.phase.accumulate:
-            stack.accumulate(G, rows)
-        if unit.phase.refresh:
-            stack.refresh_roots(rows)
-        unit.S = stack.precondition(G, rows) if unit.phase.started else G
-        unit.D = stack.direction(G, rows)
-        norms[unit.slots] = squared_norms(unit.S, unit.D).to(norms.device)
-
-    def _updated(self, unit: Unit, scale: Mapping[Binding, Tensor]) -> Iterable[Tensor]:
-        """The new weights of a unit's blocks."""
-        stack, group = unit.batch.stack, self.param_groups[unit.batch.group]
-        factor = torch.stack([scale[member.binding] for member in unit.members]).to(stack.device, stack.dtype)
-        W = unit.batch.gather(unit.members, gradient=False)
-        S = unit.S * factor.view(-1, *[1] * len(stack.shape))
-        step = Step(group["lr"], group["momentum"], group["weight_decay"], unit.phase.started)
-        return stack.update(W, S, unit.D, unit.rows, step).unbind()
+    def _count(self, place: Place) -> int:
+        self.state[place.tensor]["step"] += 1
+        return int(self.state[place.tensor]["step"])
 
     def _unusable(self) -> str:
         """What this step is given that it cannot use; empty if nothing."""
-        for binding in self._bindings():
-            grad = binding.param.grad
-            if grad is not None and grad.layout != torch.strided:
-                return f"the gradient of {binding.matrix.name!r} is sparse, which Shampoo does not support"
-            if self.param_groups[binding.group]["precondition"] != binding.precondition:
-                return f"precondition of group {binding.group} was changed after its first step; make a new optimizer"
+        for team in self._teams:
+            for place, names in team.names.items():
+                if place.tensor.grad is not None and not place.has_dense_gradient:
+                    return f"the gradient of {names[0]!r} is sparse, which Shampoo does not support"
+                if self._groups[place.group]["precondition"] != place.precondition:
+                    return f"precondition of group {place.group} was changed after its first step; make a new optimizer"
         return ""
 
     # ---- who holds and owns what -------------------------------------------------------------------------------------
 
+    @property
+    def _places(self) -> dict[Tensor, Place]:
+        return {place.tensor: place for team in self._teams for place in team.places}
+
+    def _present(self) -> set[Place]:
+        """The places that the groups show now."""
+        places = self._places
+        return {places[p] for group in self.param_groups for p in group["params"] if p in places}
+
     def _has_unbound(self) -> bool:
         """Whether a parameter has joined, has been unfrozen or has gone since parameters were bound."""
-        groups = enumerate(self.param_groups)
-        wanted = {p: number for number, group in groups for p in group["params"] if is_trainable(p)}
-        bound = {binding.param: binding.group for binding in self._bindings()}
-        return self._mesh is None or not (wanted.items() <= bound.items() and bound.keys() <= self._present())
-
-    def _present(self) -> set[Tensor]:
-        return {param for group in self.param_groups for param in group["params"]}
+        if self._mesh is None:
+            return True
+        places = self._places
+        shown = {p: number for number, group in enumerate(self._groups) for p in group["params"]}
+        if any(is_trainable(p) and (p not in places or places[p].group != number) for p, number in shown.items()):
+            return True
+        return not flat_groups(self._facts) and not places.keys() <= shown.keys()
 
     def _bind(self, mesh: Mesh) -> str:
         """Bind all parameters anew; those bound before keep state and owners. Returns why it can't be done, if so."""
-        present = self._present()
-        bound = (binding.param for binding in self._bindings())
-        owned = {param: self.state[param] for param in bound if param in present}
+        shown = {p for group in self._groups for p in group["params"]}
+        owned = {tensor: self.state[tensor] for tensor in self._places if tensor in shown}
         try:
-            return self._assemble(mesh, self._saved, owned)
+            self._assemble(mesh, self._saved, self._saved_own, owned)
         except ValueError as error:  # perhaps on this rank only: all are told of it
             return str(error)
-
-    def _assemble(self, mesh: Mesh, saved: Mapping[Tensor, ParamState], owned: Mapping[Tensor, ParamState]) -> str:
-        """Make replicas with new stacks, with the state in them that was saved or is owned already.
-
-        Returns how replicas differ; if they do, or if the saved state does not fit (ValueError), nothing has changed.
-        """
-        fixed = {b.id: b.owner for shared in self._replicas for b in shared.plan.blocks} if owned else {}
-        behind = unwrapped(self.param_groups, self._facts)
-        taking_part = {param for param in self._present() if is_trainable(param) or param in owned}
-        replicas = assemble(self.param_groups, behind, self._facts, mesh, taking_part, fixed)
-        complaint = disagreement(replicas, self.hyperparams)
-        if complaint:
-            return complaint
-        saved = {param: state for param, state in saved.items() if state != {"step": 0}}  # those have not begun
-        for binding in (binding for shared in replicas for binding in shared.bindings):
-            if binding.param in saved:
-                check_loadable(binding, saved[binding.param], self.hyperparams)
-        live = live_state(replicas)
-        load(replicas, live, {**saved, **owned})
-        self._mesh, self._replicas = mesh, replicas
-        self._saved = {param: state for param, state in saved.items() if param not in live}
-        self.state.clear()
-        self.state.update(live)
         return ""
 
-    def _bindings(self) -> list[Binding]:
-        return [binding for shared in self._replicas for binding in shared.bindings]
+    def _assemble(
+        self,
+        mesh: Mesh,
+        saved: Mapping[Tensor, ParamState],
+        own: Mapping[str, Any] | None,
+        owned: Mapping[Tensor, ParamState],
+    ) -> None:
+        """Make teams with new stacks, with the state in them that was saved or is owned already.
+
+        Raises ValueError if ranks differ or the saved state does not fit; then nothing has changed.
+        """
+        fixed = {b.id: b.owner for team in self._teams for b in team.plan.blocks} if owned else {}
+        teams = assemble(self._groups, self._facts, mesh, self.distribution, owned.keys(), fixed)
+        saved = {tensor: state for tensor, state in saved.items() if state != {"step": 0}}  # those have not begun
+        if own is not None:
+            checkpoint.check_own(teams, own, saved)
+        else:
+            for binding in (binding for team in teams for binding in team.bindings):
+                if binding.place.tensor in saved:
+                    checkpoint.check_loadable(binding, saved[binding.place.tensor], self.hyperparams)
+        live = checkpoint.live_state(teams)
+        if own is not None:
+            checkpoint.load_own(teams, live, own, saved)
+        else:
+            checkpoint.load(teams, live, saved)
+        checkpoint.carry(live, owned)
+        self._mesh, self._teams = mesh, teams
+        self._exchanges = [Exchange(team, mesh, self.distribution.update_precision) for team in teams]
+        self._saved, self._saved_own = {p: state for p, state in saved.items() if p not in live}, None
+        self.state.clear()
+        self.state.update(live)
 
     @property
     def plans(self) -> tuple[Plan, ...]:
-        """Who owns which block, for each set of ranks that store the same parameters; empty before the first step."""
-        return tuple(shared.plan for shared in self._replicas)
+        """Who owns which block, for each team of ranks that store the same matrices; empty before the first step."""
+        return tuple(team.plan for team in self._teams)
 
     def state_bytes(self) -> int:
         """Bytes of statistics, roots and momenta kept on this rank."""
-        return state_bytes(batch for shared in self._replicas for batch in shared.batches)
+        return state_bytes(self._teams)
+
+    def received_bytes(self) -> dict[str, int]:
+        """Bytes that came from other ranks so far, by what they were; the agreement before each step not counted."""
+        return dict(sum((exchange.received for exchange in self._exchanges), Counter()))
 
     @property
     def root_failures(self) -> int:
         """How many roots of this rank's blocks could not be computed, so that the previous one was kept."""
-        return sum(int(batch.stack.root_failures) for shared in self._replicas for batch in shared.batches)
+        return sum(int(batch.stack.root_failures) for team in self._teams for batch in team.batches)
 
     def report(self) -> Report:
-        """Which path each parameter takes, and why."""
-        return Report.of(self._replicas, self._facts.names, self.skipped_steps)
+        """Which path each parameter takes, and why; what this rank keeps, and what a step brings from other ranks."""
+        return Report.of(self._teams, self._facts.names, self.skipped_steps, self.distribution)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def _complete_state(self) -> dict[Tensor, ParamState]:
+        """The state of every parameter, whoever keeps it; of flat slices, what this rank keeps of them."""
         if self._mesh is None:
             return dict(self._saved)
-        begun = complete_state(self._mesh.rank, self._replicas, self.state, self.hyperparams) | self._saved
+        steps = {tensor: int(state["step"]) for tensor, state in self.state.items()}
+        begun: dict[Tensor, ParamState] = dict(self._saved)
+        for team in self._teams:
+            if flat_groups(self._facts):
+                begun |= {place.tensor: dict(self.state[place.tensor]) for place in team.places}
+            else:
+                begun |= checkpoint.complete_state(team, steps)
         return {param: begun.get(param, {"step": 0}) for group in self.param_groups for param in group["params"]}
 
     def state_dict(self) -> dict[str, Any]:
         """The complete state, whoever owns it, as one process would have it; in copies.
 
-        Collective where the work is shared: every rank must call it. It loads into any number of ranks.
+        Collective where the work is shared: every rank must call it. It loads into any number of ranks. Under ZeRO it
+        is what this rank keeps, without communication, as DeepSpeed's files are; that loads into the same layout.
         """
         owned, self.state = self.state, defaultdict(dict, self._complete_state())
         try:
-            return super().state_dict()
+            whole = super().state_dict()
         finally:
             self.state = owned
+        if flat_groups(self._facts) and self._mesh is not None:
+            whole["shampoo"] = checkpoint.own_state(self._teams)
+        return whole
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state that :meth:`state_dict` made, on any number of ranks; each takes the blocks that it owns.
+        """Take over a state that :meth:`state_dict` made; each rank takes what it stores and owns.
 
         Before the first step of a distributed run the ranks are not known yet; the state is then checked at that step.
 
@@ -309,7 +348,7 @@ class Shampoo(Optimizer):
         """
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        groups = loaded_groups(self.param_groups, state_dict["param_groups"])
+        groups = checkpoint.loaded_groups(self.param_groups, state_dict["param_groups"])
         numbers = {
             number: param
             for old, now in zip(state_dict["param_groups"], groups, strict=True)
@@ -319,18 +358,38 @@ class Shampoo(Optimizer):
         if missing := [self._facts.names.get(param, "") for param in numbers.values() if saved and param not in saved]:
             count = f"{len(missing)} of {len(numbers)}"
             raise ValueError(f"the loaded state has nothing for {count} parameters: {missing[:5]}")
+        own: dict[str, Any] | None = state_dict.get("shampoo")
+        if saved and flat_groups(self._facts) != (own is not None):
+            raise ValueError(
+                "state that was saved under ZeRO loads into the same layout only, and no other state does there"
+            )
         distributed = dist.is_available() and dist.is_initialized()
         if self._mesh is None and distributed:
-            self._saved = saved
-        elif complaint := self._assemble(self._mesh or locate(self._claims), saved, {}):
-            raise StepRefusedError(complaint)
-        self.param_groups[:] = groups
+            self._saved, self._saved_own = saved, own
+        else:
+            try:
+                self._assemble(self._mesh or locate(self._claims), saved, own, {})
+            except DisagreementError as error:
+                raise StepRefusedError(str(error)) from None
+        for group, loaded in zip(self.param_groups, groups, strict=True):
+            group.clear()  # the dictionary itself stays: engines and schedulers have it
+            group.update(loaded)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which bind their parameters anew at their first step."""
         facts = replace(self._facts, models=[])
-        fresh = {"state": defaultdict(dict), "_facts": facts, "_mesh": None, "_replicas": []}
-        kept = ("defaults", "param_groups", "hyperparams", "skipped_steps", "_claims", "_embeddings")
-        return {name: getattr(self, name) for name in kept} | fresh | {"_saved": self._complete_state()}
+        kept = (
+            "defaults",
+            "param_groups",
+            "hyperparams",
+            "distribution",
+            "skipped_steps",
+            "_claims",
+            "_saved_own",
+            "_reduction",
+        )
+        fresh = {"state": defaultdict(dict), "_facts": facts, "_mesh": None, "_teams": [], "_exchanges": []}
+        same = {"_groups": self._groups, "_saved": self._complete_state()}
+        return {name: getattr(self, name) for name in kept} | fresh | same

@@ -1,14 +1,14 @@
 """Who owns which block: plain data, computed alike on every rank without communication."""
 
 import hashlib
-import heapq
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 from shampoo3d.blocks import Shape
-from shampoo3d.hyperparams import ShampooHyperParams
+from shampoo3d.hyperparams import ShampooHyperParams, momenta_names
 from shampoo3d.layout import Matrix
 
 BlockId = tuple[str, str]
@@ -24,8 +24,10 @@ class PlannedBlock:
         dtype: of the parameter.
         shape, elements: of the block.
         factors: the sizes of its Kronecker factors; empty for a block that is grafted only.
+        bytes: of its state: statistics and roots and, where its holders are replicas, momenta.
         cost: estimated work of a step, in multiply-adds of a matrix product.
-        owner: the global rank that keeps its statistics, roots and momentum.
+        owner: the global rank that keeps its statistics and computes its roots.
+        keepers: the ranks that keep its roots and precondition with them, the owner included; see ``root_copies``.
     """
 
     matrix: str
@@ -34,17 +36,29 @@ class PlannedBlock:
     shape: Shape
     elements: int
     factors: tuple[int, ...]
+    bytes: int
     cost: float
     owner: int
+    keepers: tuple[int, ...] = ()
 
     @property
     def id(self) -> BlockId:
         return self.matrix, self.key
 
+    @property
+    def kept_bytes(self) -> int:
+        """State on a keeper that is not the owner: no statistics."""
+        return self.bytes - sum(d * d for d in self.factors) * (8 if self.dtype == "float64" else 4)
+
+    @property
+    def kept_cost(self) -> float:
+        """Work of a keeper that is not the owner: it applies the roots only."""
+        return _PER_BLOCK + _PER_ELEMENT * self.elements + sum(self.elements * d for d in self.factors)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """The blocks that one set of replicas shares, and their owners among its ranks."""
+    """The blocks that one team of ranks shares, and their owners among them."""
 
     ranks: tuple[int, ...]
     blocks: tuple[PlannedBlock, ...]
@@ -54,7 +68,19 @@ class Plan:
 
     def load(self) -> dict[int, float]:
         """Estimated cost per rank."""
-        return {rank: sum(block.cost for block in self.owned_by(rank)) for rank in self.ranks}
+        load = dict.fromkeys(self.ranks, 0.0)
+        for block in self.blocks:
+            for rank in block.keepers:
+                load[rank] += block.cost if rank == block.owner else block.kept_cost
+        return load
+
+    def bytes(self) -> dict[int, int]:
+        """State of the blocks that each rank owns or keeps the roots of."""
+        found = dict.fromkeys(self.ranks, 0)
+        for block in self.blocks:
+            for rank in block.keepers:
+                found[rank] += block.bytes if rank == block.owner else block.kept_bytes
+        return found
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -62,7 +88,7 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         data = json.loads(text)
-        lists = ("shape", "factors")
+        lists = ("shape", "factors", "keepers")
         blocks = (PlannedBlock(**block | {name: tuple(block[name]) for name in lists}) for block in data["blocks"])
         return cls(tuple(data["ranks"]), tuple(blocks))
 
@@ -88,59 +114,135 @@ def block_cost(shape: Shape, rank: int, hp: ShampooHyperParams) -> float:
     return cost
 
 
+def block_bytes(shape: Shape, rank: int, hp: ShampooHyperParams, dtype: str, *, momenta: bool) -> int:
+    """Bytes of state of a block with ``rank`` preconditioned axes: 2 d^2 numbers per axis, and its momenta if asked."""
+    numbers = sum(2 * d * d for d in shape[:rank])
+    if momenta:
+        numbers += math.prod(shape) * len(momenta_names(hp))
+    return numbers * (8 if dtype == "float64" else 4)
+
+
 def make_plan(
     matrices: Sequence[Matrix],
     ranks: Sequence[int],
     hp: ShampooHyperParams,
     fixed: Mapping[BlockId, int] | None = None,
     load: Mapping[int, float] | None = None,
+    memory_bound: int | None = None,
 ) -> Plan:
     """Give each block to one of ``ranks`` so that the estimated costs are balanced.
 
-    Greedy, the most expensive block first to the least loaded rank (Graham 1969: at most 4/3 of the optimum). Ties go
-    to the rank with fewer elements, then to the one that comes first.
+    Greedy, the most expensive block first to the least loaded rank (Graham 1969: at most 4/3 of the optimum), ties to
+    the one with less state. Then blocks of equal cost and size change places, so that each is with the rank that
+    already stores most of it, as far as that goes: this spares traffic and changes no balance.
 
     Args:
-        matrices: what these ranks hold, in the same order on each of them.
-        ranks: the global ranks that hold them.
+        matrices: what these ranks store, in the same order on each of them.
+        ranks: the global ranks that store them.
         hp: the costs depend on block sizes and refresh intervals.
         fixed: blocks that already have an owner keep it.
         load: what ranks have to do beside this plan.
+        memory_bound: bytes of state that no rank may exceed.
+
+    Raises:
+        ValueError: naming the block, the bytes and the bound, if there is no rank left to take it.
     """
-    fixed, load = fixed or {}, load or {}
-    drafts = [
-        PlannedBlock(m.name, b.key, m.storage.dtype, b.shape, b.elements, b.shape[: m.rank], cost, fixed.get(id_, -1))
-        for m in matrices
-        for b in m.blocks
-        for id_, cost in [((m.name, b.key), block_cost(b.shape, m.rank, hp))]
-    ]
-    taken: dict[int, tuple[float, int]] = {rank: (load.get(rank, 0.0), 0) for rank in ranks}
-    for block in drafts:
-        if block.owner >= 0:
-            cost, elements = taken[block.owner]
-            taken[block.owner] = cost + block.cost, elements + block.elements
-    heap = [(cost, elements, place, rank) for place, (rank, (cost, elements)) in enumerate(taken.items())]
-    heapq.heapify(heap)
+    fixed = fixed or {}
+    drafts = [_draft(matrix, number, hp, fixed) for matrix in matrices for number in range(len(matrix.blocks))]
+    storing = _storing(matrices, drafts)
+    counterparts = {matrix.name: matrix.storage.counterparts for matrix in matrices}
+    taken = {rank: [(load or {}).get(rank, 0.0), 0] for rank in ranks}
+    place = {rank: number for number, rank in enumerate(ranks)}
     owners: dict[BlockId, int] = {}
-    for block in sorted((b for b in drafts if b.owner < 0), key=lambda b: (-b.cost, -b.elements)):
-        cost, elements, place, rank = heap[0]
-        owners[block.id] = rank
-        heapq.heapreplace(heap, (cost + block.cost, elements + block.elements, place, rank))
-    blocks = (PlannedBlock(**vars(b) | {"owner": owners.get(b.id, b.owner)}) for b in drafts)
+    for block in sorted(drafts, key=lambda b: (b.owner < 0, -b.cost, -b.elements)):
+        owner = block.owner
+        if owner < 0:
+            able = ranks if block.factors else list(storing[block.id])
+            if memory_bound is not None:
+                able = [rank for rank in able if taken[rank][1] + block.bytes <= memory_bound]
+            if not able:
+                raise ValueError(
+                    f"memory_bound={memory_bound} leaves no rank for block {block.key} of {block.matrix!r}: it has "
+                    f"{block.bytes} bytes of state, and all blocks together {sum(b.bytes for b in drafts)} on "
+                    f"{len(ranks)} ranks; take a smaller block_size or more ranks"
+                )
+            owner = min(able, key=lambda rank: (*taken[rank], place[rank]))
+            owners[block.id] = owner
+        for rank in counterparts[block.matrix](owner):
+            taken[rank][0] += block.cost if rank == owner else block.kept_cost
+            taken[rank][1] += block.bytes if rank == owner else block.kept_bytes
+    owners |= _nearest([block for block in drafts if block.factors and block.owner < 0], ranks, owners, storing)
+    blocks = []
+    for draft in drafts:
+        owner = owners.get(draft.id, draft.owner)
+        blocks.append(replace(draft, owner=owner, keepers=counterparts[draft.matrix](owner)))
     return Plan(tuple(ranks), tuple(blocks))
 
 
+def _draft(matrix: Matrix, number: int, hp: ShampooHyperParams, fixed: Mapping[BlockId, int]) -> PlannedBlock:
+    """A block that has no owner yet (-1), unless it is fixed."""
+    block, dtype = matrix.blocks[number], matrix.storage.dtype
+    size = block_bytes(block.shape, matrix.rank, hp, dtype, momenta=not matrix.storage.sharded)
+    cost = block_cost(block.shape, matrix.rank, hp)
+    owner = fixed.get((matrix.name, block.key), -1)
+    factors = block.shape[: matrix.rank]
+    return PlannedBlock(matrix.name, block.key, dtype, block.shape, block.elements, factors, size, cost, owner)
+
+
+def _storing(matrices: Sequence[Matrix], drafts: Sequence[PlannedBlock]) -> dict[BlockId, Counter[int]]:
+    """How many elements of each block each rank stores."""
+    found: dict[BlockId, Counter[int]] = {draft.id: Counter() for draft in drafts}
+    for matrix in matrices:
+        for cell in matrix.cells():
+            counter = found[matrix.name, matrix.blocks[cell.block].key]
+            for rank in cell.ranks:
+                counter[rank] += cell.piece.box.elements
+    return found
+
+
+def _nearest(
+    blocks: Sequence[PlannedBlock],
+    ranks: Sequence[int],
+    owners: Mapping[BlockId, int],
+    storing: Mapping[BlockId, Counter[int]],
+) -> dict[BlockId, int]:
+    """The same owners, with blocks of equal cost exchanged so that most elements are where they are stored already."""
+    alike: defaultdict[tuple[float, int, int], list[BlockId]] = defaultdict(list)
+    for block in blocks:
+        if len(storing[block.id]) < len(ranks) or len(set(storing[block.id].values())) > 1:
+            alike[block.cost, block.bytes, block.elements].append(block.id)
+    nearest: dict[BlockId, int] = {}
+    for ids in alike.values():
+        free = Counter(owners[id_] for id_ in ids)
+        wishes = ((-count, place, rank) for place, id_ in enumerate(ids) for rank, count in storing[id_].items())
+        for _, place, rank in sorted(wishes):
+            if free[rank] and ids[place] not in nearest:
+                nearest[ids[place]] = rank
+                free[rank] -= 1
+        rest = (id_ for id_ in ids if id_ not in nearest)
+        nearest |= zip(rest, free.elements(), strict=True)
+    return nearest
+
+
 def make_plans(
-    held: Mapping[tuple[int, ...], Sequence[Matrix]], hp: ShampooHyperParams, fixed: Mapping[BlockId, int] | None = None
+    held: Mapping[tuple[int, ...], Sequence[Matrix]],
+    hp: ShampooHyperParams,
+    fixed: Mapping[BlockId, int] | None = None,
+    memory_bound: int | None = None,
 ) -> list[Plan]:
-    """A plan for each set of ranks that hold the same matrices, the larger sets first.
+    """A plan for each set of ranks that store the same matrices, the larger sets first.
 
     A set is balanced on top of the plans of the sets that contain it, which all its ranks know. (Ranks that share a
     tied weight with another stage are such a set; all sets are in one order everywhere, so no two wait for each other.)
     """
     plans: list[Plan] = []
-    for ranks in sorted(held, key=lambda ranks: (-len(ranks), ranks)):
+    for ranks in in_order(held):
         known = [plan.load() for plan in plans if set(ranks) <= set(plan.ranks)]
         load = {rank: sum(plan[rank] for plan in known) for rank in ranks}
-        plans.append(make_plan(held[ranks], ranks, hp, fixed, load))
+        plans.append(make_plan(held[ranks], ranks, hp, fixed, load, memory_bound))
     return plans
+
+
+def in_order(teams: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Sets of ranks in the order in which all their members meet: the larger first."""
+    return sorted(teams, key=lambda ranks: (-len(ranks), ranks))

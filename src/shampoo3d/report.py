@@ -1,12 +1,15 @@
 """Which path each parameter took. Plain data and text."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from shampoo3d.blocks import Shape
-from shampoo3d.holdings import Replicas
+from shampoo3d.distribution import Distribution
+from shampoo3d.holdings import Team, state_bytes
+from shampoo3d.routes import traffic
 
 
 @dataclass(frozen=True)
@@ -23,24 +26,37 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All parameters of this rank, and the steps that were skipped. ``str(report)`` is a table."""
+    """All parameters of this rank, and the steps that were skipped. ``str(report)`` is a table.
+
+    Attributes:
+        state_bytes: of statistics, roots and momenta on this rank.
+        traffic: bytes that a step brings from other ranks, see ``routes.traffic``.
+    """
 
     rows: tuple[Row, ...]
     skipped_steps: int
+    state_bytes: int
+    traffic: Mapping[str, int]
 
     @classmethod
-    def of(cls, replicas: Sequence[Replicas], names: Mapping[Tensor, str], skipped_steps: int) -> "Report":
+    def of(
+        cls, teams: Sequence[Team], names: Mapping[Tensor, str], skipped_steps: int, distribution: Distribution
+    ) -> "Report":
         found: dict[str, Row] = {}
-        for shared in replicas:
-            for binding in shared.bindings:
+        for team in teams:
+            for binding in team.bindings:
                 matrix = binding.matrix
-                owners = sorted({block.owner for block in shared.plan.blocks if block.matrix == matrix.name})
+                owners = sorted({block.owner for block in team.plan.blocks if block.matrix == matrix.name})
                 row = Row(matrix.name, matrix.shape, matrix.path, matrix.reason, len(matrix.blocks), tuple(owners))
                 found[matrix.name] = row
-        idle = "empty or frozen" if replicas else "no step yet"
+        idle = "empty or frozen" if teams else "no step yet"
         for param, name in names.items():
             found.setdefault(name, Row(name, tuple(param.shape), "not trained", idle, 0, ()))
-        return cls(tuple(found[name] for name in names.values()), skipped_steps)
+        received: Counter[str] = Counter()
+        for team in teams:
+            received.update(traffic(team.plan, [b.matrix for b in team.bindings], team.rank, distribution))
+        rows = tuple(found[name] for name in names.values() if name in found)
+        return cls(rows, skipped_steps, state_bytes(teams), dict(received))
 
     def __str__(self) -> str:
         header = ("parameter", "shape", "path", "blocks", "owners", "reason")
@@ -51,7 +67,15 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
         lines = ["  ".join(row).rstrip() for row in padded]
-        return "\n".join([*lines, f"steps skipped for non-finite gradients: {self.skipped_steps}"])
+        lines.append(f"steps skipped for non-finite gradients: {self.skipped_steps}")
+        lines.append(f"bytes of state on this rank: {self.state_bytes}")
+        received = ", ".join(f"{what} {count}" for what, count in self.traffic.items() if count)
+        lines.append(f"bytes from other ranks in a step, roots only when they are refreshed: {received or 'none'}")
+        if reduced := self.traffic.get("reduced"):
+            lines.append(
+                f"gradients reduced to owners: {reduced} bytes instead of about {2 * reduced} of an all-reduce"
+            )
+        return "\n".join(lines)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""DeepSpeed at ZeRO stage 0: its process groups, its wrappers of the parameters, its tied layers.
+"""DeepSpeed's process groups, its wrappers of the parameters, its tied layers.
 
 DeepSpeed is never imported here: it is read only where the user's script has imported and started it.
 """
@@ -19,39 +19,40 @@ def is_running() -> bool:
     return comm is not None and bool(comm.is_initialized())
 
 
+def _groups() -> Any:
+    return sys.modules["deepspeed.utils.groups"]
+
+
 def locate() -> Mesh:
     """This process's place by the engine's groups; valid once ``deepspeed.initialize`` has run."""
-    groups = sys.modules["deepspeed.utils.groups"]
     everyone = world_group()
     rank = torch.distributed.get_rank()
-    data = group_of(groups._get_sequence_data_parallel_group())
-    mpu = groups.mpu
-    model = Group((rank,))
-    if mpu is not None:
+    data = group_of(_groups()._get_sequence_data_parallel_group())
+    return Mesh(rank, everyone, data, _model_group(rank), "DeepSpeed")
+
+
+def _model_group(rank: int) -> Group:
+    mpu, automatic = _groups().mpu, getattr(_groups(), "_TENSOR_MODEL_PARALLEL_GROUP", None)
+    if automatic is not None:
+        return group_of(automatic)
+    if mpu is not None and mpu is not _groups():
         # A pipeline grid calls the tensor-parallel group "slice"; its "model" group spans the pipeline too.
         for name in ("get_slice_parallel_group", "get_tensor_model_parallel_group", "get_model_parallel_group"):
             if hasattr(mpu, name):
-                model = group_of(getattr(mpu, name)())
-                break
-    return Mesh(rank, everyone, data, model, "DeepSpeed")
+                return group_of(getattr(mpu, name)())
+    return Group((rank,))
 
 
-def refuse_zero(originals: Sequence[Tensor]) -> None:
-    """Raise if ZeRO has cut the parameters, which this version can't follow.
+def expert_replicas(param: Tensor) -> tuple[int, ...] | None:
+    """The ranks that store the same expert; None for a parameter of no expert."""
+    if getattr(param, "allreduce", True) or not hasattr(param, "group_name"):
+        return None
+    return group_of(_groups()._get_expert_data_parallel_group(param.group_name)).ranks
 
-    Raises:
-        RuntimeError: naming the stage and a parameter's shape.
-    """
-    for param in originals:
-        stage = (
-            "3" if hasattr(param, "ds_id") else "1 or 2 (or BF16_Optimizer)" if hasattr(param, "_hp_mapping") else ""
-        )
-        if stage:
-            raise RuntimeError(
-                f"3D-Shampoo does not support ZeRO stage {stage} yet: the optimizer is given flat slices, in which the "
-                'matrices are cut. Set "zero_optimization": {"stage": 0} in the DeepSpeed configuration (and with a '
-                "PipelineModule use float32)."
-            )
+
+def sequence_parallel_size() -> int:
+    """Among how many ranks the tokens of one sample are split: their gradients are summed, not averaged."""
+    return int(_groups()._get_sequence_parallel_world_size())
 
 
 def unwrap(params: Sequence[Tensor], originals: Sequence[Tensor]) -> list[Tensor]:
@@ -73,7 +74,7 @@ def unwrap(params: Sequence[Tensor], originals: Sequence[Tensor]) -> list[Tensor
     if any(param.dtype == torch.float16 for param in trainable):
         raise RuntimeError(
             "3D-Shampoo refuses DeepSpeed's fp16 at ZeRO stage 0: it divides gradients by a loss scale that was not "
-            'applied to the loss. Use "bf16": {"enabled": true} or float32.'
+            'applied to the loss. Use "bf16": {"enabled": true}, float32, or ZeRO stage 1.'
         )
     return trainable
 

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from shampoo3d.layout import Shard
 from shampoo3d.topology import Mesh, Topology, mesh_of, world_group
 
 
@@ -41,23 +39,6 @@ def embedding_weights(model: nn.Module) -> set[Tensor]:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or type(module).__name__ == "VocabParallelEmbedding"
         for weight in module.parameters(recurse=False)
     }
-
-
-def tensor_parallel_shard(param: Tensor, model_rank: int, model_size: int) -> Shard | None:
-    """The part of its logical matrix that a tensor-parallel parameter is, by the attributes that Megatron's layers set.
-
-    The attributes stand on parameters at model size 1 too, where the part is the whole.
-    """
-    parallel = getattr(param, "tensor_model_parallel", False) or getattr(param, "model_parallel", False)
-    axis = getattr(param, "partition_dim", -1)
-    if not parallel or not 0 <= axis < param.dim():
-        return None
-    return Shard(int(axis), model_size, model_rank)
-
-
-def is_sharded(param: Tensor) -> bool:
-    """Whether it is a ``DTensor``, of which this rank may store a part only."""
-    return isinstance(param, DTensor)
 
 
 def checksum(tensor: Tensor) -> tuple[float, float]:

@@ -1,0 +1,172 @@
+"""What ranks tell each other before anything changes, so that they step, skip, bind or raise together."""
+
+import enum
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shampoo3d.collectives import all_gather
+from shampoo3d.holdings import Team
+from shampoo3d.hyperparams import ShampooHyperParams
+from shampoo3d.slabs import Place, state_dtype
+from shampoo3d.topology import Group, Mesh
+
+T = TypeVar("T")
+
+
+class StepRefusedError(RuntimeError):
+    """What this or another rank was given cannot be used; raised on all ranks, and nothing was changed."""
+
+
+class Verdict(enum.Enum):
+    """What all ranks do next."""
+
+    STEP = enum.auto()
+    SKIP = enum.auto()
+    BIND = enum.auto()
+
+
+def everyones(group: Group, value: T) -> list[T]:
+    """The values of all ranks of the group, in their order."""
+    values: list[T] = [value] * group.size
+    if group.size > 1:
+        dist.all_gather_object(values, value, group=group.handle)
+    return values
+
+
+def first_complaint(mesh: Mesh, complaint: str) -> str:
+    """That of the first rank that has one, told to all."""
+    return next(filter(None, everyones(mesh.everyone, complaint)), "")
+
+
+def agree(
+    mesh: Mesh,
+    teams: Sequence[Team],
+    present: Collection[Place],
+    hp: ShampooHyperParams,
+    groups: Sequence[Mapping[str, Any]],
+    complaint: str,
+    unbound: bool,
+    *,
+    averaged: bool,
+) -> Verdict:
+    """What all ranks do next: this step, not this step, or bind parameters first.
+
+    One all-gather of four numbers in each team and, where there are other ranks too, one all-reduce of three among
+    everyone, so that all ranks step, skip, bind or raise together.
+
+    Args:
+        present: the places that this call of ``step()`` is about.
+        groups: the parameter groups, whose settings must be the same in a team.
+        complaint: what this rank was given that it cannot use.
+        unbound: whether this rank has parameters that are not bound yet.
+        averaged: replicas have the same gradients, not only the parts that they own.
+
+    Raises:
+        StepRefusedError: on every rank, if one has a complaint, or if ranks of a team differ in their settings, in
+            which parameters have gradients or, where they store the same, in the size of these; with
+            ``nonfinite_gradient="raise"``, if a gradient is not finite.
+    """
+    finite = True
+    for team in teams:
+        places = [place for place in team.places if place in present]
+        entries = largest_entries(places)
+        names = {place: names for place, names in team.names.items() if place in present}
+        if bad := [place for place, entry in entries.items() if not _can_be_squared(place, entry)]:
+            finite = False
+            if hp.nonfinite_gradient == "raise" and not complaint:
+                complaint = f"the gradient of {names[bad[0]][0]!r} is NaN or infinite, or its squares are"
+        # A shared weight may be clipped by its own stage's norm, so that copies on two stages differ by a factor.
+        largest = 0.0 if team.tied or not averaged else max(entries.values(), default=0.0)
+        if team.group.size > 1 and places:
+            differences = _compare(team, names, groups, largest)
+            complaint = complaint or differences
+    verdict = [not finite, bool(complaint), unbound]
+    if mesh.everyone.size > 1:
+        votes = torch.tensor(verdict, dtype=torch.int32, device=_device(mesh, teams))
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=mesh.everyone.handle)
+        verdict = votes.bool().tolist()
+    nonfinite, refused, unbound = verdict
+    if refused:
+        raise StepRefusedError(f"{first_complaint(mesh, complaint)}; no parameter and no state was changed")
+    if unbound:
+        return Verdict.BIND
+    return Verdict.SKIP if nonfinite else Verdict.STEP
+
+
+def largest_entries(places: Sequence[Place]) -> dict[Place, float]:
+    """The largest magnitude in each gradient, NaN if it has a NaN; one synchronisation per device."""
+    gradients = {place: place.gradient for place in places if place.has_dense_gradient}
+    by_device: defaultdict[torch.device, dict[Place, Tensor]] = defaultdict(dict)
+    for place, gradient in gradients.items():
+        if gradient is not None and gradient.numel():
+            by_device[gradient.device][place] = gradient
+    entries: dict[Place, float] = {}
+    for found in by_device.values():
+        norms = torch._foreach_norm(list(found.values()), math.inf)
+        entries |= zip(found, torch.stack([norm.double() for norm in norms]).tolist(), strict=True)
+    return entries
+
+
+def _can_be_squared(place: Place, largest: float) -> bool:
+    """Whether the sum of the gradient's squares is finite in the dtype of the state."""
+    limit = torch.finfo(state_dtype(place.tensor.dtype)).max / place.tensor.numel()
+    return largest * largest < limit  # False for NaN
+
+
+def _compare(team: Team, names: Mapping[Place, list[str]], groups: Sequence[Mapping[str, Any]], largest: float) -> str:
+    """How ranks differ in which of these places have gradients, the largest entry, or settings; empty if not."""
+    given = [name for place, held in names.items() if place.tensor.grad is not None for name in held]
+    absent = [name for place, held in names.items() if place.tensor.grad is None for name in held]
+    options = ("lr", "momentum", "weight_decay", "maximize")
+    settings = sorted({str({name: groups[place.group][name] for name in options}) for place in names})
+    numbers = [len(given), _fingerprint(given), largest, _fingerprint(settings)]
+    ranks, device = team.group.ranks, _device_of(team)
+    mine = torch.tensor(numbers, dtype=torch.float64, device=device)
+    table = torch.empty(len(ranks) * len(numbers), dtype=torch.float64, device=device)
+    all_gather(table, mine, group=team.group.handle)
+    rows = dict(zip(ranks, table.view(len(ranks), -1).tolist(), strict=True))
+    first = rows[ranks[0]]
+    for other, (count, present, entry, options_) in rows.items():
+        if options_ != first[3]:
+            return (
+                f"ranks {ranks[0]} and {other} differ in lr, momentum, weight_decay or maximize (rank {team.rank} has "
+                f"{', '.join(settings)}); schedulers must do the same on all ranks"
+            )
+        if present != first[1]:
+            return (
+                f"rank {ranks[0]} has gradients for {first[0]:.0f} and rank {other} for {count:.0f} of "
+                f"{len(given) + len(absent)} parameters, not the same ones; ranks of one group must have gradients for "
+                f"the same parameters (on rank {team.rank} these have none: {absent[:5]})"
+            )
+        if other in team.twins and abs(entry - largest) > 1e-3 * abs(largest):
+            return (
+                f"the largest gradient entry is {largest:.6g} on rank {team.rank} and {entry:.6g} on rank "
+                f"{other}; replicas must have the same, averaged gradients (DeepSpeed and DistributedDataParallel "
+                "average them in backward)"
+            )
+    return ""
+
+
+def _fingerprint(texts: Sequence[str]) -> int:
+    """A number of 48 bits, exact in float64."""
+    return int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:6], "big")
+
+
+def _device(mesh: Mesh, teams: Sequence[Team]) -> torch.device:
+    """Where everyone's collectives take their tensors: with the parameters; a rank may have none of these."""
+    if dist.get_backend(mesh.everyone.handle) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return teams[0].bindings[0].place.stored.device if teams else torch.device("cpu")
+
+
+def _device_of(team: Team) -> torch.device:
+    if dist.get_backend(team.group.handle) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return team.bindings[0].place.stored.device

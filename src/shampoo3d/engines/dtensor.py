@@ -1,0 +1,73 @@
+"""``DTensor`` parameters, as FSDP2 and PyTorch's tensor parallelism make them: what each rank stores of them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from shampoo3d.layout import Part, Span
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank stores of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def team_of(param: DTensor) -> tuple[int, ...]:
+    """The global ranks of its mesh."""
+    ranks: list[int] = param.device_mesh.mesh.flatten().tolist()
+    return tuple(sorted(ranks))
+
+
+def is_sharded(param: DTensor) -> bool:
+    """Whether no rank stores what another does."""
+    mesh = param.device_mesh
+    return not any(isinstance(p, Replicate) and mesh.size(axis) > 1 for axis, p in enumerate(param.placements))
+
+
+def part_of(param: DTensor, name: str) -> Part:
+    """What this rank stores.
+
+    Raises:
+        ValueError: naming the parameter, if its placements or its local shape can't be explained.
+    """
+    mesh, coordinate = param.device_mesh, param.device_mesh.get_coordinate()
+    assert coordinate is not None
+    kept = [torch.arange(n) for n in param.shape]
+    for axis, placement in enumerate(param.placements):
+        if isinstance(placement, Replicate):
+            continue
+        # Not all versions make a strided shard (FSDP over a dimension that is cut already) a subclass of Shard.
+        dim = getattr(placement, "dim", None)
+        if placement.is_partial() or dim is None:
+            raise ValueError(
+                f"parameter {name!r} is a DTensor with placement {placement}, which holds no elements of its own"
+            )
+        stripes = kept[dim].chunk(getattr(placement, "split_factor", 1))
+        kept[dim] = torch.cat([_share(stripe, mesh.size(axis), coordinate[axis]) for stripe in stripes])
+    found = Part.of([_spans(numbers.tolist()) for numbers in kept])
+    stored = tuple(param.to_local().shape)
+    if found.shape != stored:
+        raise ValueError(
+            f"parameter {name!r} of shape {tuple(param.shape)} with placements {param.placements} should store "
+            f"{found.shape} on this rank, but stores {stored}"
+        )
+    return found
+
+
+def _share(numbers: Tensor, parts: int, part: int) -> Tensor:
+    """DTensor's rule: parts of equal size, rounded up, until nothing is left."""
+    size = -(-len(numbers) // parts)
+    return numbers[part * size : (part + 1) * size]
+
+
+def _spans(numbers: Sequence[int]) -> list[Span]:
+    """Runs of consecutive numbers."""
+    runs: list[Span] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number:
+            runs[-1] = (runs[-1][0], number + 1)
+        else:
+            runs.append((number, number + 1))
+    return runs or [(0, 0)]

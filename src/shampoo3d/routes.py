@@ -1,0 +1,167 @@
+"""Which elements travel between which ranks: gradients to owners, updates home, new weights to replicas. Pure.
+
+Every element of a cover has one **home**, the rank that keeps its momenta and changes its weight: where it is stored,
+if it is stored once; else one of its replicas, the owner of its block if that is one of them.
+"""
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from shampoo3d.distribution import Distribution
+from shampoo3d.layout import Cell, Matrix, state_dtype
+from shampoo3d.plan import Plan
+
+BUCKET_ELEMENTS = 2**22
+"""Elements in one collective, over all ranks: bounds the buffers, whatever the model's size."""
+
+
+@dataclass(frozen=True, eq=False)
+class Leg:
+    """The way of a cell between its home and the keeper of its block's roots: the owner or, in its cover, another.
+
+    Attributes:
+        slot: the block's number in the plan.
+        matrix: the matrix's number in the team.
+        cell: the elements.
+        home, keeper: global ranks.
+        gathered: the keeper takes the gradient from this cell (of one cover, where there are several).
+    """
+
+    slot: int
+    matrix: int
+    cell: Cell
+    home: int
+    keeper: int
+    gathered: bool
+
+    @property
+    def elements(self) -> int:
+        return self.cell.piece.box.elements
+
+
+@dataclass(frozen=True)
+class Routes:
+    """All legs of a team, in one order on all its ranks."""
+
+    plan: Plan
+    legs: tuple[Leg, ...]
+
+    @classmethod
+    def of(cls, plan: Plan, matrices: Sequence[Matrix]) -> "Routes":
+        return cls(plan, tuple(itertools.chain.from_iterable(_legs(plan, matrices))))
+
+    @property
+    def travels(self) -> bool:
+        """Whether any preconditioned block's owner is not the home of all its elements."""
+        return any(leg.home != leg.keeper and self.plan.blocks[leg.slot].factors for leg in self.legs)
+
+    def at(self, rank: int) -> "Routes":
+        """Those of them that this rank has to do with."""
+        return Routes(self.plan, tuple(leg for leg in self.legs if rank in (leg.keeper, *leg.cell.ranks)))
+
+
+def _legs(plan: Plan, matrices: Sequence[Matrix]) -> Iterator[list[Leg]]:
+    slot = 0
+    for number, matrix in enumerate(matrices):
+        covers = list(matrix.storage.covers)
+        place = {
+            rank: (i, cover) for (cover, _), ranks in matrix.storage.classes.items() for i, rank in enumerate(ranks)
+        }
+        legs = []
+        for cell in matrix.cells():
+            block = plan.blocks[slot + cell.block]
+            keeper = block.owner if matrix.storage.sharded else block.keepers[covers.index(cell.cover)]
+            position, cover = place.get(keeper, (0, cell.cover))
+            # Replicas take turns as the keepers do, so that homes are balanced as these are.
+            home = keeper if keeper in cell.ranks else cell.ranks[position % len(cell.ranks)]
+            legs.append(Leg(slot + cell.block, number, cell, home, keeper, cell.cover == cover))
+        slot += len(matrix.blocks)
+        yield sorted(legs, key=lambda leg: leg.slot)
+
+
+def rounds(plan: Plan, bucket_elements: int) -> list[list[int]]:
+    """The slots of preconditioned blocks in the rounds in which they are worked on: one collective each way per round.
+
+    In a round each owner has about its share of ``bucket_elements``, of one dtype; blocks of one shape are together.
+    """
+    quota = max(1, bucket_elements // len(plan.ranks))
+    by_dtype: defaultdict[str, defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for slot, block in enumerate(plan.blocks):
+        if block.factors:
+            by_dtype[block.dtype][block.owner].append(slot)
+    found: list[list[int]] = []
+    for owned in by_dtype.values():
+        queues = [
+            _filled(sorted(slots, key=lambda slot: plan.blocks[slot].shape), plan, quota) for slots in owned.values()
+        ]
+        found += ([slot for part in parts for slot in part] for parts in itertools.zip_longest(*queues, fillvalue=()))
+    return found
+
+
+def _filled(slots: Sequence[int], plan: Plan, quota: int) -> list[list[int]]:
+    parts: list[list[int]] = []
+    filled = quota
+    for slot in slots:
+        elements = plan.blocks[slot].elements
+        if filled + elements > quota:
+            parts.append([])
+            filled = 0
+        parts[-1].append(slot)
+        filled += elements
+    return parts
+
+
+def buckets(ranks: Sequence[int], items: Sequence[tuple[int, int]], most: int) -> Iterator[dict[int, list[int]]]:
+    """The numbers of the items, (rank that has it, elements) each, per rank, with about ``most`` elements at a time."""
+    quota = max(1, most // len(ranks))
+    queues: dict[int, list[int]] = {rank: [] for rank in ranks}
+    for number in reversed(range(len(items))):
+        queues[items[number][0]].append(number)
+    while any(queues.values()):
+        bucket: dict[int, list[int]] = {}
+        for rank, queue in queues.items():
+            bucket[rank], filled = [], 0
+            while queue and (not filled or filled + items[queue[-1]][1] <= quota):
+                filled += items[queue[-1]][1]
+                bucket[rank].append(queue.pop())
+        yield bucket
+
+
+def width(bucket: Mapping[int, Sequence[int]], items: Sequence[tuple[int, int]]) -> int:
+    """What each rank contributes to the collective of a bucket: as much as the one that has most."""
+    return max(sum(items[number][1] for number in numbers) for numbers in bucket.values())
+
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def traffic(plan: Plan, matrices: Sequence[Matrix], rank: int, distribution: Distribution) -> dict[str, int]:
+    """Bytes that a rank receives from others in a step in which all parameters have gradients, by what they are.
+
+    "gradients" on their way to the keepers of roots, "updates" on their way home, "weights" for replicas, and "roots",
+    these only in steps that refresh. Gradients that ``reduce_to_owners`` brings are "reduced".
+    """
+    found: Counter[str] = Counter({"gradients": 0, "updates": 0, "weights": 0, "roots": 0})
+    copies: defaultdict[tuple[tuple[int, ...], str], list[tuple[int, int]]] = defaultdict(list)
+    for leg in Routes.of(plan, matrices).at(rank).legs:
+        storage = matrices[leg.matrix].storage
+        if leg.home != leg.keeper and plan.blocks[leg.slot].factors:
+            named = storage.model_dtype if distribution.update_precision == "parameter" else storage.state_dtype
+            if leg.gathered and leg.keeper == rank:
+                found["gradients"] += leg.elements * ITEM_BYTES[storage.dtype]
+            if leg.home == rank:
+                found["updates"] += leg.elements * ITEM_BYTES[named]
+        if len(leg.cell.ranks) > 1 and rank in leg.cell.ranks:
+            copies[leg.cell.ranks, storage.dtype].append((leg.home, leg.elements))
+    for (ranks, dtype), items in copies.items():
+        padded = sum(width(bucket, items) for bucket in buckets(ranks, items, BUCKET_ELEMENTS))
+        found["weights"] += padded * (len(ranks) - 1) * ITEM_BYTES[dtype]
+        if distribution.reduce_to_owners:
+            here = sum(elements for home, elements in items if home == rank)
+            found["reduced"] += here * (len(ranks) - 1) * ITEM_BYTES[dtype]
+    for block in plan.blocks:
+        if rank in block.keepers and rank != block.owner:
+            found["roots"] += sum(d * d for d in block.factors) * ITEM_BYTES[state_dtype(block.dtype)]
+    return dict(found)
