@@ -186,6 +186,8 @@ def ownership_figure(plans: Sequence[Plan], path: Path) -> None:
     from matplotlib.figure import Figure
 
     plans = sorted((plan for plan in plans if plan.blocks), key=lambda plan: plan.ranks)
+    if not plans:
+        raise ValueError("there is nothing to draw: no plan has a block")
     pages = [_page(plan) for plan in plans]
     inch = 10.5 / max(page.width for page in pages)
     heights = [page.height * inch + HEADING for page in pages]

@@ -14,7 +14,7 @@ from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.momenta import Momenta, Rows
 from shampoo3d.plan import Plan
 from shampoo3d.preconditioner import Stack
-from shampoo3d.routes import BUCKET_ELEMENTS, Leg, Routes, rounds
+from shampoo3d.routes import BUCKET_ELEMENTS, Leg, Routes, rounds, travels
 from shampoo3d.schedule import Phase, phase
 from shampoo3d.slabs import Binding, FlatSlab, Member, Place, StackSlab, Steps, rows_of, state_dtype
 from shampoo3d.topology import Group
@@ -67,7 +67,7 @@ class Team:
     Attributes:
         slots: the block of each slot of the plan.
         legs: the ways of the cells that this rank has to do with.
-        travels: whether any block's owner is not the home of all its elements.
+        travels: whether gradients may have to travel to owners.
         rounds: the slots that are worked on together.
     """
 
@@ -87,8 +87,8 @@ class Team:
 
     def __post_init__(self) -> None:
         self.slots = [(binding, block) for binding in self.bindings for block in binding.matrix.blocks]
-        routes = Routes.of(self.plan, [binding.matrix for binding in self.bindings])
-        self.legs, self.travels = list(routes.at(self.rank).legs), routes.travels
+        matrices = [binding.matrix for binding in self.bindings]
+        self.legs, self.travels = list(Routes.of(self.plan, matrices, self.rank).legs), travels(self.plan, matrices)
         self.rounds = rounds(self.plan, BUCKET_ELEMENTS)
         self.batches = self._make_batches()
         self.flat_slabs = self._make_flat_slabs()

@@ -7,7 +7,7 @@ Blocks are cut from the *logical* matrix, so they do not depend on how many rank
 import bisect
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -233,14 +233,16 @@ class Matrix:
                 offset = sum(place * stride for (place, _, _), stride in zip(corner, strides, strict=True))
                 yield Piece(box, offset - part.first, strides)
 
-    def cells(self) -> Iterator[Cell]:
-        """Which class of replicas stores what of which block."""
+    def cells(self, rank: int | None = None, blocks: Collection[int] = ()) -> Iterator[Cell]:
+        """Which class of replicas stores what of which block: all, or what ``rank`` stores and all of ``blocks``."""
         for (cover, part), ranks in self.storage.classes.items():
-            for piece in self.pieces(part):
+            everything = rank is None or rank in ranks
+            for piece in self.pieces(part) if everything or blocks else ():
                 for number in self._blocks_at(piece.box):
-                    inside = piece.cut_to(self.blocks[number])
-                    if inside is not None:
-                        yield Cell(number, cover, ranks, inside)
+                    if everything or number in blocks:
+                        inside = piece.cut_to(self.blocks[number])
+                        if inside is not None:
+                            yield Cell(number, cover, ranks, inside)
 
     def _blocks_at(self, box: Block) -> Iterator[int]:
         """The numbers of the blocks that may meet the rectangle."""
@@ -260,6 +262,10 @@ class Matrix:
         total = math.prod(self.shape)
         for cover in {holder.cover for holder in self.storage.holders}:
             parts = [part for (place, part) in self.storage.classes if place == cover]
+            for part in parts:
+                for axis, (spans, n) in enumerate(zip(part.spans, self.shape, strict=True)):
+                    if any(not 0 <= a <= b <= n for a, b in spans):
+                        return f"ranges {spans} of axis {axis}, which is {n} long"
             stored = sum(part.elements for part in parts)
             boxes = sorted((piece.box for part in parts for piece in self.pieces(part)), key=lambda box: box.start)
             if stored != total or _overlap(boxes):

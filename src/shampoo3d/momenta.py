@@ -58,7 +58,7 @@ class Momenta:
         Nesterov's look-ahead ``momentum u + d`` is a temporary: M and N stay plain sums.
 
         Returns:
-            The direction u of ``W <- W - lr u``, a new tensor or S itself.
+            The direction u of ``W <- W - lr u``; it may be a view of the momenta.
         """
 
         def decayed(direction: Tensor) -> Tensor:

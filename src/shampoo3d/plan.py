@@ -1,16 +1,19 @@
 """Who owns which block: plain data, computed alike on every rank without communication."""
 
 import hashlib
+import heapq
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from shampoo3d.blocks import Shape
 from shampoo3d.hyperparams import ShampooHyperParams, momenta_names
 from shampoo3d.layout import Matrix
 
+Counterparts = Callable[[int], tuple[int, ...]]
 BlockId = tuple[str, str]
 """A block by the name of its matrix and its key there."""
 
@@ -58,10 +61,15 @@ class PlannedBlock:
 
 @dataclass(frozen=True)
 class Plan:
-    """The blocks that one team of ranks shares, and their owners among them."""
+    """The blocks that one team of ranks shares, and their owners among them.
+
+    Attributes:
+        resident: per rank, bytes of momenta that stay where their elements are stored (ZeRO, FSDP), whoever owns what.
+    """
 
     ranks: tuple[int, ...]
     blocks: tuple[PlannedBlock, ...]
+    resident: tuple[int, ...] = ()
 
     def owned_by(self, rank: int) -> tuple[PlannedBlock, ...]:
         return tuple(block for block in self.blocks if block.owner == rank)
@@ -75,8 +83,8 @@ class Plan:
         return load
 
     def bytes(self) -> dict[int, int]:
-        """State of the blocks that each rank owns or keeps the roots of."""
-        found = dict.fromkeys(self.ranks, 0)
+        """State on each rank: of the blocks that it owns or keeps the roots of, and what is resident."""
+        found = dict(zip(self.ranks, self.resident or [0] * len(self.ranks), strict=True))
         for block in self.blocks:
             for rank in block.keepers:
                 found[rank] += block.bytes if rank == block.owner else block.kept_bytes
@@ -90,7 +98,7 @@ class Plan:
         data = json.loads(text)
         lists = ("shape", "factors", "keepers")
         blocks = (PlannedBlock(**block | {name: tuple(block[name]) for name in lists}) for block in data["blocks"])
-        return cls(tuple(data["ranks"]), tuple(blocks))
+        return cls(tuple(data["ranks"]), tuple(blocks), tuple(data["resident"]))
 
     def digest(self) -> str:
         """A short fingerprint: equal on two ranks exactly if their plans are."""
@@ -127,7 +135,7 @@ def make_plan(
     ranks: Sequence[int],
     hp: ShampooHyperParams,
     fixed: Mapping[BlockId, int] | None = None,
-    load: Mapping[int, float] | None = None,
+    load: Mapping[int, tuple[float, int]] | None = None,
     memory_bound: int | None = None,
 ) -> Plan:
     """Give each block to one of ``ranks`` so that the estimated costs are balanced.
@@ -141,42 +149,116 @@ def make_plan(
         ranks: the global ranks that store them.
         hp: the costs depend on block sizes and refresh intervals.
         fixed: blocks that already have an owner keep it.
-        load: what ranks have to do beside this plan.
+        load: what ranks have to do, and bytes that they keep, beside this plan.
         memory_bound: bytes of state that no rank may exceed.
 
     Raises:
         ValueError: naming the block, the bytes and the bound, if there is no rank left to take it.
     """
-    fixed = fixed or {}
-    drafts = [_draft(matrix, number, hp, fixed) for matrix in matrices for number in range(len(matrix.blocks))]
+    drafts = [_draft(matrix, number, hp, fixed or {}) for matrix in matrices for number in range(len(matrix.blocks))]
     storing = _storing(matrices, drafts)
     counterparts = {matrix.name: matrix.storage.counterparts for matrix in matrices}
-    taken = {rank: [(load or {}).get(rank, 0.0), 0] for rank in ranks}
-    place = {rank: number for number, rank in enumerate(ranks)}
-    owners: dict[BlockId, int] = {}
-    for block in sorted(drafts, key=lambda b: (b.owner < 0, -b.cost, -b.elements)):
-        owner = block.owner
-        if owner < 0:
-            able = ranks if block.factors else list(storing[block.id])
-            if memory_bound is not None:
-                able = [rank for rank in able if taken[rank][1] + block.bytes <= memory_bound]
-            if not able:
-                raise ValueError(
-                    f"memory_bound={memory_bound} leaves no rank for block {block.key} of {block.matrix!r}: it has "
-                    f"{block.bytes} bytes of state, and all blocks together {sum(b.bytes for b in drafts)} on "
-                    f"{len(ranks)} ranks; take a smaller block_size or more ranks"
-                )
-            owner = min(able, key=lambda rank: (*taken[rank], place[rank]))
-            owners[block.id] = owner
-        for rank in counterparts[block.matrix](owner):
-            taken[rank][0] += block.cost if rank == owner else block.kept_cost
-            taken[rank][1] += block.bytes if rank == owner else block.kept_bytes
-    owners |= _nearest([block for block in drafts if block.factors and block.owner < 0], ranks, owners, storing)
+    resident = tuple(_resident(matrices, rank, hp) for rank in ranks)
+    loads = _Loads(ranks, load or {}, resident, memory_bound)
+    owners = _balanced(drafts, storing, counterparts, loads)
+    owners |= _nearest([b for b in drafts if b.factors and b.owner < 0], counterparts, ranks, owners, storing)
     blocks = []
     for draft in drafts:
         owner = owners.get(draft.id, draft.owner)
         blocks.append(replace(draft, owner=owner, keepers=counterparts[draft.matrix](owner)))
-    return Plan(tuple(ranks), tuple(blocks))
+    return Plan(tuple(ranks), tuple(blocks), resident)
+
+
+def _balanced(
+    drafts: Sequence[PlannedBlock],
+    storing: Mapping[BlockId, Counter[int]],
+    counterparts: Mapping[str, Counterparts],
+    loads: "_Loads",
+) -> dict[BlockId, int]:
+    """An owner for each block that has none: the least loaded rank, or of those that store it if it has no factors."""
+    owners: dict[BlockId, int] = {}
+    for block in sorted(drafts, key=lambda b: (b.owner < 0, -b.cost, -b.elements)):
+        owner, others = block.owner, counterparts[block.matrix]
+        if owner < 0:
+            owner = owners[block.id] = loads.least(block, others, None if block.factors else storing[block.id])
+        if owner < 0:
+            raise ValueError(
+                f"memory_bound={loads.bound} leaves no rank for block {block.key} of {block.matrix!r}: it has "
+                f"{block.bytes} bytes of state, and all blocks together {sum(b.bytes for b in drafts)} on "
+                f"{len(loads.resident)} ranks, which keep {min(loads.resident)} to {max(loads.resident)} bytes of "
+                "momenta besides; take a smaller block_size or more ranks"
+            )
+        loads.give(block, owner, others)
+    return owners
+
+
+class _Loads:
+    """What each rank has to do and to keep so far; ties go to the one with less state, then to the first in order."""
+
+    def __init__(
+        self,
+        ranks: Sequence[int],
+        load: Mapping[int, tuple[float, int]],
+        resident: Sequence[int],
+        bound: int | None,
+    ) -> None:
+        self.resident, self.bound = resident, bound
+        self._taken: dict[int, tuple[float, int, int]] = {}
+        for place, (rank, stays) in enumerate(zip(ranks, resident, strict=True)):
+            cost, size = load.get(rank, (0.0, 0))
+            self._taken[rank] = cost, size + stays, place
+            if bound is not None and size + stays > bound:
+                raise ValueError(
+                    f"memory_bound={bound} is less than the {size + stays} bytes of state that rank {rank} keeps "
+                    "without any block; take more ranks"
+                )
+        self._heap = [(*taken, rank) for rank, taken in self._taken.items()]
+        heapq.heapify(self._heap)
+
+    def give(self, block: PlannedBlock, owner: int, others: Counterparts) -> None:
+        """The block and copies of its roots."""
+        for rank in others(owner):
+            cost, size, place = self._taken[rank]
+            mine = rank == owner
+            self._taken[rank] = (
+                cost + (block.cost if mine else block.kept_cost),
+                size + (block.bytes if mine else block.kept_bytes),
+                place,
+            )
+            heapq.heappush(self._heap, (*self._taken[rank], rank))
+
+    def least(self, block: PlannedBlock, others: Counterparts, among: Iterable[int] | None) -> int:
+        """The least loaded rank that has room for the block, as have those that keep copies of its roots."""
+
+        def fits(owner: int) -> bool:
+            return self.bound is None or all(
+                self._taken[rank][1] + (block.bytes if rank == owner else block.kept_bytes) <= self.bound
+                for rank in others(owner)
+            )
+
+        if among is not None:
+            return min(filter(fits, among), key=lambda rank: self._taken[rank], default=-1)
+        seen, found = [], -1
+        while self._heap and found < 0:
+            *taken, rank = entry = heapq.heappop(self._heap)
+            if tuple(taken) == self._taken[rank]:  # not what it had before
+                seen.append(entry)
+                found = rank if fits(rank) else -1
+        for entry in seen:
+            heapq.heappush(self._heap, entry)
+        return found
+
+
+def _resident(matrices: Sequence[Matrix], rank: int, hp: ShampooHyperParams) -> int:
+    """Bytes of momenta of what a rank stores of sharded matrices."""
+    stored = (
+        holder.part.elements * (8 if matrix.storage.dtype == "float64" else 4)
+        for matrix in matrices
+        if matrix.storage.sharded
+        for holder in matrix.storage.holders
+        if holder.rank == rank
+    )
+    return sum(stored) * len(momenta_names(hp))
 
 
 def _draft(matrix: Matrix, number: int, hp: ShampooHyperParams, fixed: Mapping[BlockId, int]) -> PlannedBlock:
@@ -202,15 +284,18 @@ def _storing(matrices: Sequence[Matrix], drafts: Sequence[PlannedBlock]) -> dict
 
 def _nearest(
     blocks: Sequence[PlannedBlock],
+    counterparts: Mapping[str, Counterparts],
     ranks: Sequence[int],
     owners: Mapping[BlockId, int],
     storing: Mapping[BlockId, Counter[int]],
 ) -> dict[BlockId, int]:
     """The same owners, with blocks of equal cost exchanged so that most elements are where they are stored already."""
-    alike: defaultdict[tuple[float, int, int], list[BlockId]] = defaultdict(list)
+    alike: defaultdict[Any, list[BlockId]] = defaultdict(list)
     for block in blocks:
         if len(storing[block.id]) < len(ranks) or len(set(storing[block.id].values())) > 1:
-            alike[block.cost, block.bytes, block.elements].append(block.id)
+            kept = counterparts[block.matrix]
+            others = tuple(map(kept, ranks)) if len(kept(ranks[0])) > 1 else ()
+            alike[block.cost, block.bytes, block.elements, others].append(block.id)
     nearest: dict[BlockId, int] = {}
     for ids in alike.values():
         free = Counter(owners[id_] for id_ in ids)
@@ -237,8 +322,8 @@ def make_plans(
     """
     plans: list[Plan] = []
     for ranks in in_order(held):
-        known = [plan.load() for plan in plans if set(ranks) <= set(plan.ranks)]
-        load = {rank: sum(plan[rank] for plan in known) for rank in ranks}
+        known = [(plan.load(), plan.bytes()) for plan in plans if set(ranks) <= set(plan.ranks)]
+        load = {rank: (sum(cost[rank] for cost, _ in known), sum(size[rank] for _, size in known)) for rank in ranks}
         plans.append(make_plan(held[ranks], ranks, hp, fixed, load, memory_bound))
     return plans
 

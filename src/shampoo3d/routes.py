@@ -49,8 +49,9 @@ class Routes:
     legs: tuple[Leg, ...]
 
     @classmethod
-    def of(cls, plan: Plan, matrices: Sequence[Matrix]) -> "Routes":
-        return cls(plan, tuple(itertools.chain.from_iterable(_legs(plan, matrices))))
+    def of(cls, plan: Plan, matrices: Sequence[Matrix], rank: int | None = None) -> "Routes":
+        """All legs, or those that a rank has to do with: what it stores, and all of the blocks whose roots it keeps."""
+        return cls(plan, tuple(itertools.chain.from_iterable(_legs(plan, matrices, rank))))
 
     @property
     def travels(self) -> bool:
@@ -62,21 +63,28 @@ class Routes:
         return Routes(self.plan, tuple(leg for leg in self.legs if rank in (leg.keeper, *leg.cell.ranks)))
 
 
-def _legs(plan: Plan, matrices: Sequence[Matrix]) -> Iterator[list[Leg]]:
+def travels(plan: Plan, matrices: Sequence[Matrix]) -> bool:
+    """Whether gradients may have to travel; known to all ranks without looking at every leg of a sharded matrix."""
+    if any(matrix.rank and matrix.storage.sharded and len(matrix.storage.classes) > 1 for matrix in matrices):
+        return True
+    return Routes.of(plan, matrices).travels
+
+
+def _legs(plan: Plan, matrices: Sequence[Matrix], rank: int | None) -> Iterator[list[Leg]]:
     slot = 0
     for number, matrix in enumerate(matrices):
+        planned = plan.blocks[slot : slot + len(matrix.blocks)]
+        kept = {i for i, block in enumerate(planned) if rank in block.keepers}
         covers = list(matrix.storage.covers)
-        place = {
-            rank: (i, cover) for (cover, _), ranks in matrix.storage.classes.items() for i, rank in enumerate(ranks)
-        }
+        position = {rank: i for ranks in matrix.storage.classes.values() for i, rank in enumerate(ranks)}
+        cover_of = {holder.rank: holder.cover for holder in matrix.storage.holders}
         legs = []
-        for cell in matrix.cells():
-            block = plan.blocks[slot + cell.block]
+        for cell in matrix.cells(rank, kept):
+            block = planned[cell.block]
             keeper = block.owner if matrix.storage.sharded else block.keepers[covers.index(cell.cover)]
-            position, cover = place.get(keeper, (0, cell.cover))
             # Replicas take turns as the keepers do, so that homes are balanced as these are.
-            home = keeper if keeper in cell.ranks else cell.ranks[position % len(cell.ranks)]
-            legs.append(Leg(slot + cell.block, number, cell, home, keeper, cell.cover == cover))
+            home = keeper if keeper in cell.ranks else cell.ranks[position.get(keeper, 0) % len(cell.ranks)]
+            legs.append(Leg(slot + cell.block, number, cell, home, keeper, cell.cover == cover_of[keeper]))
         slot += len(matrix.blocks)
         yield sorted(legs, key=lambda leg: leg.slot)
 
@@ -145,7 +153,7 @@ def traffic(plan: Plan, matrices: Sequence[Matrix], rank: int, distribution: Dis
     """
     found: Counter[str] = Counter({"gradients": 0, "updates": 0, "weights": 0, "roots": 0})
     copies: defaultdict[tuple[tuple[int, ...], str], list[tuple[int, int]]] = defaultdict(list)
-    for leg in Routes.of(plan, matrices).at(rank).legs:
+    for leg in Routes.of(plan, matrices, rank).legs:
         storage = matrices[leg.matrix].storage
         if leg.home != leg.keeper and plan.blocks[leg.slot].factors:
             named = storage.model_dtype if distribution.update_precision == "parameter" else storage.state_dtype
