@@ -16,7 +16,7 @@ from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Holder, Matrix, Storage, describe
 from shampoo3d.plan import BlockId, Plan, in_order, make_plans
 from shampoo3d.readers import Stored, is_flat, read
-from shampoo3d.slabs import Binding, Place
+from shampoo3d.slabs import Binding, FlatSlab, Place
 from shampoo3d.topology import Mesh
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -174,13 +174,17 @@ def assemble(
     if complaint := first_complaint(mesh, _different_plans(plans, mesh)):
         raise DisagreementError(complaint)
     teams = []
+    slabs = {
+        s.tensor: FlatSlab(places[s.tensor], facts.hp) for s in {s.tensor: s for s in stored if s.sharded}.values()
+    }
     for plan in plans:
         bindings = [
             Binding(i, matrix, places[s.tensor], s.offset, s.part.elements)
             for i, (matrix, (s, _)) in enumerate(zip(matrices[plan.ranks], by_team[plan.ranks], strict=True))
         ]
         tied_ = any(set(plan.ranks) - set(mesh.data.ranks) and s.original in tied for s, _ in by_team[plan.ranks])
-        teams.append(Team(mesh.group(plan.ranks), mesh.rank, plan, bindings, facts.hp, tied_))
+        flat = {b.place: slabs[b.place.tensor] for b in bindings if b.matrix.storage.sharded}
+        teams.append(Team(mesh.group(plan.ranks), mesh.rank, plan, bindings, facts.hp, tied_, flat))
     return teams
 
 

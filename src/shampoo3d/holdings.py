@@ -65,6 +65,7 @@ class Team:
     """Ranks that store the same matrices between them, the plan by which they share the work, and this rank's part.
 
     Attributes:
+        flat_slabs: of the places in which its matrices are sharded; other teams may have matrices there, too.
         slots: the block of each slot of the plan.
         legs: the ways of the cells that this rank has to do with.
         travels: whether gradients may have to travel to owners.
@@ -77,12 +78,12 @@ class Team:
     bindings: list[Binding]
     hp: ShampooHyperParams
     tied: bool
+    flat_slabs: dict[Place, FlatSlab]
     slots: list[tuple[Binding, Block]] = field(init=False)
     legs: list[Leg] = field(init=False)
     travels: bool = field(init=False)
     rounds: list[list[int]] = field(init=False)
     batches: list[Batch] = field(init=False)
-    flat_slabs: dict[Place, FlatSlab] = field(init=False)
     stack_slabs: list[StackSlab] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,7 +92,6 @@ class Team:
         self.legs, self.travels = list(Routes.of(self.plan, matrices, self.rank).legs), travels(self.plan, matrices)
         self.rounds = rounds(self.plan, BUCKET_ELEMENTS)
         self.batches = self._make_batches()
-        self.flat_slabs = self._make_flat_slabs()
         self.stack_slabs = self._make_stack_slabs()
         self._slab_of = {member.cell: slab for slab in self.stack_slabs for member in slab.members}
 
@@ -162,13 +162,6 @@ class Team:
         """The stack and the row of every kept slot."""
         return {member.slot: (batch.stack, member.row) for batch in self.batches for member in batch.members}
 
-    def _make_flat_slabs(self) -> dict[Place, FlatSlab]:
-        found: defaultdict[Place, list[Binding]] = defaultdict(list)
-        for binding in self.bindings:
-            if binding.matrix.storage.sharded:
-                found[binding.place].append(binding)
-        return {place: FlatSlab(place, bindings, self.hp) for place, bindings in found.items()}
-
     def _make_stack_slabs(self) -> list[StackSlab]:
         kinds: defaultdict[Any, list[Member]] = defaultdict(list)
         for leg in self.legs:
@@ -182,8 +175,8 @@ class Team:
 
 def state_bytes(teams: Iterable[Team]) -> int:
     """Bytes of all state on this rank."""
-    kept = (holder.tensors() for team in teams for holder in _stateful(team))
-    return sum(tensor.nbytes for tensors in kept for tensor in tensors.values())
+    kept = dict.fromkeys(holder for team in teams for holder in _stateful(team))
+    return sum(tensor.nbytes for holder in kept for tensor in holder.tensors().values())
 
 
 def _stateful(team: Team) -> Iterator[Stack | Momenta]:

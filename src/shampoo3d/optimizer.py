@@ -94,6 +94,7 @@ class Shampoo(Optimizer):
         self._mesh: Mesh | None = None
         self._teams: list[Team] = []
         self._exchanges: list[Exchange] = []
+        self._places: dict[Tensor, Place] = {}
         self._groups: list[dict[str, Any]] = []  # engines show one at a time in param_groups
         self._saved: dict[Tensor, ParamState] = {}  # loaded state that waits until its parameter is bound
         self._saved_own: dict[str, Any] | None = None  # the same of flat slices
@@ -161,17 +162,23 @@ class Shampoo(Optimizer):
         if verdict is Verdict.SKIP:
             self.skipped_steps += 1
             return loss
-        present = self._present()
-        for team, exchange in zip(self._teams, self._exchanges, strict=True):
-            self._step(team, exchange, present)
+        self._step()
         return loss
 
-    def _step(self, team: Team, exchange: Exchange, present: set[Place]) -> None:
-        hp = self.hyperparams
-        steps = {place: self._count(place) for place in team.places if place in present and place.gradient is not None}
+    def _step(self) -> None:
+        steps = {place: self._count(place) for place in self._present() if place.gradient is not None}
+        slabs = [slab for slab in dict.fromkeys(s for team in self._teams for s in team.slabs) if slab.begin(steps)]
+        for team, exchange in zip(self._teams, self._exchanges, strict=True):
+            self._direct(team, exchange, {place: t for place, t in steps.items() if place in team.names})
+        for slab in slabs:
+            slab.update(self._groups[slab.group])
+        for exchange in self._exchanges:
+            exchange.copy(steps)
+
+    def _direct(self, team: Team, exchange: Exchange, steps: Mapping[Place, int]) -> None:
+        """Bring the grafted directions of a team's matrices home."""
         if not steps:
             return
-        slabs = [slab for slab in team.slabs if slab.begin(steps)]
         for unit in exchange.collect(steps):
             stack, rows = unit.batch.stack, unit.rows
             if unit.phase.accumulate:
@@ -180,15 +187,14 @@ class Shampoo(Optimizer):
                 stack.refresh_roots(rows)
             if unit.phase.started:
                 unit.blocks = stack.precondition(unit.blocks, rows)
-        scale = None
-        if hp.graft_type is not LayerwiseGrafting.NONE:
+        if self.hyperparams.graft_type is not LayerwiseGrafting.NONE:
+            slabs = [slab for slab in team.slabs if slab.steps(steps)]
             norms = torch.zeros(len(team.bindings), 2, dtype=torch.float64, device=team.device)
             for slab in slabs:
-                slab.add_norms(norms)
-            scale = graft_scale(exchange.sum_norms(norms), hp)
-        for slab in slabs:
-            slab.update(scale, self._groups[slab.group])
-        exchange.copy(steps)
+                slab.add_norms(norms, team.bindings)
+            scale = graft_scale(exchange.sum_norms(norms), self.hyperparams)
+            for slab in slabs:
+                slab.graft(scale, team.bindings)
 
     def _agree(self, mesh: Mesh, complaint: str, unbound: bool, *, averaged: bool) -> Verdict:
         hp, present = self.hyperparams, self._present()
@@ -224,14 +230,9 @@ class Shampoo(Optimizer):
 
     # ---- who holds and owns what -------------------------------------------------------------------------------------
 
-    @property
-    def _places(self) -> dict[Tensor, Place]:
-        return {place.tensor: place for team in self._teams for place in team.places}
-
     def _present(self) -> set[Place]:
         """The places that the groups show now."""
-        places = self._places
-        return {places[p] for group in self.param_groups for p in group["params"] if p in places}
+        return {self._places[p] for group in self.param_groups for p in group["params"] if p in self._places}
 
     def _has_unbound(self) -> bool:
         """Whether a parameter has joined, has been unfrozen or has gone since parameters were bound."""
@@ -280,6 +281,7 @@ class Shampoo(Optimizer):
             checkpoint.load(teams, live, saved)
         checkpoint.carry(live, owned)
         self._mesh, self._teams = mesh, teams
+        self._places = {place.tensor: place for team in teams for place in team.places}
         self._exchanges = [Exchange(team, mesh, self.distribution.update_precision) for team in teams]
         self._saved, self._saved_own = {p: state for p, state in saved.items() if p not in live}, None
         self.state.clear()
@@ -391,5 +393,6 @@ class Shampoo(Optimizer):
             "_reduction",
         )
         fresh = {"state": defaultdict(dict), "_facts": facts, "_mesh": None, "_teams": [], "_exchanges": []}
+        fresh["_places"] = {}
         same = {"_groups": self._groups, "_saved": self._complete_state()}
         return {name: getattr(self, name) for name in kept} | fresh | same

@@ -78,12 +78,12 @@ Steps = Mapping[Place, int]
 class FlatSlab:
     """All elements of a place whose elements are stored once: they are updated where they are, in one piece.
 
-    S holds the directions during a step, in the layout of the place.
+    S holds the directions during a step, in the layout of the place. The matrices in it may belong to several teams
+    (a tied weight and others, in one slice), each of which grafts its own.
     """
 
-    def __init__(self, place: Place, bindings: Sequence[Binding], hp: ShampooHyperParams) -> None:
+    def __init__(self, place: Place, hp: ShampooHyperParams) -> None:
         self.place, self.hp = place, hp
-        self.bindings = [binding for binding in bindings if binding.elements]
         flat = place.flat
         self.dtype = state_dtype(flat.dtype)
         self.momenta = Momenta(flat.shape, hp, self.dtype, flat.device)
@@ -92,10 +92,14 @@ class FlatSlab:
     def group(self) -> int:
         return self.place.group
 
+    def steps(self, steps: Steps) -> bool:
+        """Whether any of its elements step."""
+        return self.place in steps
+
     def begin(self, steps: Steps) -> bool:
         """Take the gradient, if the place is among those that step; S is the gradient until directions arrive."""
         gradient = self.place.gradient
-        if self.place not in steps or gradient is None:
+        if gradient is None or not self.steps(steps):
             return False
         self.G = gradient.to(self.dtype)
         self.started = phase(steps[self.place], self.hp).started
@@ -107,18 +111,24 @@ class FlatSlab:
         """Where S of a piece goes."""
         return binding.view(self.S, piece)
 
-    def add_norms(self, norms: Tensor) -> None:
-        """Add the squared norms of S and D here to those of their matrices, (matrices, 2)."""
-        if self.bindings:
-            rows = [binding.number for binding in self.bindings]
-            found = [torch._foreach_norm(self._parts(of)) for of in (self.S, self.D)]
-            norms[rows] += torch.stack([torch.stack(list(column)) for column in found], 1).to(norms).square()
+    def add_norms(self, norms: Tensor, bindings: Sequence[Binding]) -> None:
+        """Add the squared norms of S and D of these matrices to those of their team, (matrices, 2)."""
+        if held := self._held(bindings):
+            found = [torch._foreach_norm(_parts(of, held)) for of in (self.S, self.D)]
+            columns = torch.stack([torch.stack(list(column)) for column in found], 1)
+            norms[[binding.number for binding in held]] += columns.to(norms).square()
 
-    def update(self, scale: Tensor | None, settings: Mapping[str, Any]) -> None:
-        """Graft by each matrix's scale, (matrices,), and step."""
-        if scale is not None and self.bindings:
-            factors = scale[[binding.number for binding in self.bindings]].to(self.S)
-            torch._foreach_mul_(self._parts(self.S), list(factors.unbind()))
+    def graft(self, scale: Tensor, bindings: Sequence[Binding]) -> None:
+        """Multiply S of these matrices by the scales of their team, (matrices,)."""
+        if held := self._held(bindings):
+            factors = scale[[binding.number for binding in held]].to(self.S)
+            torch._foreach_mul_(_parts(self.S, held), list(factors.unbind()))
+
+    def _held(self, bindings: Sequence[Binding]) -> list[Binding]:
+        return [binding for binding in bindings if binding.place is self.place and binding.elements]
+
+    def update(self, settings: Mapping[str, Any]) -> None:
+        """The step itself."""
         W = self.place.flat
         D = _descent(self.S, self.D, settings)
         step = _step(settings, self.started)
@@ -127,8 +137,9 @@ class FlatSlab:
         self.place.store(W)
         del self.G, self.D, self.S
 
-    def _parts(self, flat: Tensor) -> list[Tensor]:
-        return [flat.narrow(0, binding.offset, binding.elements) for binding in self.bindings]
+
+def _parts(flat: Tensor, bindings: Sequence[Binding]) -> list[Tensor]:
+    return [flat.narrow(0, binding.offset, binding.elements) for binding in bindings]
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,20 +188,29 @@ class StackSlab:
             self.runs.append(run)
         return bool(self.runs)
 
+    def steps(self, steps: Steps) -> bool:
+        """Whether any of its elements step."""
+        return any(member.binding.place in steps for member in self.members)
+
     def direction(self, cell: Cell) -> Tensor:
         return self.S[self.rows[cell]]
 
-    def add_norms(self, norms: Tensor) -> None:
+    def add_norms(self, norms: Tensor, _: Sequence[Binding]) -> None:
+        """Add the squared norms of S and D to those of their matrices, (matrices, 2); all are of one team."""
         for run in self.runs:
             rows = torch.tensor([member.binding.number for member in run.members], device=norms.device)
             norms.index_add_(0, rows, squared_norms(self.S[run.rows], run.D).to(norms))
 
-    def update(self, scale: Tensor | None, settings: Mapping[str, Any]) -> None:
+    def graft(self, scale: Tensor, _: Sequence[Binding]) -> None:
+        """Multiply S by the scales of the matrices, (matrices,)."""
+        for run in self.runs:
+            factors = scale[[member.binding.number for member in run.members]].to(self.S)
+            self.S[run.rows] *= factors.view(-1, *[1] * len(self.shape))
+
+    def update(self, settings: Mapping[str, Any]) -> None:
+        """The step itself."""
         for run in self.runs:
             W, S = self._gather(run.members, gradient=False), self.S[run.rows]
-            if scale is not None:
-                factors = scale[[member.binding.number for member in run.members]].to(S)
-                S = S * factors.view(-1, *[1] * len(self.shape))
             D = _descent(S, run.D, settings)
             step = _step(settings, run.started)
             u = self.momenta.update(W, S, D, step, run.rows)
