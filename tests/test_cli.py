@@ -1,17 +1,23 @@
 """The command line, with real processes where it starts them."""
 
+import contextlib
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from distributed.harness import needs_deepspeed
+from distributed.harness import run as run_ranks
 from shampoo3d import cli
 from shampoo3d.plan import Plan
 from shampoo3d.train.log import Record, read
@@ -72,21 +78,103 @@ def test_demo_in_small(tmp_path: Path) -> None:
         assert [step for event, step, _ in losses(tmp_path / "run", name) if event == "validation"] == [1, 3, 6]
     # Both start from the same weights, on the same sequences.
     assert losses(tmp_path / "run", "adamw")[0] == losses(tmp_path / "run", "shampoo")[0]
-    assert_foreseen(tmp_path / "run")
+    plans = assert_foreseen(Settings.load(tmp_path / "run"))
+    assert [plan.ranks for plan in plans] == [(0, 1), (0, 1, 2, 3), (2, 3)]
 
 
-def assert_foreseen(output: Path) -> None:
+def assert_foreseen(run_settings: Settings) -> list[Plan]:
     """`shampoo3d plan` shows what the run did."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from shampoo3d.train.planning import foresee
     from shampoo3d.train.results import read_plans
     from shampoo3d.train.text import read_text
 
-    run_settings = Settings.load(output)
     vocabulary = read_text(run_settings.text, run_settings.context).vocabulary
-    plans: list[Plan] = read_plans(output)
-    assert [p.ranks for p in plans] == [(0, 1), (0, 1, 2, 3), (2, 3)]
+    plans: list[Plan] = read_plans(run_settings.output)
     assert [p.digest() for p in foresee(run_settings, len(vocabulary))] == [p.digest() for p in plans]
+    return plans
+
+
+SMALL: dict[str, Any] = {
+    **{"layers": 2, "width": 16, "heads": 2, "context": 16, "batch": 12, "micro_batches": 2, "block_size": 8},
+    **{"steps": 8, "save_every": 4, "evaluate_every": 4, "device": "cpu"},
+}
+GRIDS = [
+    {"data": 2, "zero_stage": 1},
+    {"data": 2, "zero_stage": 2},
+    {"data": 2, "zero_stage": 3},
+    {"pipe": 2, "data": 2, "zero_stage": 1},
+    {"model_parallel": 2},
+    {"model_parallel": 2, "data": 2, "zero_stage": 2},
+]
+MORE_GRIDS = [
+    {"data": 2},
+    {"pipe": 2},
+    {"zero_stage": 3},
+    {"data": 3, "zero_stage": 3},
+    {"model_parallel": 2, "data": 2, "zero_stage": 1},
+    {"model_parallel": 2, "data": 2, "zero_stage": 3},
+    {"model_parallel": 2, "pipe": 2},
+    {"model_parallel": 2, "pipe": 2, "data": 2, "zero_stage": 1},
+]
+
+
+def small(output: Path, **grid: int) -> Settings:
+    return Settings(output=output, **SMALL | {"pipe": 1, "data": 1} | grid)
+
+
+def train_once(name: str, settings: Settings, until: int = 8) -> tuple[list[float], list[int]]:
+    """Train up to a step; rank 0 learns the losses from the first step on, and which steps were trained here."""
+    from distributed.training import prepare_deepspeed
+    from shampoo3d.train.text import read_text
+    from shampoo3d.train.trainer import Trainer
+
+    trained: list[int] = []
+
+    class Interruptible(Trainer):
+        def _step(self, step: int) -> None:
+            if step > until:
+                raise KeyboardInterrupt
+            trained.append(step)
+            super()._step(step)
+
+    prepare_deepspeed()
+    records: list[Record] = []
+    trainer = Interruptible(name, settings, read_text(settings.text, settings.context), records.append)
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.complete()
+    return [record["loss"] for record in records if "loss" in record], trained
+
+
+def train_whole_and_in_two(name: str, whole: Settings, cut: Settings) -> tuple[list[float], list[float]]:
+    """The second run ends after step 6 and goes on after step 4, where it saved."""
+    losses, _ = train_once(name, whole)
+    train_once(name, cut, until=6)
+    resumed, trained = train_once(name, cut)
+    assert trained == [5, 6, 7, 8]
+    return losses, resumed
+
+
+@functools.cache
+def losses_of_one_process(name: str) -> list[float]:
+    with tempfile.TemporaryDirectory() as folder:
+        [(losses, _)] = run_ranks(train_once, 1, name, small(Path(folder)))
+    return list(losses)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["adamw", "shampoo"])
+@pytest.mark.parametrize(
+    "grid", [*GRIDS, *(pytest.param(grid, marks=pytest.mark.slow) for grid in MORE_GRIDS)], ids=str
+)
+def test_every_topology_trains_the_same_model_and_resumes(name: str, grid: dict[str, int], tmp_path: Path) -> None:
+    whole, cut = (small(tmp_path / run, **grid) for run in ("whole", "cut"))
+    losses, resumed = run_ranks(train_whole_and_in_two, whole.world, name, whole, cut)[0]
+    assert losses[0] == pytest.approx(losses_of_one_process(name)[0], abs=1e-5)
+    assert losses == pytest.approx(losses_of_one_process(name), abs=1e-3)
+    assert resumed == losses
+    if name == "shampoo":
+        assert_foreseen(whole)
 
 
 def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -147,22 +235,28 @@ def test_error_inside_a_rank_is_told_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "shampoo3d.cli"]
-    command = [*launcher, *f"train {TINY} --data 1 --steps 4 --output {tmp_path / 'run'}".split()]
+    grid = "--pipe 1 --data 1 --model-parallel 2 --zero-stage 3"
+    command = [*launcher, *f"train {TINY} {grid} --steps 4 --output {tmp_path / 'run'}".split()]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "optimizer's share" in result.stdout
+    assert "4 steps of 64 bytes on pipe 1 x data 1 x model 2, ZeRO 3" in " ".join(result.stdout.split())
     assert (tmp_path / "run" / "ownership.png").exists()
 
 
 WRONG = {
     "--text missing.txt": "--text missing.txt cannot be read: No such file or directory",
-    "--processes 3": "--processes is 3, but --pipe 2 x --data 2 = 4",
+    "--processes 3": "--processes is 3, but --pipe 2 x --data 2 x --model-parallel 1 = 4",
     "--pipe 8": "--pipe 8 stages cannot share --layers 4",
     "--optimizer sgd": "--optimizer must be one of adamw, shampoo, both, not 'sgd'",
     "--steps many": "--steps",
     "--stepps 3": "No such option: --stepps",
     "--steps 0": "--steps must be at least 1, not 0",
     "--batch 30": "--batch 30 is not a multiple of --data 2 x --micro-batches 4 = 8",
+    "--model-parallel 3": "--heads 4 is not a multiple of --model-parallel 3",
+    "--model-parallel 0": "--model-parallel must be at least 1, not 0",
+    "--zero-stage 4": "--zero-stage must be one of 0, 1, 2, 3, not 4",
+    "--zero-stage 2": "--zero-stage 2 with --pipe 2: DeepSpeed offers no ZeRO 2 or 3 with a pipeline: take --pipe 1",
     "--heads 3": "--width 128 is not a multiple of --heads 3",
     "--shampoo-lr nan": "--shampoo-lr must be a positive number, not nan",
     "--device tpu": "--device must be one of auto, cpu, cuda, not 'tpu'",

@@ -25,15 +25,38 @@ def test_plain() -> None:
     assert re.search(r"2\.weight +256x512 +preconditioned +2", found)
 
 
+def output_of_ranks(count: int, *command: str) -> str:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
+    found = output_of(*launcher, *command)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", found)]
+    assert losses[-1] < losses[0] / 2
+    return found
+
+
 @pytest.mark.slow
 def test_deepspeed_pipeline() -> None:
     pytest.importorskip("deepspeed")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
-    found = output_of(*launcher, str(EXAMPLES / "deepspeed_pipeline.py"))
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", found)]
-    assert losses[-1] < losses[0] / 2
+    found = output_of_ranks(4, str(EXAMPLES / "deepspeed_pipeline.py"))
     assert re.search(r"0\.weight +64x64 +preconditioned +4 +0-1", found)
     assert re.search(r"2\.weight +64x64 +preconditioned +4 +2-3", found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [(), ("0",), ("1",), ("3",)])
+def test_deepspeed_zero(stage: tuple[str, ...]) -> None:
+    pytest.importorskip("deepspeed")
+    found = output_of_ranks(2, str(EXAMPLES / "deepspeed_zero.py"), *stage)
+    # Stages 1 and 2 give most of a matrix to one rank, which then owns its blocks.
+    owners = re.findall(r"\.weight +\d+x64 +preconditioned +\d +(\S+)", found)
+    assert {rank for some in owners for rank in some.split("-")} == {"0", "1"}
+    assert len(owners) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp.py", "fsdp2.py"])
+def test_torch_alone(name: str) -> None:
+    found = output_of_ranks(2, str(EXAMPLES / name))
+    assert re.search(r"0\.weight +64x64 +preconditioned +4 +0-1", found)
 
 
 def test_each_is_short() -> None:

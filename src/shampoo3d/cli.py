@@ -32,7 +32,19 @@ INTERRUPTED = 130
 app = typer.Typer(add_completion=False, help="3D-Shampoo: train with it, see who owns what.")
 
 ALL = tuple(setting.name for setting in fields(Settings))
-PLANNED = ("text", "layers", "width", "heads", "context", "pipe", "data", "block_size", "refresh")
+PLANNED = (
+    "text",
+    "layers",
+    "width",
+    "heads",
+    "context",
+    "pipe",
+    "data",
+    "model_parallel",
+    "zero_stage",
+    "block_size",
+    "refresh",
+)
 
 
 def options(names: Collection[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -62,10 +74,12 @@ def options(names: Collection[str]) -> Callable[[Callable[..., None]], Callable[
 @options(ALL)
 def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output, as it was set up.")] = False,
-    processes: Annotated[int | None, typer.Option(help="A check: must equal --pipe x --data.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="A check: must equal --pipe x --data x --model-parallel.")
+    ] = None,
     **given: Any,
 ) -> None:
-    """Train a small GPT on real text, with AdamW and then with 3D-Shampoo, on pipeline and data parallel processes.
+    """Train a small GPT on real text, with AdamW and then with 3D-Shampoo, on a grid of processes.
 
     Starts all of them on this host. Under torchrun (-m shampoo3d.cli train ...) it is one of torchrun's instead.
     """
@@ -100,7 +114,9 @@ def plan(
     from shampoo3d.train.planning import foresee
 
     plans = foresee(settings, len(read_text(settings.text, settings.context).vocabulary))
-    Console().print(ownership_table(plans))
+    table = ownership_table(plans)
+    table.title = settings.topology
+    Console().print(table)
     if picture:
         try:
             ownership_figure(plans, picture)
@@ -162,8 +178,8 @@ def _check_processes(settings: Settings, processes: int | None) -> None:
     launched = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
     for asker, count in (("--processes", processes), ("the launcher's WORLD_SIZE", launched)):
         if count is not None and int(count) != settings.world:
-            grid = f"--pipe {settings.pipe} x --data {settings.data} = {settings.world}"
-            raise RunError(f"{asker} is {count}, but {grid}: make them equal")
+            sizes = " x ".join(f"{flag(name)} {getattr(settings, name)}" for name in ("pipe", "data", "model_parallel"))
+            raise RunError(f"{asker} is {count}, but {sizes} = {settings.world}: make them equal")
 
 
 def _train_here(settings: Settings) -> None:

@@ -1,1 +1,1 @@
-"""The application behind `shampoo3d train`: a small GPT on real text, on pipeline and data parallel processes."""
+"""The application behind `shampoo3d train`: a small GPT on real text, on any topology."""

@@ -1,4 +1,4 @@
-"""A small GPT as the list of layers that DeepSpeed's PipelineModule cuts into stages."""
+"""A small GPT as a list of layers, which DeepSpeed's PipelineModule cuts into stages, or one module holds together."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, linear, scaled_dot_product_attention
 
+from .shards import ColumnParallel, RowParallel, Shards
+
 if TYPE_CHECKING:
     from .settings import Settings
 
@@ -15,43 +17,62 @@ PARTITION = "type:^block$"
 """Every stage gets the same number of transformer blocks."""
 
 
-class Position(nn.Module):
+class Embedding(nn.Embedding):
+    """Vectors of tokens; given vectors instead, their products with every token's, so that it is the output layer too.
+
+    Hence the small scale.
+    """
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__(vocabulary, width)
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight) if x.is_floating_point() else super().forward(x)
+
+
+class Position(nn.Embedding):
     """Adds the learned position vectors."""
 
     def __init__(self, context: int, width: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(context, width)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        super().__init__(context, width)
+        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.embedding.weight[: x.shape[1]]
-        return out
+        return x + self.weight[: x.shape[1]]
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP; the depth of the model scales down what each block adds to the residual stream."""
+    """Pre-norm attention and MLP; the depth of the model scales down what each block adds to the residual stream.
 
-    def __init__(self, width: int, heads: int, layers: int) -> None:
+    A shard has whole heads and a part of the MLP's hidden units.
+    """
+
+    def __init__(self, width: int, heads: int, layers: int, shards: Shards) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = ColumnParallel(width, 3 * width, shards, pieces=3)
+        self.out = RowParallel(width, width, shards)
         self.norm2 = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-        for part in (self.qkv, self.out, self.up, self.down):
+        self.up = ColumnParallel(width, 4 * width, shards)
+        self.down = RowParallel(4 * width, width, shards)
+        parts = (self.qkv, self.out, self.up, self.down)
+        for part in parts:
             nn.init.normal_(part.weight, std=0.02)
             nn.init.zeros_(part.bias)
         with torch.no_grad():
             self.out.weight /= (2 * layers) ** 0.5
             self.down.weight /= (2 * layers) ** 0.5
+        # Only now, so that the number of shards does not change what is drawn.
+        for part in parts:
+            part.keep_own_part()
 
     def attend(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, -1, self.head_width).permute(2, 0, 3, 1, 4)
         mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
-        out: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,31 +81,39 @@ class Block(nn.Module):
         return out
 
 
-class Embedding(nn.Embedding):
-    """Token vectors, also used as the output layer, hence their small scale."""
-
-    def __init__(self, vocabulary: int, width: int) -> None:
-        super().__init__(vocabulary, width)
-        nn.init.normal_(self.weight, std=0.02)
-
-
-def head(embedding: Embedding, x: Tensor) -> Tensor:
-    return linear(x, embedding.weight)
-
-
 def loss(logits: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def layers(settings: Settings, vocabulary: int) -> list[Any]:
-    """The specifications of all layers; a process builds only those of its stage."""
+def layers(settings: Settings, vocabulary: int, shards: Shards) -> list[Any]:
+    """The specifications of all layers; a process builds only those of its stage, and of them its shard."""
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
-    width = settings.width
+    width, depth = settings.width, settings.layers
     return [
         TiedLayerSpec("embedding", Embedding, vocabulary, width),
         LayerSpec(Position, settings.context, width),
-        *(LayerSpec(Block, width, settings.heads, settings.layers) for _ in range(settings.layers)),
+        *(LayerSpec(Block, width, settings.heads, depth, shards) for _ in range(depth)),
         LayerSpec(nn.LayerNorm, width),
-        TiedLayerSpec("embedding", Embedding, vocabulary, width, forward_fn=head),
+        TiedLayerSpec("embedding", Embedding, vocabulary, width),
     ]
+
+
+class GPT(nn.Module):
+    """All layers in one module, with the names and, from their seeds, the weights that PipelineModule gives them."""
+
+    def __init__(self, specs: list[Any], seed: int) -> None:
+        super().__init__()
+        self.tied_modules = nn.ModuleDict()
+        self.path: list[nn.Module] = []
+        for place, spec in enumerate(specs):
+            home, name = (self.tied_modules, spec.key) if hasattr(spec, "key") else (self, str(place))
+            if not hasattr(home, name):
+                torch.manual_seed(seed + place)
+                home.add_module(name, spec.build())
+            self.path.append(getattr(home, name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.path:
+            x = layer(x)
+        return x

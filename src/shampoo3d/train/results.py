@@ -87,9 +87,13 @@ def read_plans(output: Path) -> list[Plan]:
 def summary(runs: list[Run], settings: Settings) -> dict[str, Any]:
     """The table's numbers, for programs."""
     target = runs[0].validation_loss
+
+    def pick(*names: str) -> dict[str, Any]:
+        return {name: getattr(settings, name) for name in names}
+
     return {
-        "model": {key: getattr(settings, key) for key in ("layers", "width", "heads", "context")},
-        "topology": {"pipe": settings.pipe, "data": settings.data},
+        "model": pick("layers", "width", "heads", "context"),
+        "topology": pick("pipe", "data", "model_parallel", "zero_stage"),
         "steps": settings.steps,
         "tokens_per_step": settings.batch * settings.context,
         "runs": {run.optimizer: _numbers(run, target) for run in runs},
@@ -114,8 +118,7 @@ def _numbers(run: Run, target: float) -> dict[str, Any]:
 def table(runs: list[Run], settings: Settings) -> Table:
     """Rows of numbers, one column per optimizer."""
     tokens = settings.batch * settings.context
-    title = f"{settings.steps} steps of {tokens:,} bytes on pipe {settings.pipe} x data {settings.data}"
-    result = Table("", title=title)
+    result = Table("", title=f"{settings.steps} steps of {tokens:,} bytes on {settings.topology}")
     for run in runs:
         result.add_column(run.title, justify="right")
     for label, number in _rows(runs[0]).items():

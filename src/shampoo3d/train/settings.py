@@ -10,6 +10,7 @@ from typing import Any
 OPTIMIZERS = {"adamw": ("adamw",), "shampoo": ("shampoo",), "both": ("adamw", "shampoo")}
 TITLES = {"adamw": "AdamW", "shampoo": "3D-Shampoo"}
 DEVICES = ("auto", "cpu", "cuda")
+ZERO_STAGES = (0, 1, 2, 3)
 
 
 class RunError(Exception):
@@ -40,6 +41,8 @@ class Settings:
     context: int = _option(128, "Bytes of text that a prediction may look back on.", "Model")
     pipe: int = _option(2, "Pipeline stages.", "Topology")
     data: int = _option(2, "Data-parallel replicas of each stage.", "Topology")
+    model_parallel: int = _option(1, "Tensor-parallel shards of each block; must divide the heads.", "Topology")
+    zero_stage: int = _option(0, "DeepSpeed's ZeRO stage, 0 to 3; a pipeline can have 0 or 1.", "Topology")
     optimizer: str = _option("both", "adamw, shampoo or both (one after the other, on the same data).")
     steps: int = _option(300, "Optimizer steps.")
     batch: int = _option(32, "Sequences per step, over all processes.")
@@ -63,14 +66,25 @@ class Settings:
                 raise RunError(f"{flag(name)} must be a positive number, not {getattr(self, name)}")
         if self.block_size < 0 or self.seed < 0:
             raise RunError(f"--block-size {self.block_size} and --seed {self.seed} must not be negative")
-        for name, choices in (("optimizer", tuple(OPTIMIZERS)), ("device", DEVICES)):
+        for name, choices in (("optimizer", tuple(OPTIMIZERS)), ("device", DEVICES), ("zero_stage", ZERO_STAGES)):
             if getattr(self, name) not in choices:
-                raise RunError(f"{flag(name)} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+                allowed = ", ".join(map(str, choices))
+                raise RunError(f"{flag(name)} must be one of {allowed}, not {getattr(self, name)!r}")
+        self._check_topology()
+
+    def _check_topology(self) -> None:
         if self.width % self.heads:
             raise RunError(f"--width {self.width} is not a multiple of --heads {self.heads}")
         if self.pipe > self.layers:
             raise RunError(
                 f"--pipe {self.pipe} stages cannot share --layers {self.layers}: take at most one stage per layer"
+            )
+        if self.heads % self.model_parallel:
+            raise RunError(f"--heads {self.heads} is not a multiple of --model-parallel {self.model_parallel}")
+        if self.zero_stage >= 2 and self.pipe > 1:
+            raise RunError(
+                f"--zero-stage {self.zero_stage} with --pipe {self.pipe}: DeepSpeed offers no ZeRO 2 or 3 with a "
+                "pipeline: take --pipe 1, or at most --zero-stage 1"
             )
         if self.batch % (self.data * self.micro_batches):
             raise RunError(
@@ -80,7 +94,14 @@ class Settings:
 
     @property
     def world(self) -> int:
-        return self.pipe * self.data
+        return self.pipe * self.data * self.model_parallel
+
+    @property
+    def topology(self) -> str:
+        """For people."""
+        model = f" x model {self.model_parallel}" if self.model_parallel > 1 else ""
+        zero = f", ZeRO {self.zero_stage}" if self.zero_stage else ""
+        return f"pipe {self.pipe} x data {self.data}{model}{zero}"
 
     @property
     def micro_batch(self) -> int:
@@ -106,7 +127,7 @@ class Settings:
             raise RunError(f"{path} does not hold the settings of a run: {error}") from None
 
 
-_POSITIVE = [f.name for f in fields(Settings) if f.type == "int" and f.name not in ("block_size", "seed")]
+_POSITIVE = [f.name for f in fields(Settings) if f.type == "int" and f.name not in ("block_size", "seed", "zero_stage")]
 
 
 def flag(name: str) -> str:

@@ -7,37 +7,26 @@ import math
 import os
 import shutil
 import time
-from functools import partial
 from itertools import chain
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.pipe import PipelineModule
-from torch.optim.lr_scheduler import LambdaLR
+from torch import nn
 
 from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams
 
-from . import gpt
 from .log import Log, Report, finished, read
+from .parallel import WholeModel, make_engine, make_grid, make_module
 from .settings import RunError, Settings, log_file, plan_file
 from .text import Text, training_batches, validation_batches
 
-WARM_UP = 0.1
-"""Share of the steps in which the learning rate rises; it falls to zero along a cosine."""
 
-
-def schedule(steps: int, step: int) -> float:
-    """The factor of the peak learning rate at `step`, counted from 0; the same for every optimizer."""
-    return min(1.0, (step + 1) / max(1.0, WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def make_optimizer(name: str, module: PipelineModule, settings: Settings) -> torch.optim.Optimizer:
+def make_optimizer(name: str, module: nn.Module, settings: Settings, grid: Any) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(module.parameters(), lr=settings.adamw_lr, betas=(0.9, 0.95), weight_decay=0.1)
-    hyperparams, topology = shampoo_settings(settings), module.topology()
-    return Shampoo(module.parameters(), settings.shampoo_lr, hyperparams=hyperparams, topology=topology)
+    hyperparams = shampoo_settings(settings)
+    return Shampoo(module.parameters(), settings.shampoo_lr, hyperparams=hyperparams, topology=grid.topology())
 
 
 def shampoo_settings(settings: Settings) -> ShampooHyperParams:
@@ -51,20 +40,6 @@ def shampoo_settings(settings: Settings) -> ShampooHyperParams:
         # The direction's own length is right for embeddings and matrices alike, with one learning rate.
         graft_type=LayerwiseGrafting.NONE,
     )
-
-
-def make_engine(module: PipelineModule, optimizer: torch.optim.Optimizer, settings: Settings) -> Any:
-    config = {
-        "train_batch_size": settings.batch,
-        "train_micro_batch_size_per_gpu": settings.micro_batch,
-        "gradient_accumulation_steps": settings.micro_batches,
-        # Not DeepSpeed's default of 1.0: under the pipeline it clips by the norm of the first stage alone.
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": 0},
-        "steps_per_print": settings.steps + 1,
-    }
-    scheduler = LambdaLR(optimizer, partial(schedule, settings.steps))
-    return deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=config)[0]
 
 
 class Stopwatch:
@@ -113,25 +88,18 @@ class Trainer:
         self._finish()
 
     def _build(self) -> None:
-        module = PipelineModule(
-            gpt.layers(self.settings, len(self.text.vocabulary)),
-            num_stages=self.settings.pipe,
-            loss_fn=gpt.loss,
-            # Every layer draws its weights from a seed of its own, so they do not depend on the topology.
-            seed_layers=True,
-            base_seed=self.settings.seed,
-            seed_fn=lambda seed: torch.manual_seed(int(seed)),
-            partition_method=gpt.PARTITION,
-        )
-        self.optimizer = make_optimizer(self.name, module, self.settings)
+        grid = make_grid(self.settings)
+        module = make_module(self.settings, len(self.text.vocabulary), grid)
+        self.optimizer = make_optimizer(self.name, module, self.settings, grid)
         self.stopwatch = Stopwatch(self.optimizer)
-        self.engine = make_engine(module, self.optimizer, self.settings)
-        self.data_rank: int = self.engine.grid.data_parallel_id
+        self.engine = make_engine(module, self.optimizer, self.settings, grid)
+        self.model = self.engine if self.settings.pipe > 1 else WholeModel(self.engine)
+        self.data_rank: int = grid.get_data_parallel_rank()
 
     def _step(self, step: int) -> None:
         before, start = self.stopwatch.seconds, now()
         batches = training_batches(self.text, self.settings, step, self.data_rank)
-        loss = float(self.engine.train_batch(batches))
+        loss = float(self.model.train_batch(batches))
         took, inside = now() - start, self.stopwatch.seconds - before
         self.seconds += took
         self._write(event="step", step=step, loss=loss, step_seconds=took, optimizer_seconds=inside)
@@ -151,7 +119,7 @@ class Trainer:
 
     def _evaluate(self, step: int) -> None:
         batches, count = validation_batches(self.text, self.settings, self.data_rank)
-        loss = float(self.engine.eval_batch(batches, num_micro_batches=count))
+        loss = float(self.model.eval_batch(batches, num_micro_batches=count))
         self._write(event="validation", step=step, loss=loss)
 
     def _finish(self) -> None:
@@ -193,7 +161,9 @@ class Trainer:
         """Load the latest checkpoint, if there is one; return its step."""
         if not (self.checkpoints / "latest").exists():
             return 0
-        self.engine.load_checkpoint(str(self.checkpoints))
+        path, _ = self.engine.load_checkpoint(str(self.checkpoints))
+        if path is None:
+            raise RunError(f"the checkpoint in {self.checkpoints} is not complete")
         return int(self.engine.global_steps)
 
 
