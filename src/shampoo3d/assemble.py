@@ -22,6 +22,7 @@ from shampoo3d.topology import Mesh
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Embeddings = Iterable[Tensor | str] | Callable[[str, Tensor], bool]
 Ranks = tuple[int, ...]
+Checksum = tuple[float, float]
 
 
 @dataclass
@@ -67,6 +68,9 @@ class Facts:
                 names = self._names_of(group, fresh, None)
                 self.embeddings |= self._embeddings_of(names)
                 self.names |= names
+        current = {param for params in self.originals for param in params}
+        self.names = {param: name for param, name in self.names.items() if param in current}
+        self.embeddings &= current
 
     def _names_of(self, group: int, params: Sequence[Tensor], given: Sequence[str] | None) -> dict[Tensor, str]:
         """Names as given, as in the model, or by place; unique."""
@@ -233,7 +237,8 @@ def _matrices(
         name = facts.names[s.original]
         storages.append(Storage(name, s.shape, dtypes[0], (), s.sharded, s.divided, excluded, dtypes[1]))
         parts.append((cover, s.part))
-        values.append(None if s.sharded else repr(native.checksum(dtensor.local(s.tensor))))
+        flat = dtensor.local(s.tensor).reshape(-1)
+        values.append(native.checksum(flat[s.offset : s.offset + s.part.elements]))
     table = everyones(mesh.group(ranks), (repr(facts.hp), storages, parts, values))
     matrices: list[Matrix] = []
     complaint = _differences(ranks, table)
@@ -265,11 +270,22 @@ def _differences(ranks: Ranks, table: Sequence[tuple[str, list[Storage], list[An
             if first != other:
                 return _differ(what, ranks[0], first, rank, other)
     for number, storage in enumerate(storages):
-        seen: dict[Any, tuple[int, Any]] = {}
+        what = f"sum and magnitude of {storage.name}"
+        first_of: dict[Any, tuple[int, Checksum]] = {}
+        totals: dict[int, tuple[int, Checksum]] = {}
         for rank, (_, _, parts, values) in zip(ranks, table, strict=True):
-            first_rank, first = seen.setdefault(parts[number], (rank, values[number]))
-            if values[number] != first:
-                return _differ(f"sum and magnitude of {storage.name}", first_rank, first, rank, values[number])
+            found = values[number]
+            first_rank, first = first_of.setdefault(parts[number], (rank, found))
+            if repr(found) != repr(first):  # also where they are NaN
+                return _differ(what, first_rank, first, rank, found)
+            cover = parts[number][0]
+            start, (total, magnitude) = totals.get(cover, (rank, (0.0, 0.0)))
+            totals[cover] = start, (total + found[0], magnitude + found[1])
+        # Sharded matrices that several sets of ranks have: sums in another order differ by rounding.
+        first_rank, first = next(iter(totals.values()))
+        for rank, total_ in totals.values():
+            if storage.sharded and abs(total_[1] - first[1]) > 1e-9 * first[1]:
+                return _differ(what, first_rank, first, rank, total_)
     return ""
 
 

@@ -42,6 +42,7 @@ PLANNED = (
     "data",
     "model_parallel",
     "zero_stage",
+    "root_copies",
     "block_size",
     "refresh",
 )
@@ -102,7 +103,8 @@ def plan(
     picture: Annotated[Path | None, typer.Option(help="Also draw it into this file, such as plan.png.")] = None,
     **given: Any,
 ) -> None:
-    """Show which rank would own which block of the GPT, without starting any process."""
+    """Show which rank would own which block of the GPT, what it would keep, and what would reach it from others in a
+    step (roots only when they are refreshed), without starting any process."""
     from shampoo3d.draw import ownership_figure, ownership_table
     from shampoo3d.train.text import read_text
 
@@ -113,13 +115,13 @@ def plan(
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from shampoo3d.train.planning import foresee
 
-    plans = foresee(settings, len(read_text(settings.text, settings.context).vocabulary))
-    table = ownership_table(plans)
+    forecast = foresee(settings, len(read_text(settings.text, settings.context).vocabulary))
+    table = ownership_table(forecast.plans, forecast.received)
     table.title = settings.topology
     Console().print(table)
     if picture:
         try:
-            ownership_figure(plans, picture)
+            ownership_figure(forecast.plans, picture)
         except ValueError as error:
             raise RunError(f"--picture {picture}: {error}") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -47,11 +47,14 @@ class Training(Protocol):
     def validation(self) -> Curve: ...
 
 
-def ownership_table(plans: Sequence[Plan]) -> Table:
-    """One row per rank: what it owns, and how its load compares with the mean."""
+def ownership_table(plans: Sequence[Plan], received: Mapping[int, Mapping[str, int]] | None = None) -> Table:
+    """One row per rank: what it owns and keeps, how its load compares with the mean, and the KiB that it receives."""
     from rich.table import Table
 
-    table = Table("rank", "blocks", "factors", "largest", "elements", "load / mean")
+    kinds = list(dict.fromkeys(what for of in (received or {}).values() for what, count in of.items() if count))
+    table = Table("rank", "blocks", "factors", "largest", "elements", "load / mean", "state KiB")
+    for what in kinds:
+        table.add_column(f"{what} KiB")
     for column in table.columns:
         column.justify = "right"
     load = _load(plans)
@@ -61,7 +64,10 @@ def ownership_table(plans: Sequence[Plan]) -> Table:
         factors = [size for block in blocks for size in block.factors]
         counts = (rank, len(blocks), len(factors), max(factors, default=0))
         elements = sum(block.elements for block in blocks)
-        table.add_row(*map(str, counts), f"{elements:,}", f"{load[rank] / mean:.2f}" if mean else "-")
+        kept = sum(plan.bytes().get(rank, 0) for plan in plans)
+        sizes = (kept, *((received or {}).get(rank, {}).get(what, 0) for what in kinds))
+        cells = (f"{elements:,}", f"{load[rank] / mean:.2f}" if mean else "-", *(f"{n / 1024:,.1f}" for n in sizes))
+        table.add_row(*map(str, counts), *cells)
     return table
 
 

@@ -100,7 +100,8 @@ def read(
 def _sliced(param: Tensor, part: zero.Slice, group: int, tied: Mapping[Tensor, tuple[int, ...]]) -> Stored:
     held = Part.whole(part.shape).range(part.first, part.last)
     team = tuple(sorted({*part.ranks, *tied.get(param, ())}))
-    return Stored(param, part.flat, group, part.offset, part.shape, held, part.ranks, team, True, None, True)
+    meets = deepspeed.meets_shards(param)
+    return Stored(param, part.flat, group, part.offset, part.shape, held, part.ranks, team, True, None, meets)
 
 
 def _whole(
@@ -110,8 +111,9 @@ def _whole(
     if isinstance(tensor, DTensor):
         ranks, sharded = dtensor.team_of(tensor), dtensor.is_sharded(tensor)
         return Stored(param, tensor, group, 0, shape, dtensor.part_of(tensor, name), ranks, ranks, sharded, None, False)
+    meets = deepspeed.meets_shards(param)
     holders = tied.get(param) or deepspeed.expert_replicas(param) or mesh.data.ranks
-    return Stored(param, tensor, group, 0, shape, Part.whole(shape), holders, holders, False, None, True)
+    return Stored(param, tensor, group, 0, shape, Part.whole(shape), holders, holders, False, None, meets)
 
 
 def _sharded(stored: Stored, name: str, mesh: Mesh, *, exact: bool) -> Stored:

@@ -43,11 +43,21 @@ def _model_group(rank: int) -> Group:
     return Group((rank,))
 
 
+def is_expert(param: Tensor) -> bool:
+    """Whether it belongs to an expert, which not all data-parallel ranks have."""
+    return not getattr(param, "allreduce", True) and hasattr(param, "group_name")
+
+
 def expert_replicas(param: Tensor) -> tuple[int, ...] | None:
     """The ranks that store the same expert; None for a parameter of no expert."""
-    if getattr(param, "allreduce", True) or not hasattr(param, "group_name"):
+    if not is_expert(param):
         return None
-    return group_of(_groups()._get_expert_data_parallel_group(param.group_name)).ranks
+    return group_of(_groups()._get_expert_data_parallel_group(param.group_name)).ranks  # type: ignore[attr-defined]
+
+
+def meets_shards(param: Tensor) -> bool:
+    """Whether the tensor-parallel ranks have shards or replicas of it: those of a whole expert have other experts."""
+    return not is_expert(param) or int(_groups()._get_expert_model_parallel_world_size()) > 1
 
 
 def sequence_parallel_size() -> int:

@@ -84,6 +84,11 @@ def _cut_by_map(affine: Mapping[str, Any], rank: int, shape: Shape, name: str) -
             raise ValueError(
                 f"parameter {name!r} is stored by AutoTP with a factor {piece['scale']}, which is not supported"
             )
+        if len(piece.get("locations", ())) > 1:
+            raise ValueError(f"parameter {name!r} is stored by AutoTP partly on ranks {piece['locations']} at once")
+        if 0 in sizes and len(sizes) == len(shape):  # a rank beyond the last head stores nothing
+            axes.setdefault(sizes.index(0), []).append((0, 0))
+            continue
         ends = [int(offset), int(offset) + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))]
         corners = torch.stack(torch.unravel_index(torch.tensor(ends), shape), 1).tolist()
         box = [(int(a), int(b) + 1) for a, b in zip(*corners, strict=True)]

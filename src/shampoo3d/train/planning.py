@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -13,10 +13,12 @@ from deepspeed.pipe import TiedLayerSpec
 from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor, nn
 
+from shampoo3d.distribution import Distribution
 from shampoo3d.engines.native import embedding_weights
 from shampoo3d.engines.tensor_parallel import shard_of
 from shampoo3d.layout import Holder, Matrix, Part, Storage, describe
 from shampoo3d.plan import Plan, make_plans
+from shampoo3d.routes import traffic
 
 from . import gpt
 from .settings import Settings
@@ -24,19 +26,32 @@ from .shards import Shards
 from .trainer import shampoo_settings
 
 
-def foresee(settings: Settings, vocabulary: int) -> list[Plan]:
-    """The plans that the ranks of a run with these settings will make."""
+@dataclass(frozen=True)
+class Forecast:
+    """The plans that the ranks of a run will make, and the bytes that each rank will receive in a step, by kind."""
+
+    plans: list[Plan]
+    received: dict[int, dict[str, int]]
+
+
+def foresee(settings: Settings, vocabulary: int) -> Forecast:
+    """What a run with these settings will do."""
     hp = shampoo_settings(settings)
     stages = _stages(settings, vocabulary, hp.ignore_embedding_layer)
     matrices: defaultdict[tuple[int, ...], list[Matrix]] = defaultdict(list)
     for storage in _storages(settings, stages):
         ranks = tuple(holder.rank for holder in storage.holders)
-        matrices[ranks].append(describe(storage, hp, settings.world))
+        matrices[ranks].append(describe(storage.with_covers(settings.root_copies), hp, settings.world))
     for ranks, shared in matrices.items():
         # Replicas keep the order of their stage; where others join them, there is an order by name.
         if len(ranks) != settings.data:
             shared.sort(key=lambda matrix: matrix.name)
-    return sorted(make_plans(matrices, hp), key=lambda plan: plan.ranks)
+    plans = make_plans(matrices, hp)
+    received: defaultdict[int, Counter[str]] = defaultdict(Counter)
+    for plan in plans:
+        for rank in plan.ranks:
+            received[rank].update(traffic(plan, matrices[plan.ranks], rank, Distribution()))
+    return Forecast(sorted(plans, key=lambda plan: plan.ranks), {rank: dict(kinds) for rank, kinds in received.items()})
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class Settings:
     shampoo_lr: float = _option(1e-2, "Peak learning rate of 3D-Shampoo.")
     block_size: int = _option(128, "3D-Shampoo: largest block of a matrix along an axis, 0 for whole matrices.")
     refresh: int = _option(2, "3D-Shampoo: steps between two computations of the inverse roots.")
+    root_copies: int = _option(1, "3D-Shampoo: replicas that keep each block's roots: memory against traffic.")
     evaluate_every: int = _option(10, "Steps between two looks at the validation text.")
     seed: int = _option(0, "Decides initial weights and batches.")
 
@@ -81,6 +82,12 @@ class Settings:
             )
         if self.heads % self.model_parallel:
             raise RunError(f"--heads {self.heads} is not a multiple of --model-parallel {self.model_parallel}")
+        if self.root_copies > 1 and self.zero_stage > 0:
+            raise RunError(
+                f"--root-copies {self.root_copies} needs replicas, which --zero-stage {self.zero_stage} has not"
+            )
+        if self.data % self.root_copies:
+            raise RunError(f"--data {self.data} is not a multiple of --root-copies {self.root_copies}")
         if self.zero_stage >= 2 and self.pipe > 1:
             raise RunError(
                 f"--zero-stage {self.zero_stage} with --pipe {self.pipe}: DeepSpeed offers no ZeRO 2 or 3 with a "

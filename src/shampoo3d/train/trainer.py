@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams
+from shampoo3d import Distribution, LayerwiseGrafting, Shampoo, ShampooHyperParams
 
 from .log import Log, Report, finished, read
 from .parallel import WholeModel, make_engine, make_grid, make_module
@@ -26,7 +26,13 @@ def make_optimizer(name: str, module: nn.Module, settings: Settings, grid: Any) 
     if name == "adamw":
         return torch.optim.AdamW(module.parameters(), lr=settings.adamw_lr, betas=(0.9, 0.95), weight_decay=0.1)
     hyperparams = shampoo_settings(settings)
-    return Shampoo(module.parameters(), settings.shampoo_lr, hyperparams=hyperparams, topology=grid.topology())
+    return Shampoo(
+        module.parameters(),
+        settings.shampoo_lr,
+        hyperparams=hyperparams,
+        topology=grid.topology(),
+        distribution=Distribution(root_copies=settings.root_copies),
+    )
 
 
 def shampoo_settings(settings: Settings) -> ShampooHyperParams:
