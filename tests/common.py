@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from reference import Array, Reference, Settings
 from shampoo3d import Shampoo, ShampooHyperParams
+from shampoo3d.layout import Holder, Matrix, Part, Piece, Span, Storage
 
 HYPERPARAMS = ShampooHyperParams(matrix_eps=1e-4, block_size=4, weight_decay=0.01)
 SETTINGS = Settings(matrix_eps=1e-4, block_size=4, weight_decay=0.01)
@@ -81,6 +85,142 @@ def advance(optimizer: Shampoo, reference: Reference, steps: Iterable[int]) -> N
     for t in steps:
         put_gradients(params_of(optimizer), t)
         step_both(optimizer, reference)
+
+
+# ---- shapes of well-known models ----
+
+
+def transformer(layers: int, width: int, vocabulary: int, *others: tuple[int, ...]) -> list[tuple[int, ...]]:
+    layer = [(3 * width, width), (3 * width,), (width, width), (width,), (4 * width, width), (4 * width,)]
+    layer += [(width, 4 * width), *[(width,)] * 5]
+    return [(vocabulary, width), *others, *layers * layer, (width,), (width,)]
+
+
+def resnet_50() -> list[tuple[int, ...]]:
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,), (1000, 2048), (1000,)]
+    wide = 64
+    for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):
+        shapes += [(4 * width, wide, 1, 1), (4 * width,), (4 * width,)]
+        for _ in range(blocks):
+            shapes += [(width, wide, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1), *[(width,)] * 6]
+            wide = 4 * width
+    return shapes
+
+
+LLAMA_LAYER: list[tuple[int, ...]] = [
+    *[(4096, 4096)] * 4,
+    (11008, 4096),
+    (11008, 4096),
+    (4096, 11008),
+    (4096,),
+    (4096,),
+]
+MODELS: dict[str, list[tuple[int, ...]]] = {
+    "GPT-2 small": transformer(12, 768, 50257, (1024, 768)),
+    "GPT-2 medium": transformer(24, 1024, 50257, (1024, 1024)),
+    "Llama 7B": [(32000, 4096), (32000, 4096), (4096,), *32 * LLAMA_LAYER],
+    "ResNet-50": resnet_50(),
+    "ViT-B/16": transformer(12, 768, 1000, (768, 3, 16, 16), (1, 197, 768)),
+}
+
+# ---- layouts, as random as can be, and what is stored where, element by element ----
+
+Numbers = NDArray[np.int64]
+
+
+def replicated(name: str, shape: Sequence[int], ranks: Iterable[int] = (0,), **settings: Any) -> Storage:
+    holders = tuple(Holder(rank, Part.whole(tuple(shape))) for rank in ranks)
+    return Storage(name, tuple(shape), "float32", holders, **settings)
+
+
+def stored(part: Part, shape: Sequence[int]) -> Numbers:
+    """The numbers of the elements of a matrix that a part stores, in the order in which it stores them."""
+    rows = [[i for a, b in spans for i in range(a, b)] for spans in part.spans]
+    spanned = np.arange(np.prod(shape, dtype=int)).reshape(shape)[np.ix_(*rows)]
+    return spanned.reshape(-1)[part.first : part.last]
+
+
+def positions(piece: Piece) -> Numbers:
+    """Where a piece's elements lie in the storage of its part, by the definition of strides."""
+    index = np.indices(piece.box.shape)
+    return piece.offset + sum(i * stride for i, stride in zip(index, piece.strides, strict=True))
+
+
+def numbers_of(matrix: Matrix) -> Numbers:
+    """The numbers of the elements of a matrix, in the shape of the merged matrix."""
+    return np.arange(np.prod(matrix.shape, dtype=int)).reshape(matrix.merged)
+
+
+RANDOM = st.integers(0, 2**32 - 1).map(random.Random)
+"""Layouts are drawn from plain generators: hypothesis prefers small cases, which seldom combine all features."""
+
+
+def dealt(chance: random.Random, length: int, parts: int) -> list[list[Span]]:
+    """An axis dealt out: to each part ranges of it, in any order, some of them neighbours; to some parts nothing."""
+    labels = [(chance.randrange(parts), chance.random() < 0.2) for _ in range(length)]
+    if chance.random() < 0.5:
+        labels.sort()
+    spans: list[list[Span]] = [[] for _ in range(parts)]
+    for (part, _), run in itertools.groupby(range(length), key=labels.__getitem__):
+        numbers = list(run)
+        spans[part].append((numbers[0], numbers[-1] + 1))
+    for ranges in spans:
+        chance.shuffle(ranges)
+    return [ranges or [(0, 0)] for ranges in spans]
+
+
+def partition(chance: random.Random, shape: Sequence[int], count: int) -> list[Part]:
+    """Parts that store each element once between them: axes dealt out, then cut at any element as ZeRO does."""
+    sides: list[list[list[Span]]] = [[[(0, n)] for n in shape]]
+    for axis in chance.sample(range(len(shape)), len(shape)):
+        ways = chance.choice([k for k in range(1, count + 1) if count % k == 0])
+        count //= ways
+        if ways > 1 or chance.random() < 0.1:
+            axes = dealt(chance, shape[axis], ways)
+            sides = [[*side[:axis], spans, *side[axis + 1 :]] for side in sides for spans in axes]
+    parts = []
+    for spanned in map(Part.of, sides):
+        n = spanned.elements
+        cuts = [chance.choice([0, n, chance.randint(0, n), chance.randint(0, n)]) for _ in range(count - 1)]
+        parts += [Part(spanned.spans, a, b) for a, b in itertools.pairwise([0, *sorted(cuts), n])]
+    return parts
+
+
+def a_shape(chance: random.Random) -> tuple[int, ...]:
+    return tuple(chance.randint(1, 6) for _ in range(chance.choice([0, 1, 2, 2, 2, 3, 3, 4])))
+
+
+def a_team(chance: random.Random) -> list[int]:
+    return sorted(chance.sample(range(20), chance.randint(1, 6)))
+
+
+def a_storage(chance: random.Random, ranks: Sequence[int], name: str = "w", copies: int = 1) -> Storage:
+    """A matrix stored by these ranks: once, once in each of two covers, or by replicas, evenly or not.
+
+    With ``copies``, a divisor of the number of ranks, each part has so many times as many replicas.
+    """
+    shape, order = a_shape(chance), chance.sample(ranks, len(ranks))
+    sharded = copies == 1 and chance.random() < 0.6
+    covers = chance.randint(1, min(2, len(ranks))) if sharded else 1
+    holders = []
+    for team in (order[i::covers] for i in range(covers)):
+        different = len(team) // copies
+        count = different if sharded else chance.randint(1, different)
+        parts = partition(chance, shape, count)
+        holders += [Holder(rank, parts[i % different % count], min(team)) for i, rank in enumerate(team)]
+    holders.sort(key=lambda holder: holder.rank)
+    dtype, excluded = chance.choice(["float32", "float64", "bfloat16"]), "embedding" * (chance.random() < 0.2)
+    divided = chance.choice([None, *range(len(shape))])
+    return Storage(name, shape, dtype, tuple(holders), sharded, divided, excluded, "bfloat16")
+
+
+def some_hyperparams(chance: random.Random) -> ShampooHyperParams:
+    return ShampooHyperParams(
+        block_size=chance.randint(0, 5),
+        best_effort_shape_interpretation=chance.random() < 0.5,
+        fair_blocks=chance.random() < 0.3,
+        start_preconditioning_step=chance.randint(1, 2),
+    )
 
 
 # ---- comparison ----

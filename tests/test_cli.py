@@ -91,7 +91,7 @@ def assert_foreseen(run_settings: Settings) -> list[Plan]:
 
     vocabulary = read_text(run_settings.text, run_settings.context).vocabulary
     plans: list[Plan] = read_plans(run_settings.output)
-    assert [p.digest() for p in foresee(run_settings, len(vocabulary))] == [p.digest() for p in plans]
+    assert [p.digest() for p in foresee(run_settings, len(vocabulary)).plans] == [p.digest() for p in plans]
     return plans
 
 

@@ -1,33 +1,45 @@
 """Drawing: tiles cover matrices exactly, tables and pictures come out for plans of all kinds."""
 
+import itertools
 import math
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from common import replicated
 from shampoo3d import Plan, ShampooHyperParams
+from shampoo3d.blocks import cut
 from shampoo3d.draw import _matrix, loss_figure, ownership_figure, ownership_table
-from shampoo3d.layout import Storage, describe
+from shampoo3d.layout import Holder, Part, Storage, describe
 from shampoo3d.plan import make_plan
 from shampoo3d.train.results import Curve, Run
 
 SHAPES = {"a.weight": (30, 20), "a.bias": (30,), "b.conv.weight": (8, 3, 5, 5), "scale": (), "c.embedding": (50, 6)}
 
 
-def plan(ranks: tuple[int, ...], block_size: int = 8) -> Plan:
+def storage(name: str, ranks: tuple[int, ...], layout: str) -> Storage:
+    """All replicas, or each rank with its part: of the rows (tensor parallel), of the elements (ZeRO)."""
+    shape, excluded = SHAPES[name], "embedding" * ("embedding" in name)
+    if layout == "replicas" or not shape:
+        return replicated(name, shape, ranks, excluded=excluded)
+    edges = list(itertools.pairwise(cut(shape[0] if layout == "rows" else math.prod(shape), len(ranks))))
+    rest = [((0, n),) for n in shape[1:]]
+    parts = [Part.of([(ends,), *rest]) if layout == "rows" else Part.whole(shape).range(*ends) for ends in edges]
+    holders = tuple(Holder(rank, part) for rank, part in zip(ranks, parts, strict=True))
+    return Storage(name, shape, "float32", holders, layout == "elements", excluded=excluded)
+
+
+def plan(ranks: tuple[int, ...], block_size: int = 8, layout: str = "replicas") -> Plan:
     hp = ShampooHyperParams(block_size=block_size)
-    storages = [
-        Storage(name, shape, "float32", ranks, excluded="embedding" * ("embedding" in name))
-        for name, shape in SHAPES.items()
-    ]
-    return make_plan([describe(storage, hp, len(ranks)) for storage in storages], ranks, hp)
+    return make_plan([describe(storage(name, ranks, layout), hp, len(ranks)) for name in SHAPES], ranks, hp)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("block_size", [0, 1, 2, 4, 7])
-def test_tiles_cover_the_matrix_without_overlap(name: str, block_size: int) -> None:
-    blocks = [block for block in plan((0, 1), block_size).blocks if block.matrix == name]
+@pytest.mark.parametrize("layout", ["replicas", "rows"])
+def test_tiles_cover_the_matrix_without_overlap(name: str, block_size: int, layout: str) -> None:
+    blocks = [block for block in plan((0, 1), block_size, layout).blocks if block.matrix == name]
     box = _matrix(name, blocks)
     width, height = max(t.x + t.width for t in box.tiles), max(t.y + t.height for t in box.tiles)
     assert sum(t.width * t.height for t in box.tiles) == pytest.approx(width * height)
@@ -48,8 +60,10 @@ def test_table_counts_what_each_rank_owns_over_all_plans() -> None:
 
 
 @pytest.mark.parametrize("ranks", [(0,), (0, 1), tuple(range(40))])
-def test_ownership_picture(ranks: tuple[int, ...], tmp_path: Path) -> None:
-    ownership_figure([plan(ranks), plan(tuple(r + len(ranks) for r in ranks))], tmp_path / "a.png")
+@pytest.mark.parametrize("layout", ["replicas", "elements"])
+def test_ownership_picture(ranks: tuple[int, ...], layout: str, tmp_path: Path) -> None:
+    others = tuple(rank + len(ranks) for rank in ranks)
+    ownership_figure([plan(ranks, layout=layout), plan(others)], tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 

@@ -1,69 +1,91 @@
-"""Blocks are cut from the logical matrix, whatever shard of it a rank stores."""
+"""Blocks are cut from the logical matrix, and every element is found where it is stored, whatever is stored where."""
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
+import reference
+from common import (
+    RANDOM,
+    Numbers,
+    a_shape,
+    a_storage,
+    a_team,
+    numbers_of,
+    partition,
+    positions,
+    replicated,
+    some_hyperparams,
+    stored,
+)
 from shampoo3d.hyperparams import ShampooHyperParams
-from shampoo3d.layout import GRAFTED_BLOCK, Shard, Storage, describe
+from shampoo3d.layout import GRAFTED_BLOCK, Holder, Part, Storage, describe
+
+STORAGES = RANDOM.map(lambda chance: a_storage(chance, a_team(chance)))
+HYPERPARAMS = RANDOM.map(some_hyperparams)
+EXAMPLES = settings(deadline=None, derandomize=True, max_examples=200)
+WORLD = 3
+Shape = tuple[int, ...]
 
 
-def storage(shape: tuple[int, ...], shard: Shard | None = None, excluded: str = "") -> Storage:
-    return Storage("w", shape, "float32", (0,), shard, excluded)
+def edges(length: int, parts: int) -> list[slice]:
+    return [slice(int(part[0]), int(part[-1]) + 1) for part in np.array_split(np.arange(length), parts)]
 
 
-def shards(shape: tuple[int, ...], axis: int, parts: int, excluded: str = "") -> list[Storage]:
-    local = tuple(n // parts if i == axis else n for i, n in enumerate(shape))
-    return [storage(local, Shard(axis, parts, part), excluded) for part in range(parts)]
+def parts_of(storage: Storage, cover: int) -> dict[Part, list[int]]:
+    """What is stored in a cover, and by whom."""
+    found: dict[Part, list[int]] = {}
+    for holder in storage.holders:
+        if holder.cover == cover:
+            found.setdefault(holder.part, []).append(holder.rank)
+    return found
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((8, 12), 0), ((8, 16), 1), ((8, 4, 3), 0), ((2, 8, 12), 1)])
-@pytest.mark.parametrize("merge", [False, True])
-def test_shards_that_match_the_grid_share_the_blocks_of_the_whole(
-    shape: tuple[int, ...], axis: int, merge: bool
-) -> None:
-    hp = ShampooHyperParams(block_size=4, best_effort_shape_interpretation=merge)
-    whole = describe(storage(shape), hp, 1)
-    parts = [describe(part, hp, 2) for part in shards(shape, axis, 2)]
-    assert sorted(b.key for m in parts for b in m.blocks) == sorted(b.key for b in whole.blocks)
-    assert all(m.path == "preconditioned" and m.reason == "" and m.shape == shape for m in parts)
+# ---- blocks ----
 
 
-@pytest.mark.parametrize("excluded", ["", "embedding"])
-@pytest.mark.parametrize(("shape", "axis"), [((8, 12), 0), ((8, 12), 1), ((6,), 0), ((4, 3, 2), 2)])
-def test_local_blocks_address_the_same_elements_as_the_logical_ones(
-    shape: tuple[int, ...], axis: int, excluded: str
-) -> None:
-    hp = ShampooHyperParams(block_size=2)
-    full = np.arange(np.prod(shape)).reshape(shape)
-    for part, stored in enumerate(shards(shape, axis, 2, excluded)):
-        matrix = describe(stored, hp, 2)
-        local = np.split(full, 2, axis)[part].reshape(matrix.view)
-        seen = np.zeros(matrix.view, dtype=int)
-        for mine, logical in zip(matrix.local_blocks, matrix.blocks, strict=True):
-            seen[mine.slices] += 1
-            if "matrix of its own" not in matrix.reason:
-                merged = full.reshape(shape[0], -1) if matrix.rank == 0 and len(shape) > 1 else full
-                assert (merged[logical.slices] == local[mine.slices]).all()
-        assert (seen == 1).all()
+@EXAMPLES
+@given(storage=STORAGES, hp=HYPERPARAMS)
+def test_blocks_are_cut_from_the_logical_matrix(storage: Storage, hp: ShampooHyperParams) -> None:
+    matrix = describe(storage, hp, WORLD)
+    merging = hp.best_effort_shape_interpretation
+    merged = reference.merged(storage.shape, hp.block_size) if merging else storage.shape
+    if storage.excluded or len(merged) < 2:
+        assert (matrix.path, matrix.rank) == ("excluded" if storage.excluded else "grafted only", 0)
+        assert matrix.merged == (*storage.shape[:1], *[math.prod(storage.shape[1:])] * (len(storage.shape) > 1)) or (1,)
+        return
+    assert (matrix.path, matrix.rank, matrix.merged, matrix.reason) == ("preconditioned", len(merged), merged, "")
+    counts = [math.ceil(n / hp.block_size) if hp.block_size else 1 for n in merged]
+    if hp.fair_blocks and storage.divided is not None:
+        axis = [i for i, group in enumerate(matrix.groups) if storage.divided in group]
+        counts[axis[0]] = min(WORLD, merged[axis[0]])
+    expected = itertools.product(*(edges(n, count) for n, count in zip(merged, counts, strict=True)))
+    assert [block.slices for block in matrix.blocks] == list(expected)
 
 
-def test_shards_that_cut_through_blocks_are_matrices_of_their_own_and_say_so() -> None:
-    matrix = describe(shards((6, 4), 0, 2)[1], ShampooHyperParams(block_size=4), 2)
-    assert (matrix.shape, matrix.offset, matrix.reason) == ((6, 4), (3, 0), "")  # 6 = 3 + 3
-    matrix = describe(shards((6, 4), 0, 2)[1], ShampooHyperParams(block_size=2), 2)
-    assert matrix.shape == (3, 4)
-    assert "2 shards along axis 0 of (6, 4) do not match the block grid" in matrix.reason
+@EXAMPLES
+@given(storage=STORAGES, hp=HYPERPARAMS)
+def test_blocks_that_are_grafted_only_are_each_stored_in_one_place(storage: Storage, hp: ShampooHyperParams) -> None:
+    matrix = describe(replace(storage, excluded="embedding"), hp, WORLD)
+    if storage.sharded:  # updated where they are, with no blocks
+        assert (matrix.blocks, list(matrix.cells())) == ((), [])
+        return
+    assert sorted(cell.block for cell in matrix.cells()) == list(range(len(matrix.blocks)))
+    numbers = [number for block in matrix.blocks for number in numbers_of(matrix)[block.slices].flat]
+    assert sorted(numbers) == list(range(math.prod(storage.shape)))
 
 
-def test_fair_blocks_are_the_same_for_every_model_size() -> None:
-    hp = ShampooHyperParams(fair_blocks=True)
-    for axis in (0, 1):
-        grids = []
-        for model in (1, 2, 4, 8):
-            matrices = [describe(part, hp, 8) for part in shards((16, 24), axis, model)]
-            grids.append(sorted(block.key for matrix in matrices for block in matrix.blocks))
-        assert len(grids[0]) == 8
-        assert all(keys == grids[0] for keys in grids)
+def test_a_large_embedding_is_cut_by_rows_so_that_ranks_can_share_it() -> None:
+    matrix = describe(replicated("w", (50257, 1024), excluded="embedding"), ShampooHyperParams(), 1)
+    assert all(block.shape[1] == 1024 and block.elements <= GRAFTED_BLOCK for block in matrix.blocks)
+    assert len(matrix.blocks) == math.ceil(50257 / (GRAFTED_BLOCK // 1024))
+    assert sum(block.shape[0] for block in matrix.blocks) == 50257
 
 
 @pytest.mark.parametrize(
@@ -76,14 +98,162 @@ def test_fair_blocks_are_the_same_for_every_model_size() -> None:
         ((9, 3), "", "preconditioned", ""),
     ],
 )
-def test_every_path_has_its_reason(shape: tuple[int, ...], excluded: str, path: str, reason: str) -> None:
+def test_every_path_has_its_reason(shape: Shape, excluded: str, path: str, reason: str) -> None:
     hp = ShampooHyperParams(block_size=8, best_effort_shape_interpretation=True)
-    matrix = describe(storage(shape, excluded=excluded), hp, 1)
-    assert (matrix.path, matrix.reason) == (path, reason)
-    assert sum(block.elements for block in matrix.blocks) == np.prod(shape, dtype=int)
+    matrix = describe(replicated("w", shape, excluded=excluded), hp, 1)
+    assert (matrix.path, matrix.reason, matrix.name, matrix.shape) == (path, reason, "w", shape)
+    assert sum(block.elements for block in matrix.blocks) == math.prod(shape)
 
 
-def test_a_large_embedding_is_cut_by_rows_so_that_ranks_can_share_it() -> None:
-    matrix = describe(storage((50257, 1024), excluded="embedding"), ShampooHyperParams(), 1)
-    assert all(block.shape[1] == 1024 and block.elements <= GRAFTED_BLOCK for block in matrix.blocks)
-    assert sum(block.shape[0] for block in matrix.blocks) == 50257
+@pytest.mark.parametrize("axis", [0, 1])
+def test_fair_blocks_are_as_many_as_the_world_has_ranks(axis: int) -> None:
+    hp = ShampooHyperParams(fair_blocks=True, block_size=2)
+    matrix = describe(replicated("w", (16, 24), divided=axis), hp, 8)
+    assert [len(cuts) - 1 for cuts in matrix.cuts] == ([8, 12] if axis == 0 else [8, 8])
+    assert len(describe(replicated("w", (16, 3), divided=1), hp, 8).cuts[1]) - 1 == 3
+    assert len(describe(replicated("w", (16, 24)), hp, 8).blocks) == 8 * 12
+
+
+# ---- where elements are stored ----
+
+
+@EXAMPLES
+@given(storage=STORAGES, hp=HYPERPARAMS)
+def test_pieces_say_where_each_element_of_a_part_lies(storage: Storage, hp: ShampooHyperParams) -> None:
+    matrix = describe(storage, hp, WORLD)
+    for holder in storage.holders:
+        expected = stored(holder.part, storage.shape)
+        assert holder.part.elements == len(expected)
+        found: list[tuple[int, int]] = []
+        for piece in matrix.pieces(holder.part):
+            found += zip(positions(piece).flat, numbers_of(matrix)[piece.box.slices].flat, strict=True)
+        assert sorted(found) == list(enumerate(expected))
+
+
+@EXAMPLES
+@given(storage=STORAGES, hp=HYPERPARAMS)
+def test_cells_make_every_block_whole_in_every_cover(storage: Storage, hp: ShampooHyperParams) -> None:
+    matrix = describe(storage, hp, WORLD)
+    covers = {holder.cover for holder in storage.holders}
+    held: dict[int, Numbers] = {holder.rank: stored(holder.part, storage.shape) for holder in storage.holders}
+    classes = {
+        (cover, tuple(ranks)) for cover in covers for part, ranks in parts_of(storage, cover).items() if part.elements
+    }
+    assert {(cover, ranks) for (cover, _), ranks in storage.classes.items()} == classes
+    written = {(cover, i): np.full(b.shape, -1) for cover in covers for i, b in enumerate(matrix.blocks)}
+    for cell in matrix.cells():
+        assert (cell.cover, cell.ranks) in classes
+        into = written[cell.cover, cell.block][cell.piece.box.within(matrix.blocks[cell.block])]
+        assert (into == -1).all()
+        places = positions(cell.piece)
+        assert places.min() >= 0
+        into[...] = held[cell.ranks[0]][places]
+        assert all((held[rank][places] == into).all() for rank in cell.ranks)
+    for (_, number), block in written.items():
+        assert (block == numbers_of(matrix)[matrix.blocks[number].slices]).all()
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("shape", [(), (5,), (6, 4), (6, 2, 3)])
+def test_what_is_stored_in_one_piece_is_one_piece(shape: Shape, merge: bool) -> None:
+    matrix = describe(
+        replicated("w", shape), ShampooHyperParams(block_size=6, best_effort_shape_interpretation=merge), 1
+    )
+    rows = [((1, 2), (2, 4)), *(((0, n),) for n in shape[1:])]
+    for part in [Part.whole(shape), *[Part.of(rows)] * (len(shape) > 0)]:
+        (piece,) = matrix.pieces(part)
+        assert piece.box.elements == part.elements
+
+
+@EXAMPLES
+@given(chance=RANDOM)
+def test_parts(chance: Random) -> None:
+    shape = a_shape(chance)
+    assert stored(Part.whole(shape), shape).tolist() == list(range(math.prod(shape)))
+    for part in partition(chance, shape, 3):
+        first, last = chance.randint(-3, 30), chance.randint(-3, 30)
+        expected = stored(part, shape)[max(first, 0) : max(last, 0)]
+        assert stored(part.range(first, last), shape).tolist() == expected.tolist()
+        assert part.range(first, last).elements == len(expected)
+        assert part.shape == tuple(len({i for a, b in spans for i in range(a, b)}) for spans in part.spans)
+
+
+# ---- gaps ----
+
+
+def fused_and_sliced() -> Storage:
+    """A fused query, key and value of tensor-parallel size 2 (every second range of each), sliced by ZeRO over 2."""
+    shards = [Part.of([[(a, a + 2), (a + 4, a + 6), (a + 8, a + 10)], [(0, 3)]]) for a in (0, 2)]
+    sliced = [part.range(a, b) for a, b in ((0, 11), (11, 22)) for part in shards]
+    return Storage("w", (12, 3), "float32", tuple(Holder(i, part) for i, part in enumerate(sliced)), sharded=True)
+
+
+def rows_on_too_many() -> Storage:
+    """FSDP: 5 rows on 4 ranks are 2, 2, 1 and none."""
+    rows = [[(0, 2)], [(2, 4)], [(4, 5)], [(0, 0)]]
+    return Storage("w", (5, 3), "float32", tuple(Holder(i, Part.of([r, [(0, 3)]])) for i, r in enumerate(rows)), True)
+
+
+def whole_twice() -> Storage:
+    """Not divided under tensor-parallel size 2: each model rank's data ranks store it once between them."""
+    whole = Part.whole((3, 5))
+    slices = [whole.range(0, 8), whole.range(0, 8), whole.range(8, 99), whole.range(8, 99)]
+    return Storage("w", (3, 5), "float32", tuple(Holder(i, part, i % 2) for i, part in enumerate(slices)), True)
+
+
+@pytest.mark.parametrize(
+    "storage", [fused_and_sliced(), rows_on_too_many(), whole_twice(), replicated("w", (), (3, 4))]
+)
+def test_no_gaps(storage: Storage) -> None:
+    assert describe(storage, ShampooHyperParams(), 4).gaps() == ""
+
+
+@EXAMPLES
+@given(chance=RANDOM, storage=STORAGES)
+def test_gaps_are_found(chance: Random, storage: Storage) -> None:
+    assert describe(storage, ShampooHyperParams(), WORLD).gaps() == ""
+    holders = list(storage.holders)
+    place, part = chance.randrange(len(holders)), chance.choice(holders).part
+    first = part.first + chance.randint(0, 1)
+    last = max(first, min(part.last + chance.randint(-1, 1), math.prod(part.shape)))
+    holders[place] = replace(holders[place], part=Part(part.spans, first, last))
+    changed = replace(storage, holders=tuple(holders))
+    assert (describe(changed, ShampooHyperParams(), WORLD).gaps() == "") == is_sound(changed)
+
+
+def is_sound(storage: Storage) -> bool:
+    for cover in {holder.cover for holder in storage.holders}:
+        by_part = parts_of(storage, cover)
+        count = Counter(number for part in by_part for number in stored(part, storage.shape).tolist())
+        if any(count[number] != 1 for number in range(math.prod(storage.shape))):
+            return False
+        if storage.sharded and any(len(ranks) > 1 and part.elements for part, ranks in by_part.items()):
+            return False
+    return True
+
+
+def changed(storage: Storage, *parts: Part) -> str:
+    """The gaps with other parts on the first ranks."""
+    holders = [replace(holder, part=part) for holder, part in zip(storage.holders, parts, strict=False)]
+    holders += storage.holders[len(parts) :]
+    return describe(replace(storage, holders=tuple(holders)), ShampooHyperParams(), 4).gaps()
+
+
+def test_gaps_tell_what_is_wrong() -> None:
+    whole = Part.whole((3, 5))
+    assert changed(whole_twice(), whole.range(0, 7)) == "its holders store 14 elements of 15"
+    assert changed(whole_twice(), whole.range(0, 9)) == "its holders store 16 elements of 15, some twice"
+    assert changed(whole_twice(), whole.range(1, 8), whole.range(0, 8), whole.range(7, 15)) == (
+        "its holders store 15 elements of 15, some twice"
+    )
+    assert changed(whole_twice(), whole, whole.range(0, 8), whole.range(15, 15)) == ""
+    assert changed(rows_on_too_many(), *[whole.range(0, 0)] * 4) == "its holders store 0 elements of 15"
+    twice = [*whole_twice().holders, Holder(4, whole.range(0, 8), 0)]
+    sharded = describe(replace(whole_twice(), holders=tuple(twice)), ShampooHyperParams(), 4)
+    assert sharded.gaps() == "elements that should be stored once are stored by several ranks"
+
+
+def test_parts_beyond_the_matrix_are_gaps() -> None:
+    parts = [Part.of([[(0, 5)], [(0, 2)]]), Part.of([[(6, 11)], [(0, 2)]])]
+    storage = Storage("w", (10, 2), "float32", tuple(Holder(i, part) for i, part in enumerate(parts)))
+    assert describe(storage, ShampooHyperParams(block_size=2), 2).gaps() != ""

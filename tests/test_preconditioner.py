@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from shampoo3d.hyperparams import ShampooHyperParams
-from shampoo3d.preconditioner import Stack, squared_norms, state_shapes, unfold
+from shampoo3d.momenta import ALL, Momenta, Rows
+from shampoo3d.preconditioner import Stack, factor_shapes, squared_norms, state_shapes, unfold
 
-ALL = slice(None)
 SHAPES = [(3, 4), (2, 3, 4), (2, 1, 3, 2)]
 
 
 def stack_of(shape: tuple[int, ...], n: int, **settings: Any) -> Stack:
     hp = ShampooHyperParams(matrix_eps=1e-4, **settings)
-    return Stack(shape, n, len(shape), hp, torch.float64, torch.device("cpu"))
+    return Stack(shape, n, hp, torch.float64, torch.device("cpu"))
 
 
 def gradient(shape: tuple[int, ...], n: int, seed: int = 0) -> Tensor:
@@ -42,20 +42,25 @@ def test_factors_and_direction_by_their_definitions(shape: tuple[int, ...]) -> N
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("graft", ["sgd", "adagrad"])
-def test_some_rows_are_computed_like_all_and_leave_the_others_alone(shape: tuple[int, ...], graft: str) -> None:
-    some, rows = stack_of(shape, 4, graft_type=graft), torch.tensor([2, 0])
-    few, G = stack_of(shape, 2, graft_type=graft), gradient(shape, 2)
-    for stack, which in ((some, rows), (few, ALL)):
-        stack.accumulate_graft(G, which)
-        stack.accumulate(G, which)
-        stack.refresh_roots(which)
-    untouched = stack_of(shape, 4, graft_type=graft).tensors()
+@pytest.mark.parametrize("rows", [torch.tensor([2, 0]), slice(1, 3)], ids=["numbers", "slice"])
+def test_some_rows_are_computed_like_all_and_leave_the_others_alone(shape: tuple[int, ...], rows: Rows) -> None:
+    some, few = stack_of(shape, 4), stack_of(shape, 2)
+    for t in range(2):
+        G = gradient(shape, 2, seed=t)
+        for stack, which in ((some, rows), (few, ALL)):
+            stack.accumulate(G, which)
+            stack.refresh_roots(which)
+        assert torch.equal(some.precondition(G, rows), few.precondition(G, ALL))
+    untouched = stack_of(shape, 4).tensors()
+    others = sorted(set(range(4)) - set(torch.arange(4)[rows].tolist()))
     for name, tensor in some.tensors().items():
         assert torch.equal(tensor[rows], few.tensors()[name]), name
-        assert torch.equal(tensor[[1, 3]], untouched[name][[1, 3]]), name
-    assert torch.equal(some.precondition(G, rows), few.precondition(G, ALL))
-    assert torch.equal(some.direction(G, rows), few.direction(G, ALL))
+        assert torch.equal(tensor[others], untouched[name][others]), name
+
+
+@pytest.mark.parametrize(("override", "exponent"), [(0, 6), (1, 1), (4, 4)])
+def test_exponent(override: int, exponent: int) -> None:
+    assert stack_of((2, 3, 4), 1, inverse_exponent_override=override).exponent == exponent
 
 
 @pytest.mark.parametrize("bad", ["not finite", "not converging"])
@@ -90,8 +95,10 @@ def test_unfolding_and_norms() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"graft_type": "adagrad"}, {"start_preconditioning_step": 3}])
-def test_the_shapes_of_the_state_are_known_before_it_is_allocated(settings: dict[str, Any]) -> None:
-    stack = stack_of((3, 4), 2, **settings)
-    found = {name: tensor.shape[1:] for name, tensor in stack.tensors().items()}
-    foreseen = state_shapes((3, 4), 2, stack.hp)
-    assert list(found.items()) == list(foreseen.items())
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_shapes_of_the_state_are_known_before_it_is_allocated(settings: dict[str, Any], rank: int) -> None:
+    hp, shape = ShampooHyperParams(**settings), (3, 4)
+    tensors = Momenta((2, *shape), hp, torch.float64, torch.device("cpu")).tensors()
+    factors = stack_of(shape, 2, **settings).tensors() if rank else {}
+    for found, foreseen in ((tensors | factors, state_shapes(shape, rank, hp)), (factors, factor_shapes(shape, rank))):
+        assert {name: tensor.shape[1:] for name, tensor in found.items()} == foreseen

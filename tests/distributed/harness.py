@@ -30,7 +30,11 @@ import torch.distributed as dist
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 SECONDS_AFTER_FAILURE = 5.0
 SECONDS_TO_LEAVE = 2.0
-PRELOADED = ["torch.distributed", "torch._dynamo", "deepspeed.pipe", "deepspeed.runtime.pipe.engine", "numpy", "pytest"]
+PRELOADED = [
+    *("numpy", "pytest", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"),
+    *("torch._dynamo", "deepspeed.pipe", "deepspeed.runtime.pipe.engine", "deepspeed.runtime.zero.muon.muon_optimizer"),
+    *("deepspeed.runtime.zero.stage3", "deepspeed.runtime.superoffload.superoffload_stage3"),
+]
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 

@@ -15,7 +15,11 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the logical model. `mix` adds parameters of odd kinds; `tied` ties head to embedding."""
+    """Sizes of the logical model. `mix` and `odd` add parameters of odd kinds; `tied` ties head to embedding.
+
+    `branch`: a process without a rare sample does not use the parameters for rare samples, which get no gradient there,
+    instead of zeros.
+    """
 
     vocabulary: int = 11
     length: int = 5
@@ -23,6 +27,8 @@ class Shape:
     heads: int = 2
     layers: int = 2
     mix: bool = True
+    odd: bool = False
+    branch: bool = False
     tied: bool = True
     batch: int = 12
 
@@ -75,11 +81,11 @@ def _sharded(dim: int, *sizes: int) -> nn.Parameter:
     return parameter
 
 
-class ColumnParallel(nn.Module):
+class ColumnParallel(nn.Linear):
     """A linear layer of which each shard computes some outputs."""
 
     def __init__(self, inputs: int, outputs: int, shards: Shards) -> None:
-        super().__init__()
+        super().__init__(inputs, outputs)
         self.shards = shards
         self.weight = _sharded(0, outputs // shards.size, inputs)
         self.bias = _sharded(0, outputs // shards.size)
@@ -88,11 +94,11 @@ class ColumnParallel(nn.Module):
         return functional.linear(_Spread.apply(x, self.shards), self.weight, self.bias)
 
 
-class RowParallel(nn.Module):
+class RowParallel(nn.Linear):
     """A linear layer of which each shard holds some inputs; the bias is whole everywhere and added once."""
 
     def __init__(self, inputs: int, outputs: int, shards: Shards) -> None:
-        super().__init__()
+        super().__init__(inputs, outputs)
         self.shards = shards
         self.weight = _sharded(1, outputs, inputs // shards.size)
         self.bias: Any = nn.Parameter(torch.empty(outputs))
@@ -108,7 +114,7 @@ class Layer(nn.Module):
 
     def __init__(self, shape: Shape, shards: Shards) -> None:
         super().__init__()
-        self.heads, self.size = shape.heads // shards.size, shape.width // shape.heads
+        self.size = shape.width // shape.heads
         self.norm1, self.norm2 = nn.LayerNorm(shape.width), nn.LayerNorm(shape.width)
         self.qkv = ColumnParallel(shape.width, 3 * shape.width, shards)
         self.out = RowParallel(shape.width, shape.width, shards)
@@ -117,7 +123,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        fused = self.qkv(self.norm1(x)).view(batch, length, self.heads, 3, self.size)
+        fused = self.qkv(self.norm1(x)).view(batch, length, -1, 3, self.size)
         q, k, v = fused.permute(3, 0, 2, 1, 4)
         scores = (q @ k.transpose(2, 3) * self.size**-0.5).masked_fill(_future(length), float("-inf"))
         attended = (scores.softmax(3) @ v).transpose(1, 2).reshape(batch, length, -1)
@@ -143,6 +149,28 @@ class Mix(nn.Module):
         x = x + self.positions
         x = x + self.convolution(x.transpose(1, 2)).transpose(1, 2)
         return x + self.scale * self.up(torch.tanh(self.down(x)))
+
+
+class Odd(nn.Module):
+    """Parameters that are hard to handle: of sizes that nothing divides, 4-D, frozen, and with gradients that are there
+    never, or only on the rank that sees the rare sample, the one that starts with token 0."""
+
+    RARE = 1.0  # far above the first number of every other token's embedding
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.branch = shape.branch
+        self.image, self.flat = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 1, (1, 5), padding=(0, 2), bias=False)
+        self.widen, self.narrow, self.back = nn.Linear(shape.width, 13), nn.Linear(13, 7), nn.Linear(7, shape.width)
+        self.frozen = nn.Parameter(torch.empty(shape.width, shape.width), requires_grad=False)
+        self.unused = nn.Parameter(torch.empty(5, 3))
+        self.rare, self.scale = nn.Linear(shape.width, shape.width), nn.Parameter(torch.empty(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rare = x[:, :1, :1] > self.RARE
+        x = x + self.flat(torch.tanh(self.image(x.unsqueeze(1)))).squeeze(1)
+        x = x + self.back(torch.tanh(self.narrow(torch.tanh(self.widen(x @ self.frozen)))))
+        return x if self.branch and not rare.any() else x + rare * self.scale * torch.tanh(self.rare(x))
 
 
 class Embedding(nn.Embedding):
@@ -186,6 +214,8 @@ class Whole(nn.Module):
 
 def _layers(shape: Shape, shards: Shards) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     yield Embedding, (shape,)
+    if shape.odd:
+        yield Odd, (shape,)
     if shape.mix:
         yield Mix, (shape,)
     for _ in range(shape.layers):
@@ -220,6 +250,8 @@ def full_weights(shape: Shape) -> dict[str, Tensor]:
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         scale = 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
         weights[name] = noise * scale + (parameter.ndim == 1 and name.endswith("weight"))
+    if shape.odd:
+        next(iter(weights.values()))[0, 0] = 2 * Odd.RARE
     return weights
 
 
@@ -231,9 +263,10 @@ def shard_of(name: str, parameter: nn.Parameter, full: Tensor, shards: Shards) -
 
 
 def load_weights(module: nn.Module, shape: Shape, shards: Shards) -> None:
+    """Give the module this process's part of the start, in the module's own precision."""
     weights = full_weights(shape)
     with torch.no_grad():
-        for name, parameter in module.double().named_parameters():
+        for name, parameter in module.named_parameters():
             parameter.copy_(shard_of(name, parameter, weights[name], shards))
 
 
@@ -242,6 +275,9 @@ def batch(shape: Shape, step: int) -> tuple[Tensor, Tensor]:
     tokens = torch.randint(
         shape.vocabulary, (shape.batch, shape.length + 1), generator=torch.Generator().manual_seed(1000 + step)
     )
+    if shape.odd:
+        tokens[:, 0].clamp_(min=1)
+        tokens[5 * step % shape.batch, 0] = 0
     return tokens[:, :-1], tokens[:, 1:]
 
 

@@ -216,7 +216,6 @@ def _example(folder: Path, topology: Topology) -> tuple[float, float, str, dict[
         pipeline_specs(shape, Shards()), num_stages=topology.pipe, loss_fn=loss_of, partition_method="type:Layer$"
     )
     load_weights(model, shape, Shards())
-    model.float()
     world_rank, world_size = dist.get_rank(), dist.get_world_size()
     cmd_args = Namespace(deepspeed_config=str(folder / "config.json"))
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from shampoo3d import Shampoo, ShampooHyperParams
 
@@ -54,44 +52,6 @@ def _refused(outcomes: list[Outcome], *kinds: type[Exception]) -> None:
     for rank, outcome in enumerate(outcomes):
         assert isinstance(outcome.error, kinds), f"rank {rank}: {outcome.text}"
         assert outcome.unchanged, f"rank {rank}"
-
-
-# --- DeepSpeed's ZeRO
-
-
-def _zero(stage: int, topology: Topology) -> Outcome:
-    config = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
-    return _attempt(with_deepspeed, Shape(), topology, shampoo, **config)
-
-
-@needs_deepspeed
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_zero_is_refused(stage: int, ranks: int) -> None:
-    outcomes = run(_zero, ranks, stage, Topology(data=ranks), seconds=SECONDS)
-    _refused(outcomes, RuntimeError)
-    for outcome in outcomes:
-        assert "3D-Shampoo does not support ZeRO" in outcome.text
-        assert str(stage) in outcome.text
-        assert '"stage": 0' in outcome.text
-
-
-@needs_deepspeed
-def test_zero_1_under_the_pipeline_is_refused() -> None:
-    topology = Topology(pipe=2, data=2)
-    outcomes = run(_zero, topology.world, 1, topology, seconds=SECONDS)
-    _refused(outcomes, RuntimeError)
-    assert all("3D-Shampoo does not support ZeRO" in outcome.text for outcome in outcomes)
-
-
-def _pipeline_bf16() -> Outcome:
-    return _attempt(with_deepspeed, Shape(), Topology(pipe=2), shampoo, bf16={"enabled": True})
-
-
-@needs_deepspeed
-def test_bf16_under_the_pipeline_is_refused() -> None:
-    """DeepSpeed flattens the parameters there, although the ZeRO stage is 0."""
-    _refused(run(_pipeline_bf16, 2, seconds=SECONDS), RuntimeError)
 
 
 # --- claims that contradict the ranks
@@ -288,21 +248,6 @@ def _unfrozen_on_one_replica() -> Outcome:
 
 def test_a_parameter_that_joins_late_on_one_replica_only() -> None:
     _refused(run(_unfrozen_on_one_replica, 2, seconds=SECONDS), RuntimeError)
-
-
-def _dtensor() -> str:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
-    try:
-        Shampoo([("fc.weight", weight)])
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_a_sharded_parameter_is_refused_by_name() -> None:
-    for message in run(_dtensor, 2, seconds=SECONDS):
-        assert "'fc.weight' is a DTensor" in message
 
 
 # --- gradients that are not finite

@@ -3,12 +3,14 @@
 import functools
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .harness import run
 from .models import (
@@ -146,14 +148,16 @@ class Session:
             self.engine.step()
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in unwrap(self.module).named_parameters()}
+        """This process's copy of every parameter, whole but for tensor parallelism by hand; collective if sharded."""
+        with gathered(self.module):
+            return {name: whole(value).detach().clone() for name, value in unwrap(self.module).named_parameters()}
 
     def distances(self, reference: dict[str, Tensor]) -> dict[str, float]:
         """Relative distance of every parameter held here from its part of the full reference tensor."""
-        found = {}
-        for name, parameter in unwrap(self.module).named_parameters():
-            expected = shard_of(name, parameter, reference[name], self.shards)
-            found[name] = float((parameter.detach() - expected).norm() / expected.norm())
+        parameters, found = dict(unwrap(self.module).named_parameters()), {}
+        for name, weight in self.weights().items():
+            expected = shard_of(name, parameters[name], reference[name], self.shards)
+            found[name] = float((weight - expected).norm() / expected.norm())
         return found
 
 
@@ -161,20 +165,39 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
 
 
+def whole(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+@contextmanager
+def gathered(module: nn.Module, writable: bool = False) -> Iterator[None]:
+    """Within it, the parameters that ZeRO-3 has cut are whole; all processes must write the same."""
+    cut = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    if not cut:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(cut, modifier_rank=0 if writable else None):
+        yield
+
+
 def one_process(shape: Shape, make_optimizer: MakeOptimizer) -> Session:
     """The reference: no DeepSpeed, no processes."""
-    module = Whole(shape)
+    module = Whole(shape).double()
     load_weights(module, shape, Shards())
     return Session(shape, module, make_optimizer(module.parameters()))
 
 
-def data_parallel(shape: Shape, make_optimizer: MakeOptimizer, average: bool = True) -> Session:
+def data_parallel(
+    shape: Shape, make_optimizer: MakeOptimizer, average: bool = True, dtype: torch.dtype = torch.float64
+) -> Session:
     """Plain torch.distributed; without `average`, gradients stay each rank's own."""
-    module: nn.Module = Whole(shape)
+    module: nn.Module = Whole(shape).to(dtype)
     load_weights(module, shape, Shards())
     parameters = module.parameters()
     if average:
-        module = nn.parallel.DistributedDataParallel(module)
+        module = nn.parallel.DistributedDataParallel(module, find_unused_parameters=shape.odd)
     optimizer = make_optimizer(parameters)
     return Session(shape, module, optimizer, Topology(data=dist.get_world_size()), replica=dist.get_rank())
 
@@ -211,7 +234,7 @@ def build(shape: Shape, topology: Topology) -> tuple[nn.Module, Shards, Any]:
         specs = pipeline_specs(shape, shards)
         module = PipelineModule(specs, topology=grid, loss_fn=loss_of, partition_method="type:Layer$")
         mpu = None
-    load_weights(module, shape, shards)
+    load_weights(module.double(), shape, shards)
     return module, shards, mpu
 
 
@@ -226,15 +249,20 @@ def deepspeed_config(shape: Shape, topology: Topology) -> dict[str, Any]:
 
 
 def prepare_deepspeed() -> Any:
-    """Import DeepSpeed, quiet, without its shared-memory op (a build of half a minute), able to reduce float64."""
+    """Import DeepSpeed, quiet, able to reduce float64, and without what takes time: to build its shared-memory op (half
+    a minute), to start a program that counts cores at every reduction."""
     import logging
+    import warnings
 
     import deepspeed
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed's calls, hundreds of them
+
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    get_accelerator().device_count = functools.cache(get_accelerator().device_count)
     get_accelerator().supported_dtypes = lambda: [torch.float32, torch.float64, torch.bfloat16]
     deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False, verbose=False)
     return deepspeed
@@ -273,3 +301,9 @@ def worst_distance(shape: Shape, topology: Topology, make_optimizer: MakeOptimiz
     found = run(_distances, topology.world, shape, topology, make_optimizer, steps, reference)
     assert set().union(*found) == set(reference)
     return max(max(distances.values()) for distances in found)
+
+
+def relative_distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Over all parameters together."""
+    squares = [((a[name].double() - b[name].double()).square().sum(), b[name].double().square().sum()) for name in a]
+    return float((sum(d for d, _ in squares) / sum(n for _, n in squares)) ** 0.5)

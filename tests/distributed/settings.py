@@ -1,0 +1,59 @@
+"""The settings of Shampoo that the parity tests run under: together they reach every rule of the update."""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+
+from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams
+
+Settings = dict[str, Any]
+
+# The axes of the model's matrices are 5, 7, 11, 12, 13, 36 and 48 long: most of these block sizes divide neither the
+# axes nor their shards.
+SETTINGS: dict[str, Settings] = {
+    "uneven-blocks": {"block_size": 5},
+    "whole": {"beta2": 0.9},
+    "merged": {"block_size": 36, "best_effort_shape_interpretation": True, "beta2": 0.95},
+    "adagrad-decay": {
+        "block_size": 6,
+        "beta2": 0.9,
+        "graft_type": LayerwiseGrafting.ADAGRAD,
+        "weight_decay": 0.01,
+        "lr": 0.005,
+    },
+    "no-graft": {"block_size": 7, "beta2": 0.99, "graft_type": LayerwiseGrafting.NONE, "lr": 0.003},
+    "refresh-3-start-4": {
+        "block_size": 6,
+        "preconditioning_compute_steps": 3,
+        "statistics_compute_steps": 2,
+        "start_preconditioning_step": 4,
+    },
+    "no-momentum": {"block_size": 8, "beta2": 0.9, "momentum": 0.0, "nesterov": False, "lr": 0.2},
+    "embeddings-excluded": {"block_size": 12, "ignore_embedding_layer": True, "nesterov": False},
+}
+
+# Rounding is amplified through nearly singular statistics: the ridge has to grow with it.
+RIDGES = {"float64": 1e-6, "float32": 1e-4, "bf16": 1e-3, "fp16": 1e-3}
+
+
+def shampoo(name: str, precision: str = "float64") -> partial[Shampoo]:
+    """With rates at which the trajectory itself multiplies rounding errors by less than a thousand in ten steps."""
+    settings = {"lr": 0.1, "momentum": 0.9, **SETTINGS[name]}
+    given = {key: settings.pop(key) for key in ("lr", "momentum")}
+    return partial(Shampoo, **given, hyperparams=ShampooHyperParams(matrix_eps=RIDGES[precision], **settings))
+
+
+def paired(layouts: Sequence[Any]) -> list[tuple[Any, str]]:
+    """Each layout with some settings, and all settings with some layout, in as few pairs as that takes."""
+    names = list(SETTINGS)
+    return [(layouts[i % len(layouts)], names[i % len(names)]) for i in range(max(len(layouts), len(names)))]
+
+
+def cases(fast: Iterable[tuple[Any, str]], every: Iterable[Any] = ()) -> list[Any]:
+    """Parameters of a test: the fast pairs, and as slow ones all others of a layout in `every` with all settings."""
+    pairs = {f"{layout}-{name}": (layout, name) for layout, name in fast}
+    more = {f"{layout}-{name}": (layout, name) for layout in every for name in SETTINGS}
+    slow = {key: pytest.param(*pair, id=key, marks=pytest.mark.slow) for key, pair in more.items() if key not in pairs}
+    return [pytest.param(*pair, id=key) for key, pair in pairs.items()] + list(slow.values())

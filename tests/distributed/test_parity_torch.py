@@ -1,0 +1,63 @@
+"""Under plain PyTorch's ways to cut a model, Shampoo follows the same trajectory as one process."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from .fsdp import Sharding, distance_from_one_process, with_torch
+from .harness import run
+from .settings import cases, paired, shampoo
+from .training import one_process, relative_distance
+from .zero import ODD
+
+STEPS = 10
+
+TWO_AXES = [Sharding(shards=2, replicas=2), Sharding(shards=2, model=2), Sharding(shards=2, model=2, dim=1)]
+ONE_AXIS = [
+    *(Sharding(replicas=2), Sharding(replicas=3), Sharding(shards=2), Sharding(shards=3), Sharding(shards=4)),
+    *(Sharding(shards=2, dim=1), Sharding(shards=3, dim=1), Sharding(model=2)),
+]
+UNEQUAL = [Sharding(shards=3), Sharding(shards=3, dim=1)]
+
+
+@pytest.mark.parametrize(("sharding", "name"), cases(paired(ONE_AXIS), every=UNEQUAL))
+def test_one_axis(sharding: Sharding, name: str) -> None:
+    """Three and four shards: of unequal sizes, some of them empty."""
+    assert distance_from_one_process(sharding, shampoo(name), STEPS) < 1e-9
+
+
+@pytest.mark.parametrize(("sharding", "name"), cases(paired(TWO_AXES), every=TWO_AXES))
+def test_two_axes(sharding: Sharding, name: str) -> None:
+    """Hybrid sharding, and FSDP2 over the shards of tensor parallelism."""
+    assert distance_from_one_process(sharding, shampoo(name), STEPS) < 1e-9
+
+
+@pytest.mark.parametrize("sharding", [Sharding(replicas=2), Sharding(shards=3)], ids=str)
+def test_single_precision(sharding: Sharding) -> None:
+    make_optimizer = shampoo("adagrad-decay", "float32")
+    assert distance_from_one_process(sharding, make_optimizer, STEPS, "float32") < 1e-5
+
+
+@pytest.mark.parametrize("name", ["uneven-blocks", "refresh-3-start-4"])
+def test_ddp_with_gradients_that_are_missing_on_a_rank(name: str) -> None:
+    shape = replace(ODD, branch=True)
+    assert distance_from_one_process(Sharding(replicas=2), shampoo(name), STEPS, shape=shape) < 1e-9
+
+
+def _mixed(shards: int) -> dict[str, Tensor]:
+    make_optimizer = shampoo("adagrad-decay", "bf16")
+    return with_torch(ODD, Sharding(shards=shards, mixed=True), make_optimizer, torch.float32).train(0, STEPS).weights()
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_mixed_precision(shards: int) -> None:
+    """Against one process under the same wrapper: apart by little, compared with the way that the weights have gone."""
+    (alone,) = run(_mixed, 1, 1)
+    start = one_process(ODD, shampoo("adagrad-decay")).weights()
+    gone = relative_distance(start, alone)
+    assert gone > 0.05
+    for weights in run(_mixed, shards, shards):
+        apart = relative_distance(weights, alone)
+        assert apart < 0.05 * gone

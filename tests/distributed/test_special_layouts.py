@@ -1,0 +1,136 @@
+"""Layouts in which a rank's part of a matrix is more than one range of it: AutoTP, Megatron's strides, experts."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shampoo3d import Shampoo
+
+from .harness import needs_deepspeed
+from .settings import cases, paired, shampoo
+from .special_layouts import AutoTensorParallel, Experts, Layout, Stripes, Transformer, worst_distance
+
+pytestmark = needs_deepspeed
+
+STEPS = 10
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
+
+LAYOUTS: list[Layout] = [
+    *(AutoTensorParallel(double=True), AutoTensorParallel(stage=3, zero_init=True), Stripes(double=True)),
+    *(kind(stage=stage) for kind in (AutoTensorParallel, Stripes) for stage in range(4)),
+    *(Experts(stage=stage, spread=spread) for stage in range(3) for spread in ((2, 2), (2, 4))),
+]
+MORE_LAYOUTS: list[Layout] = [
+    *(AutoTensorParallel(stage=stage, world=2) for stage in range(4)),
+    *(layout for stage in range(3) for layout in (Experts(stage=stage, world=2), Experts(stage=stage, spread=(1, 2)))),
+]
+FAST: list[tuple[Layout, str]] = [
+    (AutoTensorParallel(double=True), "uneven-blocks"),
+    (AutoTensorParallel(), "whole"),
+    (AutoTensorParallel(stage=1), "uneven-blocks"),
+    (AutoTensorParallel(stage=3, zero_init=True), "adagrad-decay"),
+    *((Stripes(double=True), name) for name in ("uneven-blocks", "refresh-3-start-4")),
+    (Stripes(stage=2), "uneven-blocks"),
+    (Experts(world=2), "whole"),
+    (Experts(spread=(2, 4)), "uneven-blocks"),
+    (Experts(stage=2), "adagrad-decay"),
+]
+PAIRS = [
+    case
+    for case in [
+        *cases(FAST, LAYOUTS),
+        *(pytest.param(*pair, id="-".join(map(str, pair)), marks=pytest.mark.slow) for pair in paired(MORE_LAYOUTS)),
+    ]
+    # DeepSpeed wants experts in groups, which are lists, and these do not tell which parameters are embeddings.
+    if not (isinstance(case.values[0], Experts) and case.values[1] == "embeddings-excluded")
+]
+FAST_MODELS = {AutoTensorParallel(stage=2), Stripes(stage=1), Experts(stage=1), Experts(spread=(2, 4))}
+
+
+def named(layouts: list[Layout], fast: Collection[Layout]) -> list[Any]:
+    """Those that are not among the fast ones are slow."""
+    return [pytest.param(x, id=str(x), marks=() if x in fast else pytest.mark.slow) for x in layouts]
+
+
+def slower(layout: Layout, name: str) -> partial[Shampoo]:
+    """At a quarter of the rate: these models multiply rounding errors by more."""
+    found = shampoo(name, layout.precision)
+    return partial(found, lr=found.keywords["lr"] / 4)
+
+
+@pytest.mark.parametrize("layout", named(LAYOUTS + MORE_LAYOUTS, FAST_MODELS))
+def test_the_model_itself_does_not_depend_on_the_layout(layout: Layout) -> None:
+    """The check of the checks: with PyTorch's SGD, nothing of ours in it, all layouts agree."""
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    assert worst_distance(layout, sgd, STEPS) < {"float64": 1e-13, "float32": 2e-6}[layout.precision]
+
+
+@pytest.mark.parametrize(("layout", "name"), PAIRS)
+def test_parity(layout: Layout, name: str) -> None:
+    assert worst_distance(layout, slower(layout, name), STEPS) < TOLERANCE[layout.precision]
+
+
+@dataclass(frozen=True)
+class ExpertsOnShards(Experts):
+    """The ranks of a tensor-parallel pair, which share the head, hold different experts under the same names."""
+
+    def local(self) -> nn.Module:
+        from deepspeed import comm
+
+        def gather(output: Tensor, part: Tensor, *rest: Any, **options: Any) -> Any:  # gloo wants equal shapes
+            return original(output, part.flatten() if output.dim() == 1 else part, *rest, **options)
+
+        original, comm.all_gather_into_tensor = comm.all_gather_into_tensor, gather
+        return super().local()
+
+    def given(self, name: str, full: Tensor) -> Tensor:
+        return full
+
+    def held(self, name: str, full: Tensor) -> Tensor:
+        return full.tensor_split(2)[dist.get_rank() % 2] if name.startswith("head") else full
+
+    def config(self) -> dict[str, Any]:
+        head = {"patterns": [r"head\.weight$"], "partition_type": "column", "gather_output": True}
+        partition = {"use_default_specs": False, "layer_specs": [head]}
+        return {"tensor_parallel": {"autotp_size": 2, "partition_config": partition}}
+
+    def replica(self) -> tuple[int, int]:
+        return dist.get_rank() // 2, self.world // 2
+
+
+class OneHead(Transformer):
+    """Says that its keys have one head, which AutoTP can't divide: the second rank gets nothing."""
+
+    config = SimpleNamespace(num_key_value_heads=1, hidden_size=12)
+
+    def attend(self, fused: Tensor) -> Tensor:
+        return super().attend(fused) if fused.shape[-1] else fused
+
+
+@dataclass(frozen=True)
+class EmptyShards(AutoTensorParallel):
+    def local(self) -> nn.Module:
+        return OneHead(*self.SIZES)
+
+    def striped(self, full: Tensor, dim: int, stripes: list[int]) -> Tensor:
+        return full.narrow(dim, 0, 0 if self.shard else full.shape[dim])
+
+
+RARE: list[Layout] = [
+    *(EmptyShards(double=True), EmptyShards(stage=1), EmptyShards(stage=2)),
+    *(ExpertsOnShards(stage=stage) for stage in range(3)),
+]
+
+
+@pytest.mark.parametrize("layout", named(RARE, {EmptyShards(stage=1), ExpertsOnShards(stage=1)}))
+def test_parity_where_tensor_parallel_ranks_hold_nothing_or_other_experts(layout: Layout) -> None:
+    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    assert worst_distance(layout, sgd, STEPS) < TOLERANCE[layout.precision]
+    assert worst_distance(layout, slower(layout, "uneven-blocks"), STEPS) < TOLERANCE[layout.precision]
