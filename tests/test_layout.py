@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
@@ -178,6 +179,47 @@ def test_parts(chance: Random) -> None:
         assert part.shape == tuple(len({i for a, b in spans for i in range(a, b)}) for spans in part.spans)
 
 
+# ---- copies ----
+
+
+def shards(ranks: Sequence[int], model: int) -> Storage:
+    """Rows divided among ``model`` ranks that are next to each other."""
+    parts = [Part.of([[(i, i + 1)], [(0, 2)]]) for i in range(model)]
+    return Storage("w", (model, 2), "float32", tuple(Holder(r, parts[i % model]) for i, r in enumerate(ranks)))
+
+
+@pytest.mark.parametrize(
+    ("storage", "copies", "covers"),
+    [
+        (replicated("w", (2, 2), (3, 4, 5, 8)), 1, [(3, 4, 5, 8)]),
+        (replicated("w", (2, 2), (3, 4, 5, 8)), 2, [(3, 4), (5, 8)]),
+        (replicated("w", (2, 2), (3, 4, 5, 8)), 4, [(3,), (4,), (5,), (8,)]),
+        (shards(range(8), 2), 2, [(0, 1, 2, 3), (4, 5, 6, 7)]),
+        (shards(range(8), 2), 4, [(0, 1), (2, 3), (4, 5), (6, 7)]),
+        (shards((0, 2, 4, 6), 1), 2, [(0, 2), (4, 6)]),
+    ],
+)
+def test_replicas_next_to_each_other_share_a_copy(storage: Storage, copies: int, covers: list[Shape]) -> None:
+    found = storage.with_covers(copies)
+    assert list(found.covers.values()) == covers
+    assert [(h.rank, h.part) for h in found.holders] == [(h.rank, h.part) for h in storage.holders]
+    assert describe(found, ShampooHyperParams(), 8).gaps() == ""
+    for cover in covers:
+        for place, rank in enumerate(cover):
+            assert found.counterparts(rank) == tuple(ranks[place] for ranks in covers)
+
+
+def test_copies_that_replicas_can_not_hold_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^root_copies=3 does not divide the 4 replicas \[0, 1, 2, 3\] of 'w'"):
+        replicated("w", (2, 2), range(4)).with_covers(3)
+    with pytest.raises(ValueError, match=r"^root_copies=4 does not divide the 2 replicas \[0, 2\] of 'w'"):
+        shards(range(4), 2).with_covers(4)
+    with pytest.raises(ValueError, match=r"^root_copies=2 needs replicas.*'w'"):
+        whole_twice().with_covers(2)
+    assert whole_twice().with_covers(1) == whole_twice()
+    assert whole_twice().counterparts(3) == (3,)
+
+
 # ---- gaps ----
 
 
@@ -246,6 +288,8 @@ def test_gaps_tell_what_is_wrong() -> None:
     assert changed(whole_twice(), whole.range(1, 8), whole.range(0, 8), whole.range(7, 15)) == (
         "its holders store 15 elements of 15, some twice"
     )
+    rows = [Part.of([[(a, b)], [(0, 3)]]) for a, b in ((0, 3), (1, 2), (3, 4), (0, 0))]
+    assert changed(rows_on_too_many(), *rows) == "its holders store 15 elements of 15, some twice"
     assert changed(whole_twice(), whole, whole.range(0, 8), whole.range(15, 15)) == ""
     assert changed(rows_on_too_many(), *[whole.range(0, 0)] * 4) == "its holders store 0 elements of 15"
     twice = [*whole_twice().holders, Holder(4, whole.range(0, 8), 0)]

@@ -123,6 +123,15 @@ def test_planned_owners_stay_and_new_blocks_even_out_the_load() -> None:
     assert sorted(len(second.owned_by(rank)) for rank in (0, 1)) == [2, 2]
     third = make_plan(held, (0, 1), HP, dict.fromkeys(fixed, 1))
     assert [block.owner for block in third.blocks] == [1, 1, 1, 0]
+    cheap, costly = matrices([(8, 8), (9, 9)], range(2))
+    assert [block.owner for block in make_plan([cheap, costly], (0, 1), HP, {("w0", "0:8,0:8"): 0}).blocks] == [0, 1]
+
+
+def test_those_that_keep_copies_of_roots_have_less_to_do_than_owners() -> None:
+    shapes = [(64, 64), (60, 60), (8, 8)]
+    storages = [replicated(f"w{i}", shape, range(4)).with_covers(2) for i, shape in enumerate(shapes)]
+    plan = make_plan([describe(storage, HP, 4) for storage in storages], range(4), HP)
+    assert [(block.owner, block.keepers) for block in plan.blocks] == [(0, (0, 2)), (1, (1, 3)), (3, (1, 3))]
 
 
 def test_sets_of_ranks_are_balanced_on_top_of_those_that_contain_them() -> None:
@@ -191,10 +200,13 @@ def greedy(plan: Plan, held: list[Matrix]) -> int:
     return total
 
 
+@pytest.mark.parametrize("shapes", [transformer(3, 48, 200), 6 * [(5, 5), (1, 7), (7, 1)]], ids=["GPT", "equal bytes"])
 @pytest.mark.parametrize("ranks", [2, 3, 8])
-def test_blocks_of_equal_cost_are_with_the_rank_that_stores_most(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_equal_cost_are_with_the_rank_that_stores_most(
+    ranks: int, shapes: list[Shape], monkeypatch: pytest.MonkeyPatch
+) -> None:
     hp = ShampooHyperParams(block_size=16)
-    held = sliced(transformer(3, 48, 200), ranks, hp)
+    held = sliced(shapes, ranks, hp)
     near = make_plan(held, range(ranks), hp)
     monkeypatch.setattr("shampoo3d.plan._nearest", lambda *_: {})
     far = make_plan(held, range(ranks), hp)
@@ -202,7 +214,7 @@ def test_blocks_of_equal_cost_are_with_the_rank_that_stores_most(ranks: int, mon
     assert near.bytes() == far.bytes()
     total = sum(block.elements for block in near.blocks)
     assert at_home(near, held) == greedy(far, held)
-    assert total - at_home(near, held) < 0.4 * (total - at_home(far, held))
+    assert total - at_home(near, held) < 0.7 * (total - at_home(far, held))
 
 
 def test_blocks_that_lie_on_one_rank_stay_there() -> None:

@@ -144,52 +144,82 @@ def assemble(
     Raises:
         DisagreementError: naming the parameter that can't be explained, or in which ranks differ, and how.
     """
-    stored: list[Stored] = []
+    stored, tied = _read(groups, facts, mesh, distribution, known)
+    by_team = _teams(stored, facts, mesh)
+    matrices: dict[Ranks, list[Matrix]] = {}
     complaint = ""
+    for ranks in in_order(by_team):
+        # Also after a complaint, since others may wait for this rank in another team.
+        matrices[ranks], differences = _matrices(ranks, by_team[ranks], groups, facts, mesh, distribution)
+        complaint = complaint or differences
+    _refuse(mesh, complaint)
+    plans = _planned(matrices, facts.hp, fixed, distribution.memory_bound, mesh)
+    places: dict[Tensor, Place] = {}
+    slabs: dict[Place, FlatSlab] = {}
+    for s in stored:
+        place = places.setdefault(s.tensor, Place(s.tensor, s.group, groups[s.group]["precondition"]))
+        if s.sharded and place not in slabs:
+            slabs[place] = FlatSlab(place, facts.hp)
+    teams = []
+    for plan in plans:
+        members = [s for s, _ in by_team[plan.ranks]]
+        bindings = [
+            Binding(i, matrix, places[s.tensor], s.offset, s.part.elements)
+            for i, (matrix, s) in enumerate(zip(matrices[plan.ranks], members, strict=True))
+        ]
+        beyond = bool(set(plan.ranks) - set(mesh.data.ranks)) and any(s.original in tied for s in members)
+        flat = {b.place: slabs[b.place] for b in bindings if b.matrix.storage.sharded}
+        teams.append(Team(mesh.group(plan.ranks), mesh.rank, plan, bindings, facts.hp, beyond, flat))
+    return teams
+
+
+def _refuse(mesh: Mesh, complaint: str) -> None:
+    """Raise on all ranks what one of them has to complain of."""
+    if told := first_complaint(mesh, complaint):
+        raise DisagreementError(told)
+
+
+def _read(
+    groups: Sequence[Mapping[str, Any]],
+    facts: Facts,
+    mesh: Mesh,
+    distribution: Distribution,
+    known: Collection[Tensor],
+) -> tuple[list[Stored], dict[Tensor, Ranks]]:
+    """What this rank stores of the parameters that take part, and the ranks of those that are tied across stages."""
+    stored: list[Stored] = []
+    tied: dict[Tensor, Ranks] = {}
     try:
         facts.learn_replaced()
-        tied = {weight: ranks for model in facts.models for weight, ranks in deepspeed.tied_holders(model).items()}
+        for model in facts.models:
+            tied |= deepspeed.tied_holders(model)
         exact = distribution.tensor_parallel == "exact"
         found = read(groups, facts.originals, facts.names, mesh, tied, exact=exact)
         stored = [s for s in found if s.sharded or is_trainable(s.tensor) or s.tensor in known]
         complaint = _unknown_ties(stored, facts, tied)
     except (ValueError, RuntimeError) as error:  # perhaps on this rank only: all are told of it
         complaint = str(error)
-    if complaint := first_complaint(mesh, complaint):
-        raise DisagreementError(complaint)
-    places: dict[Tensor, Place] = {}
-    for s in stored:
-        places.setdefault(s.tensor, Place(s.tensor, s.group, groups[s.group]["precondition"]))
-    by_team = _teams(stored, facts, mesh)
-    matrices: dict[Ranks, list[Matrix]] = {}
-    for ranks in in_order(by_team):
-        # Also after a complaint, since others may wait for this rank in another team.
-        matrices[ranks], differences = _matrices(ranks, by_team[ranks], groups, facts, mesh, distribution.root_copies)
-        complaint = complaint or differences
-    if complaint := first_complaint(mesh, complaint):
-        raise DisagreementError(complaint)
+    _refuse(mesh, complaint)
+    return stored, tied
+
+
+def _planned(
+    matrices: Mapping[Ranks, Sequence[Matrix]],
+    hp: ShampooHyperParams,
+    fixed: Mapping[BlockId, int],
+    memory_bound: int | None,
+    mesh: Mesh,
+) -> list[Plan]:
+    """A plan for each team, the same on all its ranks."""
     plans: list[Plan] = []
+    complaint = ""
     try:
-        plans = make_plans(matrices, facts.hp, fixed, distribution.memory_bound)
+        plans = make_plans(matrices, hp, fixed, memory_bound)
     except ValueError as error:
         complaint = str(error)
-    if complaint := first_complaint(mesh, complaint):
-        raise DisagreementError(complaint)
-    if complaint := first_complaint(mesh, _different_plans(plans, mesh)):
-        raise DisagreementError(complaint)
-    teams = []
-    slabs = {
-        s.tensor: FlatSlab(places[s.tensor], facts.hp) for s in {s.tensor: s for s in stored if s.sharded}.values()
-    }
-    for plan in plans:
-        bindings = [
-            Binding(i, matrix, places[s.tensor], s.offset, s.part.elements)
-            for i, (matrix, (s, _)) in enumerate(zip(matrices[plan.ranks], by_team[plan.ranks], strict=True))
-        ]
-        tied_ = any(set(plan.ranks) - set(mesh.data.ranks) and s.original in tied for s, _ in by_team[plan.ranks])
-        flat = {b.place: slabs[b.place.tensor] for b in bindings if b.matrix.storage.sharded}
-        teams.append(Team(mesh.group(plan.ranks), mesh.rank, plan, bindings, facts.hp, tied_, flat))
-    return teams
+    _refuse(mesh, complaint)
+    _refuse(mesh, _different_plans(plans, mesh))
+    return plans
 
 
 def _unknown_ties(stored: Sequence[Stored], facts: Facts, tied: Mapping[Tensor, Ranks]) -> str:
@@ -225,7 +255,7 @@ def _matrices(
     groups: Sequence[Mapping[str, Any]],
     facts: Facts,
     mesh: Mesh,
-    root_copies: int,
+    distribution: Distribution,
 ) -> tuple[list[Matrix], str]:
     """The matrices of a team from what each of its ranks stores of them, or in what the ranks differ. Collective."""
     storages, parts, values = [], [], []
@@ -239,7 +269,9 @@ def _matrices(
         parts.append((cover, s.part))
         flat = dtensor.local(s.tensor).reshape(-1)
         values.append(native.checksum(flat[s.offset : s.offset + s.part.elements]))
-    table = everyones(mesh.group(ranks), (repr(facts.hp), storages, parts, values))
+    table = everyones(
+        mesh.group(ranks), ({"hyperparams": facts.hp, "distribution": distribution}, storages, parts, values)
+    )
     matrices: list[Matrix] = []
     complaint = _differences(ranks, table)
     if complaint:
@@ -249,7 +281,7 @@ def _matrices(
             Holder(rank, row[2][number][1], row[2][number][0]) for rank, row in zip(ranks, table, strict=True)
         )
         try:
-            stored = replace(storage, holders=holders).with_covers(root_copies)
+            stored = replace(storage, holders=holders).with_covers(distribution.root_copies)
         except ValueError as error:
             return matrices, str(error)
         matrix = describe(stored, facts.hp, mesh.everyone.size)
@@ -259,11 +291,11 @@ def _matrices(
     return matrices, ""
 
 
-def _differences(ranks: Ranks, table: Sequence[tuple[str, list[Storage], list[Any], list[Any]]]) -> str:
+def _differences(ranks: Ranks, table: Sequence[tuple[dict[str, Any], list[Storage], list[Any], list[Any]]]) -> str:
     """In what ranks of a team differ: settings, parameters, or the values of what they store alike."""
-    hp, storages, _, _ = table[0]
-    for rank, (hp_, storages_, _, _) in zip(ranks, table, strict=True):
-        pairs: list[tuple[str, Any, Any]] = [("hyperparams", hp, hp_)]
+    settings, storages, _, _ = table[0]
+    for rank, (settings_, storages_, _, _) in zip(ranks, table, strict=True):
+        pairs: list[tuple[str, Any, Any]] = [(name, settings[name], settings_[name]) for name in settings]
         pairs.append(("number of parameters", len(storages), len(storages_)))
         pairs += ((f"parameter {i}", a, b) for i, (a, b) in enumerate(zip(storages, storages_, strict=False)))
         for what, first, other in pairs:
@@ -281,7 +313,7 @@ def _differences(ranks: Ranks, table: Sequence[tuple[str, list[Storage], list[An
             cover = parts[number][0]
             start, (total, magnitude) = totals.get(cover, (rank, (0.0, 0.0)))
             totals[cover] = start, (total + found[0], magnitude + found[1])
-        # Sharded matrices that several sets of ranks have: sums in another order differ by rounding.
+        # Of a sharded matrix every cover has all; sums in another order differ by rounding.
         first_rank, first = next(iter(totals.values()))
         for rank, total_ in totals.values():
             if storage.sharded and abs(total_[1] - first[1]) > 1e-9 * first[1]:
