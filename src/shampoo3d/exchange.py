@@ -60,21 +60,17 @@ class Exchange:
         What the caller leaves there is sent home as the block's direction. The gradients of the next round travel
         while those of the current one are worked on, and so do the directions of the one before.
         """
-        coming = [self._gather(0, steps)] if self._legs else []
-        going: list[Trip] = []
+        coming, going = self._gather(0, steps), Trip({}, (), None)
         for number, slots in enumerate(self.team.rounds):
             units = list(self.team.units(slots, steps))
-            _fill(units, coming[number].arrived())
-            if number + 1 < len(self.team.rounds):
-                coming.append(self._gather(number + 1, steps))
+            _fill(units, coming.arrived())
+            coming = self._gather(number + 1, steps)
             yield from (unit for unit in units if not unit.guests)
             self._share_roots(slots, number, steps)
             yield from (unit for unit in units if unit.guests)
-            if number > 0:
-                self._take_home(going[number - 1])
-            going.append(self._send_home(number, units, steps))
-        if going:
-            self._take_home(going[-1])
+            self._take_home(going)
+            going = self._send_home(number, units, steps)
+        self._take_home(going)
 
     def sum_norms(self, norms: Tensor) -> Tensor:
         """Over the team, of what each rank found at the homes of its elements."""
@@ -120,11 +116,15 @@ class Exchange:
                 for flat in arrived[place :: len(mine)]:
                     total.add_(flat.view(total.shape))
                 total.div_(divisor)
+        for of, averaged in views.flats.items():
+            of.store_gradient(averaged)
 
     # ---- between homes and owners ------------------------------------------------------------------------------------
 
     def _gather(self, number: int, steps: Steps) -> Trip:
-        """Start to bring the gradients of a round to their owners."""
+        """Start to bring the gradients of a round, if there is such a round, to their owners."""
+        if number >= len(self._legs):
+            return Trip({}, (), None)
 
         def due(now: Phase) -> bool:
             return now.accumulate or now.started

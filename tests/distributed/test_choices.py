@@ -67,6 +67,20 @@ def test_reduction_to_owners(topology: Topology) -> None:
     assert _worst(topology.world, "adagrad-decay", with_deepspeed, topology, make_optimizer) < TOLERANCE
 
 
+def _column_major(shape: Shape, make_optimizer: Any) -> Session:
+    """Parameters, and so gradients, that are not stored in row-major order."""
+    session = with_deepspeed(shape, Topology(data=2), make_optimizer)
+    for param in (p for p in session.module.parameters() if p.ndim == 2):
+        param.data = param.data.t().contiguous().t()
+    return session
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("distribution", [Distribution(), Distribution(reduce_to_owners=True)], ids=["all", "owners"])
+def test_weights_in_column_major_order(distribution: Distribution) -> None:
+    assert _worst(2, "uneven-blocks", _column_major, _with(distribution, "uneven-blocks")) < TOLERANCE
+
+
 def _complaint(make: Callable[..., Session], *arguments: Any, **named: Any) -> str:
     session = make(*arguments, **named)
     try:
