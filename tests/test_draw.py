@@ -67,6 +67,13 @@ def test_ownership_picture(ranks: tuple[int, ...], layout: str, tmp_path: Path) 
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+def test_no_picture_of_nothing(tmp_path: Path) -> None:
+    """What ZeRO stores and no one preconditions has no owner."""
+    matrix = describe(storage("a.bias", (0, 1), "elements"), ShampooHyperParams(), 2)
+    with pytest.raises(ValueError, match="no plan has a block"):
+        ownership_figure([make_plan([matrix], (0, 1), ShampooHyperParams())], tmp_path / "a.png")
+
+
 def test_loss_picture(tmp_path: Path) -> None:
     curve = Curve((1, 2, 3), (0.1, 0.2, 0.3), (3.0, 2.0, 1.5))
     runs = [Run(name, curve, curve, 0.1, (1, 2), 0, 0) for name in ("adamw", "shampoo")]

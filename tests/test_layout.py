@@ -259,8 +259,8 @@ def test_gaps_are_found(chance: Random, storage: Storage) -> None:
     first = part.first + chance.randint(0, 1)
     last = max(first, min(part.last + chance.randint(-1, 1), math.prod(part.shape)))
     holders[place] = replace(holders[place], part=Part(part.spans, first, last))
-    changed = replace(storage, holders=tuple(holders))
-    assert (describe(changed, ShampooHyperParams(), WORLD).gaps() == "") == is_sound(changed)
+    other = replace(storage, holders=tuple(holders))
+    assert (describe(other, ShampooHyperParams(), WORLD).gaps() == "") == is_sound(other)
 
 
 def is_sound(storage: Storage) -> bool:

@@ -11,7 +11,6 @@ from random import Random
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,9 +27,7 @@ from common import (
 )
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Holder, Matrix, Part, Storage, describe
-from shampoo3d.momenta import Momenta
 from shampoo3d.plan import Plan, PlannedBlock, block_cost, make_plan, make_plans
-from shampoo3d.preconditioner import Stack
 
 EXAMPLES = settings(deadline=None, derandomize=True, max_examples=200)
 HP = ShampooHyperParams(block_size=256)
@@ -106,12 +103,10 @@ def test_more_ranks_than_blocks() -> None:
 
 
 def test_of_ranks_with_equal_work_the_one_with_less_state_is_next() -> None:
-    held = matrices([(256, 256), (256, 256), (8, 8)], range(2))
-    for large, last in ((0, 1), (1, 0)):
-        held_ = [
-            replace(m, storage=replace(m.storage, dtype="float64")) if i == large else m for i, m in enumerate(held)
-        ]
-        assert [block.owner for block in make_plan(held_, (0, 1), HP).blocks] == [0, 1, last]
+    first, second, third = matrices([(256, 256), (256, 256), (8, 8)], range(2))
+    double = [replace(matrix, storage=replace(matrix.storage, dtype="float64")) for matrix in (first, second)]
+    assert [block.owner for block in make_plan([double[0], second, third], (0, 1), HP).blocks] == [0, 1, 1]
+    assert [block.owner for block in make_plan([first, double[1], third], (0, 1), HP).blocks] == [0, 1, 0]
 
 
 def test_planned_owners_stay_and_new_blocks_even_out_the_load() -> None:
@@ -128,10 +123,10 @@ def test_planned_owners_stay_and_new_blocks_even_out_the_load() -> None:
 
 
 def test_those_that_keep_copies_of_roots_have_less_to_do_than_owners() -> None:
-    shapes = [(64, 64), (60, 60), (8, 8)]
-    storages = [replicated(f"w{i}", shape, range(4)).with_covers(2) for i, shape in enumerate(shapes)]
+    storages = [replicated(f"w{n}", (n, n), range(4)).with_covers(2) for n in (100, 60, 56, 46, 8)]
     plan = make_plan([describe(storage, HP, 4) for storage in storages], range(4), HP)
-    assert [(block.owner, block.keepers) for block in plan.blocks] == [(0, (0, 2)), (1, (1, 3)), (3, (1, 3))]
+    assert [block.owner for block in plan.blocks] == [0, 1, 3, 2, 2]
+    assert [block.keepers for block in plan.blocks] == [(0, 2), (1, 3), (1, 3), (0, 2), (0, 2)]
 
 
 def test_sets_of_ranks_are_balanced_on_top_of_those_that_contain_them() -> None:
@@ -214,7 +209,13 @@ def test_blocks_of_equal_cost_are_with_the_rank_that_stores_most(
     assert near.bytes() == far.bytes()
     total = sum(block.elements for block in near.blocks)
     assert at_home(near, held) == greedy(far, held)
-    assert total - at_home(near, held) < 0.7 * (total - at_home(far, held))
+    assert total - at_home(near, held) < 0.4 * (total - at_home(far, held))
+
+
+def halves(name: str, holders: Sequence[int]) -> Storage:
+    """The upper eight rows on some ranks, the lower eight on the others."""
+    rows = [Part.of([[(0, 8)], [(0, 4)]]), Part.of([[(8, 16)], [(0, 4)]])]
+    return Storage(name, (16, 4), "float32", tuple(Holder(i, rows[row]) for i, row in enumerate(holders)), divided=0)
 
 
 def test_blocks_that_lie_on_one_rank_stay_there() -> None:
@@ -222,10 +223,24 @@ def test_blocks_that_lie_on_one_rank_stay_there() -> None:
     held = sliced([(8, 4)] * 4, 4, hp)
     plan = make_plan(held, range(4), hp)
     assert at_home(plan, held) == 4 * 32
-    rows = [Part.of([[(0, 8)], [(0, 4)]]), Part.of([[(8, 16)], [(0, 4)]])]
-    holders = tuple(Holder(rank, rows[rank % 2]) for rank in range(4))  # two shards of two replicas
-    divided = describe(Storage("w", (16, 4), "float32", holders, divided=0), hp, 4)
+    divided = describe(halves("w", (0, 1, 0, 1)), hp, 4)
     assert [block.owner % 2 for block in make_plan([divided], range(4), hp).blocks] == [0, 0, 1, 1]
+    cut = [[(0, 1), (1, 4)], [(0, 3), (3, 4)]]  # all ranks store some of each block: first 1 has most, then 0
+    parts = [[Part.of([[rows], [(0, 4)]]) for rows in edges] for edges in cut]
+    both = [Storage(f"w{i}", (4, 4), "float32", tuple(map(Holder, (0, 1), of)), True) for i, of in enumerate(parts)]
+    assert [block.owner for block in make_plan([describe(s, hp, 2) for s in both], (0, 1), hp).blocks] == [1, 0]
+
+
+def test_exchanged_owners_leave_the_keepers_of_copies_balanced(monkeypatch: pytest.MonkeyPatch) -> None:
+    hp = ShampooHyperParams(block_size=4)
+    orders = [(0, 1) * 4, (0, 0, 0, 0, 1, 1, 1, 1), (1, 0) * 4]
+    held = [describe(halves(f"w{i}", order).with_covers(2), hp, 8) for i, order in enumerate(orders)]
+    near = make_plan(held, range(8), hp)
+    monkeypatch.setattr("shampoo3d.plan._nearest", lambda *_: {})
+    far = make_plan(held, range(8), hp)
+    assert near.load() == pytest.approx(far.load(), rel=1e-12)
+    assert near.bytes() == far.bytes()
+    assert at_home(near, held) > at_home(far, held)
 
 
 @EXAMPLES
@@ -257,20 +272,6 @@ def test_owners_and_keepers(chance: Random) -> None:
 
 
 # ---- memory ----
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("graft", ["sgd", "adagrad"])
-def test_bytes_are_those_of_the_state(dtype: str, sharded: bool, graft: str) -> None:
-    hp = ShampooHyperParams(graft_type=graft, start_preconditioning_step=2)
-    storage = replace(replicated("w", (3, 4, 5)), dtype=dtype, sharded=sharded)
-    (block,) = make_plan([describe(storage, hp, 1)], (0,), hp).blocks
-    state = torch.float64 if dtype == "float64" else torch.float32
-    stack = Stack((3, 4, 5), 1, hp, state, torch.device("cpu"))
-    momenta = [] if sharded else list(Momenta((3, 4, 5), hp, state, torch.device("cpu")).tensors().values())
-    assert block.bytes == sum(x.nbytes for x in [*stack.statistics, *stack.roots, *momenta])
-    assert block.kept_bytes == sum(x.nbytes for x in [*stack.roots, *momenta])
 
 
 def bounded(held: list[Matrix], ranks: Sequence[int], hp: ShampooHyperParams, bound: int) -> Plan | str:
@@ -337,6 +338,14 @@ def test_a_bound_that_can_be_kept_is_kept_at_the_cost_of_balance() -> None:
     assert max(found.load().values()) > max(free.load().values())
     with pytest.raises(ValueError, match=f"^memory_bound={smallest} leaves no rank for block 0:40,0:40 of 'w0'"):
         make_plan(held, (0, 1), hp, memory_bound=smallest)
+
+
+def test_a_rank_without_room_for_a_block_may_take_a_smaller_one() -> None:
+    hp = ShampooHyperParams()
+    held = matrices([(5, 5), (2, 2)], range(2), hp)  # 500 and 80 bytes
+    beside = {0: (0.0, 900), 1: (1e9, 0)}
+    assert [block.owner for block in make_plan(held, (0, 1), hp, None, beside, 1000).blocks] == [1, 0]
+    assert [block.owner for block in make_plan(held, (0, 1), hp, None, beside).blocks] == [0, 0]
 
 
 def test_the_memory_bound_holds_over_all_plans_of_a_rank() -> None:

@@ -1,5 +1,6 @@
 """A stack of blocks: the paper's symbols one by one, any subset of rows, and roots that cannot be computed."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from common import replicated
 from shampoo3d.hyperparams import ShampooHyperParams
+from shampoo3d.layout import describe
 from shampoo3d.momenta import ALL, Momenta, Rows
+from shampoo3d.plan import make_plan
 from shampoo3d.preconditioner import Stack, factor_shapes, squared_norms, state_shapes, unfold
 
 SHAPES = [(3, 4), (2, 3, 4), (2, 1, 3, 2)]
@@ -102,3 +106,17 @@ def test_the_shapes_of_the_state_are_known_before_it_is_allocated(settings: dict
     factors = stack_of(shape, 2, **settings).tensors() if rank else {}
     for found, foreseen in ((tensors | factors, state_shapes(shape, rank, hp)), (factors, factor_shapes(shape, rank))):
         assert {name: tensor.shape[1:] for name, tensor in found.items()} == foreseen
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("graft", ["sgd", "adagrad"])
+def test_the_plan_counts_the_bytes_of_the_state(dtype: str, sharded: bool, graft: str) -> None:
+    hp = ShampooHyperParams(graft_type=graft, start_preconditioning_step=2)
+    storage = replace(replicated("w", (3, 4, 5)), dtype=dtype, sharded=sharded)
+    (block,) = make_plan([describe(storage, hp, 1)], (0,), hp).blocks
+    state = torch.float64 if dtype == "float64" else torch.float32
+    stack = Stack((3, 4, 5), 1, hp, state, torch.device("cpu"))
+    momenta = [] if sharded else list(Momenta((3, 4, 5), hp, state, torch.device("cpu")).tensors().values())
+    assert block.bytes == sum(x.nbytes for x in [*stack.statistics, *stack.roots, *momenta])
+    assert block.kept_bytes == sum(x.nbytes for x in [*stack.roots, *momenta])

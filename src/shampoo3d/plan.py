@@ -31,6 +31,7 @@ class PlannedBlock:
         cost: estimated work of a step, in multiply-adds of a matrix product.
         owner: the global rank that keeps its statistics and computes its roots.
         keepers: the ranks that keep its roots and precondition with them, the owner included; see ``root_copies``.
+        model_dtype: of the model's own parameter, where ``dtype`` is that of a master copy.
     """
 
     matrix: str
@@ -43,6 +44,7 @@ class PlannedBlock:
     cost: float
     owner: int
     keepers: tuple[int, ...] = ()
+    model_dtype: str = ""
 
     @property
     def id(self) -> BlockId:
@@ -158,7 +160,8 @@ def make_plan(
     drafts = [_draft(matrix, number, hp, fixed or {}) for matrix in matrices for number in range(len(matrix.blocks))]
     storing = _storing(matrices, drafts)
     counterparts = {matrix.name: matrix.storage.counterparts for matrix in matrices}
-    resident = tuple(_resident(matrices, rank, hp) for rank in ranks)
+    stays = _resident(matrices, hp)
+    resident = tuple(stays[rank] for rank in ranks)
     loads = _Loads(ranks, load or {}, resident, memory_bound)
     owners = _balanced(drafts, storing, counterparts, loads)
     owners |= _nearest([b for b in drafts if b.factors and b.owner < 0], counterparts, ranks, owners, storing)
@@ -226,6 +229,12 @@ class _Loads:
                 place,
             )
             heapq.heappush(self._heap, (*self._taken[rank], rank))
+            if self.bound is not None and self._taken[rank][1] > self.bound:  # the owner was decided before
+                raise ValueError(
+                    f"memory_bound={self.bound} is less than the {self._taken[rank][1]} bytes of state that rank "
+                    f"{rank} keeps with block {block.key} of {block.matrix!r}, which it owns already; make a new "
+                    "optimizer"
+                )
 
     def least(self, block: PlannedBlock, others: Counterparts, among: Iterable[int] | None) -> int:
         """The least loaded rank that has room for the block, as have those that keep copies of its roots."""
@@ -249,16 +258,14 @@ class _Loads:
         return found
 
 
-def _resident(matrices: Sequence[Matrix], rank: int, hp: ShampooHyperParams) -> int:
-    """Bytes of momenta of what a rank stores of sharded matrices."""
-    stored = (
-        holder.part.elements * (8 if matrix.storage.dtype == "float64" else 4)
-        for matrix in matrices
-        if matrix.storage.sharded
-        for holder in matrix.storage.holders
-        if holder.rank == rank
-    )
-    return sum(stored) * len(momenta_names(hp))
+def _resident(matrices: Sequence[Matrix], hp: ShampooHyperParams) -> Counter[int]:
+    """Bytes of momenta of what each rank stores of sharded matrices."""
+    found: Counter[int] = Counter()
+    for storage in (matrix.storage for matrix in matrices if matrix.storage.sharded):
+        size = len(momenta_names(hp)) * (8 if storage.dtype == "float64" else 4)
+        for holder in storage.holders:
+            found[holder.rank] += holder.part.elements * size
+    return found
 
 
 def _draft(matrix: Matrix, number: int, hp: ShampooHyperParams, fixed: Mapping[BlockId, int]) -> PlannedBlock:
@@ -268,7 +275,18 @@ def _draft(matrix: Matrix, number: int, hp: ShampooHyperParams, fixed: Mapping[B
     cost = block_cost(block.shape, matrix.rank, hp)
     owner = fixed.get((matrix.name, block.key), -1)
     factors = block.shape[: matrix.rank]
-    return PlannedBlock(matrix.name, block.key, dtype, block.shape, block.elements, factors, size, cost, owner)
+    return PlannedBlock(
+        matrix.name,
+        block.key,
+        dtype,
+        block.shape,
+        block.elements,
+        factors,
+        size,
+        cost,
+        owner,
+        model_dtype=matrix.storage.model_dtype,
+    )
 
 
 def _storing(matrices: Sequence[Matrix], drafts: Sequence[PlannedBlock]) -> dict[BlockId, Counter[int]]:

@@ -58,10 +58,6 @@ class Routes:
         """Whether any preconditioned block's owner is not the home of all its elements."""
         return any(leg.home != leg.keeper and self.plan.blocks[leg.slot].factors for leg in self.legs)
 
-    def at(self, rank: int) -> "Routes":
-        """Those of them that this rank has to do with."""
-        return Routes(self.plan, tuple(leg for leg in self.legs if rank in (leg.keeper, *leg.cell.ranks)))
-
 
 def travels(plan: Plan, matrices: Sequence[Matrix]) -> bool:
     """Whether gradients may have to travel; known to all ranks without looking at every leg of a sharded matrix."""
@@ -82,8 +78,8 @@ def _legs(plan: Plan, matrices: Sequence[Matrix], rank: int | None) -> Iterator[
         for cell in matrix.cells(rank, kept):
             block = planned[cell.block]
             keeper = block.owner if matrix.storage.sharded else block.keepers[covers.index(cell.cover)]
-            # Replicas take turns as the keepers do, so that homes are balanced as these are.
-            home = keeper if keeper in cell.ranks else cell.ranks[position.get(keeper, 0) % len(cell.ranks)]
+            # The keeper, where it stores the cell; else replicas take turns as keepers do, so that they are balanced.
+            home = cell.ranks[position.get(keeper, 0) % len(cell.ranks)]
             legs.append(Leg(slot + cell.block, number, cell, home, keeper, cell.cover == cover_of[keeper]))
         slot += len(matrix.blocks)
         yield sorted(legs, key=lambda leg: leg.slot)
@@ -95,10 +91,10 @@ def rounds(plan: Plan, bucket_elements: int) -> list[list[int]]:
     In a round each owner has about its share of ``bucket_elements``, of one dtype; blocks of one shape are together.
     """
     quota = max(1, bucket_elements // len(plan.ranks))
-    by_dtype: defaultdict[str, defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    by_dtype: defaultdict[tuple[str, str], defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for slot, block in enumerate(plan.blocks):
         if block.factors:
-            by_dtype[block.dtype][block.owner].append(slot)
+            by_dtype[block.dtype, block.model_dtype][block.owner].append(slot)
     found: list[list[int]] = []
     for owned in by_dtype.values():
         queues = [

@@ -90,7 +90,13 @@ def test_an_option_changes_nothing_for_sgd_either(option: str) -> None:
     assert distance_from_one_process(way, Recipe(sgd), STEPS) < {"float64": 1e-13, "float32": 2e-6}[way.precision]
 
 
-BOTH = pytest.mark.parametrize("make", [sgd, shampoo("uneven-blocks", "float32")], ids=["sgd", "shampoo"])
+BOTH = pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(sgd, id="sgd", marks=pytest.mark.slow),
+        pytest.param(shampoo("uneven-blocks", "float32"), id="shampoo"),
+    ],
+)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -112,6 +118,9 @@ def test_clipping_and_the_schedule_do_something(make: Any) -> None:
 
 
 @pytest.mark.parametrize("way", [zero(0), zero(1, THREE), zero(2, THREE), zero(3, sub_group_size=300)], ids=str)
-@pytest.mark.parametrize("make", [sgd, shampoo("uneven-blocks")], ids=["sgd", "shampoo"])
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(sgd, id="sgd", marks=pytest.mark.slow), pytest.param(shampoo("uneven-blocks"), id="shampoo")],
+)
 def test_groups_with_settings_of_their_own(way: Zero, make: Any) -> None:
     assert distance_from_one_process(way, Recipe(partial(in_groups, make)), STEPS) < TOLERANCE["float64"]

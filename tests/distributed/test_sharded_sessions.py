@@ -30,7 +30,7 @@ SINGLE = [Zero(stage, TWO, "float32") for stage in range(4)]
 
 
 def _zero_cases() -> list[Any]:
-    return [pytest.param(z, id=str(z), marks=[slow] * (z.topology.world > 3)) for z in STAGES + GRID + SINGLE]
+    return [pytest.param(z, id=str(z), marks=[slow] * (z.topology.world > 2)) for z in STAGES + GRID + SINGLE]
 
 
 @needs_deepspeed
