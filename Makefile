@@ -11,7 +11,7 @@ demo: env  ## train a GPT with AdamW and with 3D-Shampoo on 4 processes; results
 test: env  ## everything but the slow tests
 	$(ENV) $(BIN)/python -m pytest
 
-test-slow: env  ## the 22 recorded topologies, up to 32 processes
+test-slow: env  ## all settings on all layouts, the 22 recorded topologies, up to 32 processes
 	$(ENV) $(BIN)/python -m pytest -m slow
 
 test-all: test test-slow

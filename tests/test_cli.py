@@ -317,8 +317,24 @@ def test_plan_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(f"plan --layers 6 --pipe 3 --data 3 --picture {tmp_path / 'plan.png'}".split())
     assert stop.value.code in (0, None)
-    assert "load / mean" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "load / mean" in printed
+    assert "weights KiB" in printed
     assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_plan_shows_what_copies_of_roots_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for copies in (1, 2, 4):
+        with pytest.raises(SystemExit):
+            cli.main(f"plan --layers 2 --pipe 1 --data 4 --root-copies {copies}".split())
+        printed = capsys.readouterr().out
+        assert ("roots KiB" in printed) == (copies > 1)
+        assert ("weights KiB" in printed) == (copies < 4)
+        found[copies] = float(printed.splitlines()[-2].replace(",", "").split("│")[2])  # the last rank's state
+    assert found[1] < found[2] < found[4]
+    assert "--root-copies 2 needs replicas" in refusal("plan --pipe 1 --zero-stage 1 --root-copies 2", capsys)
+    assert "--data 3 is not a multiple of --root-copies 2" in refusal("plan --data 3 --root-copies 2", capsys)
 
 
 def test_files_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,7 +105,7 @@ def plan(
 ) -> None:
     """Show which rank would own which block of the GPT, what it would keep, and what would reach it from others in a
     step (roots only when they are refreshed), without starting any process."""
-    from shampoo3d.draw import ownership_figure, ownership_table
+    from shampoo3d.draw import bytes_table, ownership_figure, ownership_table
     from shampoo3d.train.text import read_text
 
     _require("deepspeed", "matplotlib")
@@ -116,9 +116,9 @@ def plan(
     from shampoo3d.train.planning import foresee
 
     forecast = foresee(settings, len(read_text(settings.text, settings.context).vocabulary))
-    table = ownership_table(forecast.plans, forecast.received)
+    table = ownership_table(forecast.plans)
     table.title = settings.topology
-    Console().print(table)
+    Console().print(table, bytes_table(forecast.plans, forecast.received))
     if picture:
         try:
             ownership_figure(forecast.plans, picture)

@@ -47,27 +47,39 @@ class Training(Protocol):
     def validation(self) -> Curve: ...
 
 
-def ownership_table(plans: Sequence[Plan], received: Mapping[int, Mapping[str, int]] | None = None) -> Table:
-    """One row per rank: what it owns and keeps, how its load compares with the mean, and the KiB that it receives."""
-    from rich.table import Table
-
-    kinds = list(dict.fromkeys(what for of in (received or {}).values() for what, count in of.items() if count))
-    table = Table("rank", "blocks", "factors", "largest", "elements", "load / mean", "state KiB")
-    for what in kinds:
-        table.add_column(f"{what} KiB")
-    for column in table.columns:
-        column.justify = "right"
+def ownership_table(plans: Sequence[Plan]) -> Table:
+    """One row per rank: what it owns, and how its load compares with the mean."""
     load = _load(plans)
     mean = sum(load.values()) / len(load)
+    rows = []
     for rank in load:
         blocks = [block for plan in plans for block in plan.owned_by(rank)]
         factors = [size for block in blocks for size in block.factors]
-        counts = (rank, len(blocks), len(factors), max(factors, default=0))
         elements = sum(block.elements for block in blocks)
+        share = f"{load[rank] / mean:.2f}" if mean else "-"
+        rows.append((rank, len(blocks), len(factors), max(factors, default=0), f"{elements:,}", share))
+    return _table(("rank", "blocks", "factors", "largest", "elements", "load / mean"), rows)
+
+
+def bytes_table(plans: Sequence[Plan], received: Mapping[int, Mapping[str, int]]) -> Table:
+    """One row per rank: the KiB of state that it keeps, and those that it receives from others in a step, by kind."""
+    kinds = list(dict.fromkeys(what for kind in received.values() for what, count in kind.items() if count))
+    rows = []
+    for rank in _load(plans):
         kept = sum(plan.bytes().get(rank, 0) for plan in plans)
-        sizes = (kept, *((received or {}).get(rank, {}).get(what, 0) for what in kinds))
-        cells = (f"{elements:,}", f"{load[rank] / mean:.2f}" if mean else "-", *(f"{n / 1024:,.1f}" for n in sizes))
-        table.add_row(*map(str, counts), *cells)
+        sizes = (kept, *(received[rank].get(what, 0) for what in kinds))
+        rows.append((rank, *(f"{size / 1024:,.1f}" for size in sizes)))
+    return _table(("rank", "state KiB", *(f"{what} KiB" for what in kinds)), rows)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    from rich.table import Table
+
+    table = Table(*header)
+    for column in table.columns:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*map(str, row))
     return table
 
 
