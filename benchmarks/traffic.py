@@ -124,12 +124,13 @@ def main() -> None:
                 state, received = rows[-1]["state bytes per rank"], rows[-1]["received per rank"]
                 total = max(map(sum, zip(*received.values(), strict=True))) if received else 0
                 print(f"{name:26} ranks {world}: state {max(state):>10}, received at most {total:>10}", flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True).stdout
     setting = {
         "model": f"GPT-like, width {WIDTH}, {LAYERS} layers, block {BLOCK}, {sum(parameters)} parameters, float32",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, gloo",
         "torch": torch.__version__,
-        "commit": commit,
+        "commit": commit.strip(),
     }
     output.parent.mkdir(exist_ok=True)
     output.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
