@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo3d.collectives import all_gather
+from shampoo3d.collectives import all_gather, communicating_device
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.slabs import Place, state_dtype
@@ -89,7 +89,8 @@ def agree(
             complaint = complaint or differences
     verdict = [not finite, bool(complaint), unbound]
     if mesh.everyone.size > 1:
-        votes = torch.tensor(verdict, dtype=torch.int32, device=_device(mesh, teams))
+        here = teams[0].device if teams else torch.device("cpu")  # a rank may have no parameters
+        votes = torch.tensor(verdict, dtype=torch.int32, device=communicating_device(mesh.everyone, here))
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=mesh.everyone.handle)
         verdict = votes.bool().tolist()
     nonfinite, refused, unbound = verdict
@@ -127,7 +128,7 @@ def _compare(team: Team, names: Mapping[Place, list[str]], groups: Sequence[Mapp
     options = ("lr", "momentum", "weight_decay", "maximize")
     settings = sorted({str({name: groups[place.group][name] for name in options}) for place in names})
     numbers = [len(given), _fingerprint(given), largest, _fingerprint(settings)]
-    ranks, device = team.group.ranks, _device_of(team)
+    ranks, device = team.group.ranks, communicating_device(team.group, team.device)
     mine = torch.tensor(numbers, dtype=torch.float64, device=device)
     table = torch.empty(len(ranks) * len(numbers), dtype=torch.float64, device=device)
     all_gather(table, mine, group=team.group.handle)
@@ -157,16 +158,3 @@ def _compare(team: Team, names: Mapping[Place, list[str]], groups: Sequence[Mapp
 def _fingerprint(texts: Sequence[str]) -> int:
     """A number of 48 bits, exact in float64."""
     return int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:6], "big")
-
-
-def _device(mesh: Mesh, teams: Sequence[Team]) -> torch.device:
-    """Where everyone's collectives take their tensors: with the parameters; a rank may have none of these."""
-    if dist.get_backend(mesh.everyone.handle) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return teams[0].bindings[0].place.stored.device if teams else torch.device("cpu")
-
-
-def _device_of(team: Team) -> torch.device:
-    if dist.get_backend(team.group.handle) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return team.bindings[0].place.stored.device

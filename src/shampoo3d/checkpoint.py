@@ -74,7 +74,7 @@ def logical(matrix: Matrix, hp: ShampooHyperParams) -> Matrix:
 
 def complete_state(team: Team, steps: Mapping[Tensor, int]) -> dict[Tensor, ParamState]:
     """The state of every block of a team, whoever keeps what, in copies. Collective in the team."""
-    link = Link(team.rank, team.group, team.bindings[0].place.stored.device)
+    link = Link(team.rank, team.group, team.device)
     momenta = _whole_momenta(team, link)
     factors = _all_factors(team, link)
     whole: dict[Tensor, ParamState] = {}

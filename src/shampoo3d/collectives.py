@@ -37,7 +37,7 @@ class Link:
 
     def __init__(self, rank: int, group: Group, device: torch.device) -> None:
         self.rank, self.group = rank, group
-        self.device = _communicating_device(group, device)
+        self.device = communicating_device(group, device)
         self.received: Counter[str] = Counter()
         self._buffers: dict[Any, Tensor] = {}
 
@@ -144,7 +144,7 @@ def _split(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return list(flat[:used].split_with_sizes(list(sizes))) if sizes else []
 
 
-def _communicating_device(group: Group, device: torch.device) -> torch.device:
+def communicating_device(group: Group, device: torch.device) -> torch.device:
     """Where the group's backend takes tensors: with the parameters, or on the GPU though they were offloaded."""
     if group.size > 1 and device.type == "cpu" and dist.get_backend(group.handle) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())

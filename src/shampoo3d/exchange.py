@@ -11,7 +11,7 @@ from torch import Tensor
 from shampoo3d.collectives import Link, Swap
 from shampoo3d.holdings import Team, Unit
 from shampoo3d.layout import Storage
-from shampoo3d.routes import BUCKET_ELEMENTS, Leg
+from shampoo3d.routes import BUCKET_ELEMENTS, Leg, packed
 from shampoo3d.schedule import Phase, phase
 from shampoo3d.slabs import Binding, Place, Steps, write
 from shampoo3d.topology import Mesh
@@ -35,24 +35,25 @@ class Exchange:
 
     def __init__(self, team: Team, mesh: Mesh, update_precision: Literal["state", "parameter"]) -> None:
         self.team, self.rank = team, mesh.rank
-        self.link = Link(mesh.rank, team.group, team.bindings[0].place.stored.device)
+        self.link = Link(mesh.rank, team.group, team.device)
         self._update_precision = update_precision
         by_slot: defaultdict[int, list[Leg]] = defaultdict(list)
-        copied: defaultdict[tuple[int, ...], list[Leg]] = defaultdict(list)
+        copied: defaultdict[tuple[tuple[int, ...], str], list[Leg]] = defaultdict(list)
         for leg in team.legs:
             by_slot[leg.slot].append(leg)
             if len(leg.cell.ranks) > 1 and mesh.rank in leg.cell.ranks:
-                copied[leg.cell.ranks].append(leg)
+                copied[leg.cell.ranks, team.bindings[leg.matrix].matrix.storage.dtype].append(leg)
         self._legs = [[leg for slot in slots for leg in by_slot[slot]] for slots in team.rounds]
         # The classes of replicas, each a group; in one order, so that no two wait for each other.
         self._copies = [
-            (Link(mesh.rank, mesh.group(ranks), self.link.device), copied[ranks]) for ranks in sorted(copied)
+            (Link(mesh.rank, mesh.group(ranks), self.link.device), getattr(torch, dtype), copied[ranks, dtype])
+            for ranks, dtype in sorted(copied)
         ]
 
     @property
     def received(self) -> Counter[str]:
         """Bytes that came from other ranks so far, by what they were."""
-        return sum((link.received for link, _ in self._copies), self.link.received.copy())
+        return sum((link.received for link, *_ in self._copies), self.link.received.copy())
 
     def collect(self, steps: Steps) -> Iterator[Unit]:
         """The owned blocks that take part, in units, with their gradients made whole in ``blocks``.
@@ -78,12 +79,8 @@ class Exchange:
 
     def copy(self, steps: Steps) -> None:
         """Bring new weights from their homes to the replicas."""
-        bindings = self.team.bindings
-        for link, legs in self._copies:
-            active = [leg for leg in legs if bindings[leg.matrix].place in steps]
-            for dtype in dict.fromkeys(self._storage_of(leg).dtype for leg in active):
-                chosen = [leg for leg in active if self._storage_of(leg).dtype == dtype]
-                self._copy(link, chosen, getattr(torch, dtype))
+        for link, dtype, legs in self._copies:
+            self._copy(link, [leg for leg in legs if self.team.bindings[leg.matrix].place in steps], dtype)
 
     def _copy(self, link: Link, legs: Sequence[Leg], dtype: torch.dtype) -> None:
         views = _Views(self.team.bindings, lambda place: place.flat)
@@ -98,14 +95,12 @@ class Exchange:
 
         ``sequence_parallel``: among how many ranks the tokens of one sample are split, whose gradients are summed.
         """
-        for link, legs in self._copies:
-            for dtype in dict.fromkeys(self._storage_of(leg).dtype for leg in legs):
-                chosen = [leg for leg in legs if self._storage_of(leg).dtype == dtype]
-                self._reduce(link, chosen, getattr(torch, dtype), link.group.size / sequence_parallel)
+        for link, dtype, legs in self._copies:
+            self._reduce(link, legs, dtype, link.group.size / sequence_parallel)
 
     def _reduce(self, link: Link, legs: Sequence[Leg], dtype: torch.dtype, divisor: float) -> None:
         views = _Views(self.team.bindings, _gradient)
-        for turn, bucket in enumerate(_in_buckets(legs, BUCKET_ELEMENTS)):
+        for turn, bucket in enumerate(packed(legs, lambda leg: leg.elements, BUCKET_ELEMENTS)):
             mine = [leg for leg in bucket if leg.home == self.rank]
             peers = [rank for rank in link.group.ranks if rank != self.rank]
             out = [(leg.home, views.of(leg)) for leg in bucket if leg.home != self.rank]
@@ -130,11 +125,12 @@ class Exchange:
             return now.accumulate or now.started
 
         views = _Views(self.team.bindings, _gradient)
-        legs = [leg for leg in self._due(number, steps, due) if leg.gathered]
+        due_legs, anyone = self._due(number, steps, due)
+        legs = [leg for leg in due_legs if leg.gathered]
         pieces = {leg: views.of(leg) for leg in legs if leg.home == self.rank}
         dtype = getattr(torch, self._storage(number).dtype)
         ends = [(leg, leg.home, leg.keeper) for leg in legs]
-        return self._trip("gradients", number, dtype, pieces, ends, self._anyone(number, steps, due))
+        return self._trip("gradients", number, dtype, pieces, ends, anyone)
 
     def _send_home(self, number: int, units: Sequence[Unit], steps: Steps) -> Trip:
         """Start to bring the directions of a round from the owners to the homes of their elements."""
@@ -143,7 +139,7 @@ class Exchange:
             return now.started
 
         blocks = {m.slot: (m, block) for unit in units for m, block in zip(unit.members, unit.blocks, strict=True)}
-        legs, pieces = self._due(number, steps, due), {}
+        (legs, anyone), pieces = self._due(number, steps, due), {}
         for leg in legs:
             if leg.keeper == self.rank:
                 member, block = blocks[leg.slot]
@@ -151,7 +147,7 @@ class Exchange:
         storage = self._storage(number)
         dtype = getattr(torch, storage.model_dtype if self._update_precision == "parameter" else storage.state_dtype)
         ends = [(leg, leg.keeper, leg.home) for leg in legs]
-        return self._trip("updates", number, dtype, pieces, ends, self._anyone(number, steps, due))
+        return self._trip("updates", number, dtype, pieces, ends, anyone)
 
     def _share_roots(self, slots: Sequence[int], number: int, steps: Steps) -> None:
         """Bring new roots from the owners to the other keepers."""
@@ -201,21 +197,14 @@ class Exchange:
         swap = self.link.swap(what, number, dtype, out, [(start, leg.elements) for leg, start in into])
         return Trip(here, [leg for leg, _ in into], swap)
 
-    def _due(self, number: int, steps: Steps, due: Callable[[Phase], bool]) -> list[Leg]:
-        """The legs of a round whose matrices take part in the step, in a phase in which they are due."""
+    def _due(self, number: int, steps: Steps, due: Callable[[Phase], bool]) -> tuple[list[Leg], bool]:
+        """The legs of a round that are due in this step, and whether any rank may have one: the same on all ranks."""
         places = self._due_places(steps, due)
-        return [leg for leg in self._legs[number] if self.team.bindings[leg.matrix].place in places]
-
-    def _anyone(self, number: int, steps: Steps, due: Callable[[Phase], bool]) -> bool:
-        """Whether any rank may have a leg that is due: the same on all of them."""
-        places = self._due_places(steps, due)
-        return any(self.team.slots[slot][0].place in places for slot in self.team.rounds[number])
+        legs = [leg for leg in self._legs[number] if self.team.bindings[leg.matrix].place in places]
+        return legs, any(self.team.slots[slot][0].place in places for slot in self.team.rounds[number])
 
     def _due_places(self, steps: Steps, due: Callable[[Phase], bool]) -> set[Place]:
         return {place for place, t in steps.items() if due(phase(t, self.team.hp))}
-
-    def _storage_of(self, leg: Leg) -> Storage:
-        return self.team.bindings[leg.matrix].matrix.storage
 
     def _storage(self, number: int) -> Storage:
         """Of a round, whose matrices are all stored in one dtype."""
@@ -234,20 +223,6 @@ class _Views:
         if binding.place not in self.flats:
             self.flats[binding.place] = self.flatten(binding.place)
         return binding.view(self.flats[binding.place], leg.cell.piece)
-
-
-def _in_buckets(legs: Sequence[Leg], most: int) -> Iterator[list[Leg]]:
-    """Consecutive legs with about ``most`` elements."""
-    bucket: list[Leg] = []
-    filled = 0
-    for leg in legs:
-        if bucket and filled + leg.elements > most:
-            yield bucket
-            bucket, filled = [], 0
-        bucket.append(leg)
-        filled += leg.elements
-    if bucket:
-        yield bucket
 
 
 def _gradient(place: Place) -> Tensor:

@@ -56,6 +56,7 @@ class Shampoo(Optimizer):
             ``hyperparams.ignore_embedding_layer``; embedding modules of the model are found by themselves.
         world_rank, world_size, topology, shapes: what is known of the ranks (``topology`` is DeepSpeed's, as from
             ``model.topology()``) and the trainable parameters' shapes. All are found out if not given.
+        distribution: how the work is shared; it changes where things are kept and computed, not the result.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and its bound; also where an argument contradicts what

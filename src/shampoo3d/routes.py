@@ -6,12 +6,15 @@ if it is stored once; else one of its replicas, the owner of its block if that i
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from shampoo3d.distribution import Distribution
 from shampoo3d.layout import Cell, Matrix, state_dtype
 from shampoo3d.plan import Plan
+
+T = TypeVar("T")
 
 BUCKET_ELEMENTS = 2**22
 """Elements in one collective, over all ranks: bounds the buffers, whatever the model's size."""
@@ -97,40 +100,35 @@ def rounds(plan: Plan, bucket_elements: int) -> list[list[int]]:
             by_dtype[block.dtype, block.model_dtype][block.owner].append(slot)
     found: list[list[int]] = []
     for owned in by_dtype.values():
-        queues = [
-            _filled(sorted(slots, key=lambda slot: plan.blocks[slot].shape), plan, quota) for slots in owned.values()
-        ]
+        in_order = (sorted(slots, key=lambda slot: plan.blocks[slot].shape) for slots in owned.values())
+        queues = [packed(slots, lambda slot: plan.blocks[slot].elements, quota) for slots in in_order]
         found += ([slot for part in parts for slot in part] for parts in itertools.zip_longest(*queues, fillvalue=()))
     return found
 
 
-def _filled(slots: Sequence[int], plan: Plan, quota: int) -> list[list[int]]:
-    parts: list[list[int]] = []
-    filled = quota
-    for slot in slots:
-        elements = plan.blocks[slot].elements
-        if filled + elements > quota:
-            parts.append([])
+def packed(items: Iterable[T], elements: Callable[[T], int], most: int) -> list[list[T]]:
+    """Consecutive items in groups of at most ``most`` elements; an item that has more is a group of its own."""
+    groups: list[list[T]] = []
+    filled = 0
+    for item in items:
+        size = elements(item)
+        if not groups or filled + size > most:
+            groups.append([])
             filled = 0
-        parts[-1].append(slot)
-        filled += elements
-    return parts
+        groups[-1].append(item)
+        filled += size
+    return groups
 
 
 def buckets(ranks: Sequence[int], items: Sequence[tuple[int, int]], most: int) -> Iterator[dict[int, list[int]]]:
     """The numbers of the items, (rank that has it, elements) each, per rank, with about ``most`` elements at a time."""
     quota = max(1, most // len(ranks))
-    queues: dict[int, list[int]] = {rank: [] for rank in ranks}
-    for number in reversed(range(len(items))):
-        queues[items[number][0]].append(number)
-    while any(queues.values()):
-        bucket: dict[int, list[int]] = {}
-        for rank, queue in queues.items():
-            bucket[rank], filled = [], 0
-            while queue and (not filled or filled + items[queue[-1]][1] <= quota):
-                filled += items[queue[-1]][1]
-                bucket[rank].append(queue.pop())
-        yield bucket
+    held: dict[int, list[int]] = {rank: [] for rank in ranks}
+    for number, (rank, _) in enumerate(items):
+        held[rank].append(number)
+    queues = [packed(numbers, lambda number: items[number][1], quota) for numbers in held.values()]
+    for parts in itertools.zip_longest(*queues, fillvalue=[]):
+        yield dict(zip(ranks, parts, strict=True))
 
 
 def width(bucket: Mapping[int, Sequence[int]], items: Sequence[tuple[int, int]]) -> int:
