@@ -196,7 +196,7 @@ def _read(
             tied |= deepspeed.tied_holders(model)
         exact = distribution.tensor_parallel == "exact"
         found = read(groups, facts.originals, facts.names, mesh, tied, exact=exact)
-        taking_part = (s for s in found if s.sharded or is_trainable(s.tensor) or s.tensor in known)
+        taking_part = (s for s in found if is_flat([s.original]) or is_trainable(s.tensor) or s.tensor in known)
         stored = [s for s in taking_part if math.prod(s.shape) > 0]
         complaint = _unknown_ties(stored, facts, tied)
     except (ValueError, RuntimeError) as error:  # perhaps on this rank only: all are told of it

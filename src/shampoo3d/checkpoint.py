@@ -219,8 +219,14 @@ def load(teams: Sequence[Team], live: dict[Tensor, ParamState], saved: Mapping[T
         _load_momenta(team, saved)
 
 
-def carry(live: dict[Tensor, ParamState], owned: Mapping[Tensor, ParamState]) -> None:
+def carry(
+    live: dict[Tensor, ParamState], owned: Mapping[Tensor, ParamState], before: Sequence[Team], now: Sequence[Team]
+) -> None:
     """Copy what this rank kept before into what it keeps now; owners and homes of what was bound before stay."""
+    factors = owned_factors(now)
+    for name, blocks in owned_factors(before).items() if owned else ():
+        for key, views in factors.get(name, {}).items():
+            _copy(views, blocks[key])
     for tensor, state in owned.items():
         for key, kept in state.items():
             if key == "step":

@@ -280,7 +280,7 @@ class Shampoo(Optimizer):
             checkpoint.load_own(teams, live, own, saved)
         else:
             checkpoint.load(teams, live, saved)
-        checkpoint.carry(live, owned)
+        checkpoint.carry(live, owned, self._teams, teams)
         self._mesh, self._teams = mesh, teams
         self._places = {place.tensor: place for team in teams for place in team.places}
         self._exchanges = [Exchange(team, mesh, self.distribution.update_precision) for team in teams]

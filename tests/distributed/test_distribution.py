@@ -14,7 +14,7 @@ from shampoo3d import Shampoo, ShampooHyperParams
 
 from .harness import needs_deepspeed, run
 from .models import Shape, batch, loss_of
-from .training import Session, Topology, one_process, with_deepspeed
+from .training import Topology, one_process, unfreeze_after_3, with_deepspeed
 
 SETTINGS = ShampooHyperParams(block_size=6, beta2=0.9, graft_type="adagrad", matrix_eps=1e-6)
 SHAPE = Shape()
@@ -162,24 +162,14 @@ def test_a_parameter_with_a_gradient_on_some_ranks_only() -> None:
 
 
 def _unfrozen(topology: Topology, name: str) -> dict[str, Tensor]:
-    return _unfreeze_after_3(with_deepspeed(SHAPE, topology, shampoo), name)
-
-
-def _unfreeze_after_3(session: Session, name: str) -> dict[str, Tensor]:
-    frozen = [parameter for n, parameter in session.module.named_parameters() if n == name]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    session.train(0, 3)
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    return session.train(3, 6).weights()
+    return unfreeze_after_3(with_deepspeed(SHAPE, topology, shampoo), name)
 
 
 @needs_deepspeed
 @pytest.mark.parametrize("topology", [Topology(data=2), Topology(pipe=2), Topology(pipe=2, data=2)], ids=str)
 def test_a_parameter_unfrozen_late_on_one_stage(topology: Topology) -> None:
     name = "3.up.weight"
-    alone = _unfreeze_after_3(one_process(SHAPE, shampoo), name)
+    alone = unfreeze_after_3(one_process(SHAPE, shampoo), name)
     for weights in run(_unfrozen, topology.world, topology, name):
         for key, weight in weights.items():
             torch.testing.assert_close(weight, alone[key], rtol=1e-9, atol=1e-12)

@@ -1,6 +1,7 @@
 """Under plain PyTorch's ways to cut a model, Shampoo follows the same trajectory as one process."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from .fsdp import Sharding, distance_from_one_process, with_torch
 from .harness import run
 from .settings import cases, paired, shampoo
-from .training import one_process, relative_distance
+from .training import one_process, relative_distance, unfreeze_after_3
 from .zero import ODD
 
 STEPS = 10
@@ -61,3 +62,14 @@ def test_mixed_precision(shards: int) -> None:
     for weights in run(_mixed, shards, shards):
         apart = relative_distance(weights, alone)
         assert apart < 0.05 * gone
+
+
+def _unfrozen_late(sharding: Sharding, make_optimizer: Any, name: str) -> dict[str, Tensor]:
+    return unfreeze_after_3(with_torch(ODD, sharding, make_optimizer, torch.float64), name)
+
+
+def test_a_parameter_unfrozen_late_leaves_the_state_of_the_others() -> None:
+    make_optimizer, name = shampoo("uneven-blocks"), "3.up.weight"
+    alone = unfreeze_after_3(one_process(ODD, make_optimizer), name)
+    for weights in run(_unfrozen_late, 2, Sharding(shards=2), make_optimizer, name):
+        assert relative_distance(weights, alone) < 1e-9

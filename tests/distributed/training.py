@@ -182,6 +182,16 @@ def gathered(module: nn.Module, writable: bool = False) -> Iterator[None]:
         yield
 
 
+def unfreeze_after_3(session: Session, name: str) -> dict[str, Tensor]:
+    """Weights after six steps, in the first three of which the named parameter is frozen."""
+    late = dict(unwrap(session.module).named_parameters()).get(name)
+    for trained, last in ((False, 3), (True, 6)):
+        if late is not None:  # on other pipeline stages there is no such parameter
+            late.requires_grad_(trained)
+        session.train(last - 3, last)
+    return session.weights()
+
+
 def one_process(shape: Shape, make_optimizer: MakeOptimizer) -> Session:
     """The reference: no DeepSpeed, no processes."""
     module = Whole(shape).double()
