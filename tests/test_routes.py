@@ -21,9 +21,9 @@ import shampoo3d
 from common import RANDOM, Numbers, a_storage, a_team, replicated, some_hyperparams, stored
 from shampoo3d.distribution import Distribution
 from shampoo3d.hyperparams import ShampooHyperParams
-from shampoo3d.layout import Holder, Matrix, Part, Storage, describe
+from shampoo3d.layout import ITEM_BYTES, Holder, Matrix, Part, Storage, describe
 from shampoo3d.plan import Plan, make_plan
-from shampoo3d.routes import ITEM_BYTES, Leg, Routes, buckets, rounds, traffic, travels, width
+from shampoo3d.routes import Leg, Routes, buckets, rounds, traffic, travels, width
 
 EXAMPLES = settings(deadline=None, derandomize=True, max_examples=200)
 

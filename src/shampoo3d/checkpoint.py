@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shampoo3d.blocks import Block
 from shampoo3d.collectives import Link
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams, check_group, momenta_names
 from shampoo3d.layout import Holder, Matrix, Part, Piece, describe
 from shampoo3d.preconditioner import factor_shapes, state_shapes
 from shampoo3d.routes import BUCKET_ELEMENTS, Routes
-from shampoo3d.slabs import Binding
+from shampoo3d.slabs import Binding, state_dtype
 
 ParamState = dict[str, Any]
 """``{"step": t, "<start>:<stop>,...": {"momentum": ..., "L0": ..., "P0": ...}}``, one entry per block."""
@@ -87,7 +88,7 @@ def complete_state(team: Team, steps: Mapping[Tensor, int]) -> dict[Tensor, Para
     return whole
 
 
-def canonical_blocks(matrix: Matrix, hp: ShampooHyperParams) -> Any:
+def canonical_blocks(matrix: Matrix, hp: ShampooHyperParams) -> tuple[Block, ...]:
     """The blocks in a checkpoint: of a preconditioned matrix its own, else those that one process would have."""
     return matrix.blocks if matrix.rank else logical(matrix, hp).blocks
 
@@ -119,64 +120,58 @@ def _whole_momenta(team: Team, link: Link) -> dict[int, dict[str, Tensor]]:
             return torch.stack([binding.view(tensor, piece) for tensor in tensors])
         return torch.stack(kept[matrix, piece.box.key])
 
-    whole = {
-        b.number: {name: torch.zeros(b.matrix.merged, dtype=_dtype(b), device=b.place.stored.device) for name in names}
-        for b in team.bindings
-    }
-    for numbers, dtype in _by_dtype(team, [matrix for _, matrix, _ in items]):
-        sizes = [(items[n][0], items[n][2].box.elements * len(names)) for n in numbers]
-        for n, flat in _shared(link, numbers, sizes, mine, dtype):
-            _, matrix, piece = items[n]
-            for name, values in zip(names, flat.view(len(names), *piece.box.shape), strict=True):
-                whole[matrix][name][piece.box.slices] = values
+    whole = {binding.number: _merged_zeros(binding, team.hp) for binding in team.bindings}
+    sizes = [(home, piece.box.elements * len(names)) for home, _, piece in items]
+    for n, flat in _shared(team, link, [matrix for _, matrix, _ in items], sizes, mine):
+        _, matrix, piece = items[n]
+        for name, values in zip(names, flat.view(len(names), *piece.box.shape), strict=True):
+            whole[matrix][name][piece.box.slices] = values
     return whole
+
+
+def _merged_zeros(binding: Binding, hp: ShampooHyperParams) -> dict[str, Tensor]:
+    """Momenta of a logical matrix, merged."""
+    stored = binding.place.stored
+    shape, dtype = binding.matrix.merged, state_dtype(stored.dtype)
+    return {name: torch.zeros(shape, dtype=dtype, device=stored.device) for name in momenta_names(hp)}
 
 
 def _all_factors(team: Team, link: Link) -> dict[tuple[int, str], dict[str, Tensor]]:
     """All factors, by matrix and block."""
     kept = {(binding.number, key): views for binding, key, views in _factors(team) if "L0" in views}  # by the owner
-    slots = [slot for slot, block in enumerate(team.plan.blocks) if block.factors]
-    shapes = {
-        slot: factor_shapes(team.plan.blocks[slot].factors, len(team.plan.blocks[slot].factors)) for slot in slots
-    }
+    planned = [(team.slots[slot][0].number, block) for slot, block in enumerate(team.plan.blocks) if block.factors]
+    shapes = [factor_shapes(block.factors, len(block.factors)) for _, block in planned]
 
-    def key(slot: int) -> tuple[int, str]:
-        return team.slots[slot][0].number, team.plan.blocks[slot].key
-
-    def mine(place: int) -> Tensor:
-        return torch.cat([tensor.reshape(-1) for tensor in kept[key(slots[place])].values()])
+    def mine(n: int) -> Tensor:
+        matrix, block = planned[n]
+        return torch.cat([tensor.reshape(-1) for tensor in kept[matrix, block.key].values()])
 
     found = {}
-    for numbers, dtype in _by_dtype(team, [team.slots[slot][0].number for slot in slots]):
-        sizes = [(team.plan.blocks[slots[n]].owner, sum(s.numel() for s in shapes[slots[n]].values())) for n in numbers]
-        for n, flat in _shared(link, numbers, sizes, mine, dtype):
-            pieces = flat.split_with_sizes([shape.numel() for shape in shapes[slots[n]].values()])
-            named = zip(shapes[slots[n]].items(), pieces, strict=True)
-            found[key(slots[n])] = {name: piece.view(shape).clone() for (name, shape), piece in named}
+    counts = [[shape.numel() for shape in named.values()] for named in shapes]
+    sizes = [(block.owner, sum(count)) for (_, block), count in zip(planned, counts, strict=True)]
+    for n, flat in _shared(team, link, [matrix for matrix, _ in planned], sizes, mine):
+        matrix, block = planned[n]
+        pieces = zip(shapes[n].items(), flat.split_with_sizes(counts[n]), strict=True)
+        found[matrix, block.key] = {name: piece.view(shape).clone() for (name, shape), piece in pieces}
     return found
 
 
 def _shared(
-    link: Link,
-    numbers: Sequence[int],
-    sizes: Sequence[tuple[int, int]],
-    mine: Callable[[int], Tensor],
-    dtype: torch.dtype,
+    team: Team, link: Link, matrices: Sequence[int], sizes: Sequence[tuple[int, int]], mine: Callable[[int], Tensor]
 ) -> Iterator[tuple[int, Tensor]]:
-    """What each rank has, given to all: the numbers with the flat tensors that belong to them."""
-    for arrived in link.share("state", sizes, lambda place: mine(numbers[place]), dtype, BUCKET_ELEMENTS):
-        yield from ((numbers[place], flat) for place, flat in arrived.items())
+    """What each rank has, given to all: the number of each item with its flat tensor.
 
-
-def _by_dtype(team: Team, matrices: Sequence[int]) -> Iterator[tuple[list[int], torch.dtype]]:
-    dtypes = [_dtype(team.bindings[matrix]) for matrix in matrices]
+    ``matrices`` and ``sizes``, (rank that has it, elements), are those of the items; ``mine`` gives this rank's.
+    """
+    dtypes = [state_dtype(team.bindings[matrix].place.tensor.dtype) for matrix in matrices]
     for dtype in dict.fromkeys(dtypes):
-        yield [n for n, of in enumerate(dtypes) if of == dtype], dtype
+        numbers = [n for n, of in enumerate(dtypes) if of == dtype]
 
+        def chosen(place: int, numbers: Sequence[int] = numbers) -> Tensor:
+            return mine(numbers[place])
 
-def _dtype(binding: Binding) -> torch.dtype:
-    named: torch.dtype = getattr(torch, binding.matrix.storage.state_dtype)
-    return named
+        for arrived in link.share("state", [sizes[n] for n in numbers], chosen, dtype, BUCKET_ELEMENTS):
+            yield from ((numbers[place], flat) for place, flat in arrived.items())
 
 
 def check_loadable(binding: Binding, saved: ParamState, hp: ShampooHyperParams) -> None:
@@ -242,11 +237,7 @@ def _load_momenta(team: Team, saved: Mapping[Tensor, ParamState]) -> None:
     for binding in team.bindings:
         if binding.place.tensor in saved:
             state = saved[binding.place.tensor]
-            device = binding.place.stored.device
-            whole[binding.number] = {
-                name: torch.zeros(binding.matrix.merged, dtype=_dtype(binding), device=device)
-                for name in momenta_names(team.hp)
-            }
+            whole[binding.number] = _merged_zeros(binding, team.hp)
             for block in canonical_blocks(binding.matrix, team.hp):
                 for name, tensor in whole[binding.number].items():
                     tensor[block.slices] = state[block.key][name]
@@ -282,7 +273,12 @@ def layout_of(teams: Sequence[Team]) -> list[str]:
     return [team.plan.digest() for team in teams]
 
 
-def check_own(teams: Sequence[Team], saved: Mapping[str, Any], slices: Mapping[Tensor, ParamState]) -> None:
+def check_own(
+    teams: Sequence[Team],
+    live: Mapping[Tensor, ParamState],
+    saved: Mapping[str, Any],
+    slices: Mapping[Tensor, ParamState],
+) -> None:
     """Raise unless what :func:`own_state` and :func:`live_state` saved belongs to this layout.
 
     Raises:
@@ -293,7 +289,6 @@ def check_own(teams: Sequence[Team], saved: Mapping[str, Any], slices: Mapping[T
             "the loaded state was saved under another layout (number of ranks, ZeRO stage, block_size or parameters): "
             f"plans {saved['layout']}, here {layout_of(teams)}"
         )
-    live = live_state(teams)
     for tensor, state in slices.items():
         given = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
         wanted = {name: tuple(value.shape) for name, value in live[tensor].items() if isinstance(value, Tensor)}

@@ -90,6 +90,11 @@ def state_dtype(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+STATE_BYTES = {dtype: ITEM_BYTES[state_dtype(dtype)] for dtype in ITEM_BYTES}
+"""Of an element of a parameter of each dtype, and of the state that belongs to it."""
+
+
 @dataclass(frozen=True)
 class Storage:
     """How a parameter is stored, as its readers on all its holders found it.

@@ -269,16 +269,14 @@ class Shampoo(Optimizer):
         fixed = {b.id: b.owner for team in self._teams for b in team.plan.blocks} if owned else {}
         teams = assemble(self._groups, self._facts, mesh, self.distribution, owned.keys(), fixed)
         saved = {tensor: state for tensor, state in saved.items() if state != {"step": 0}}  # those have not begun
+        live = checkpoint.live_state(teams)
         if own is not None:
-            checkpoint.check_own(teams, own, saved)
+            checkpoint.check_own(teams, live, own, saved)
+            checkpoint.load_own(teams, live, own, saved)
         else:
             for binding in (binding for team in teams for binding in team.bindings):
                 if binding.place.tensor in saved:
                     checkpoint.check_loadable(binding, saved[binding.place.tensor], self.hyperparams)
-        live = checkpoint.live_state(teams)
-        if own is not None:
-            checkpoint.load_own(teams, live, own, saved)
-        else:
             checkpoint.load(teams, live, saved)
         checkpoint.carry(live, owned, self._teams, teams)
         self._mesh, self._teams = mesh, teams

@@ -11,7 +11,7 @@ from typing import Any
 
 from shampoo3d.blocks import Shape
 from shampoo3d.hyperparams import ShampooHyperParams, momenta_names
-from shampoo3d.layout import Matrix
+from shampoo3d.layout import STATE_BYTES, Matrix
 
 Counterparts = Callable[[int], tuple[int, ...]]
 BlockId = tuple[str, str]
@@ -53,7 +53,7 @@ class PlannedBlock:
     @property
     def kept_bytes(self) -> int:
         """State on a keeper that is not the owner: no statistics."""
-        return self.bytes - sum(d * d for d in self.factors) * (8 if self.dtype == "float64" else 4)
+        return self.bytes - sum(d * d for d in self.factors) * STATE_BYTES[self.dtype]
 
     @property
     def kept_cost(self) -> float:
@@ -129,7 +129,7 @@ def block_bytes(shape: Shape, rank: int, hp: ShampooHyperParams, dtype: str, *, 
     numbers = sum(2 * d * d for d in shape[:rank])
     if momenta:
         numbers += math.prod(shape) * len(momenta_names(hp))
-    return numbers * (8 if dtype == "float64" else 4)
+    return numbers * STATE_BYTES[dtype]
 
 
 def make_plan(
@@ -262,7 +262,7 @@ def _resident(matrices: Sequence[Matrix], hp: ShampooHyperParams) -> Counter[int
     """Bytes of momenta of what each rank stores of sharded matrices."""
     found: Counter[int] = Counter()
     for storage in (matrix.storage for matrix in matrices if matrix.storage.sharded):
-        size = len(momenta_names(hp)) * (8 if storage.dtype == "float64" else 4)
+        size = len(momenta_names(hp)) * STATE_BYTES[storage.dtype]
         for holder in storage.holders:
             found[holder.rank] += holder.part.elements * size
     return found

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from shampoo3d.distribution import Distribution
-from shampoo3d.layout import Cell, Matrix, state_dtype
+from shampoo3d.layout import ITEM_BYTES, STATE_BYTES, Cell, Matrix
 from shampoo3d.plan import Plan
 
 T = TypeVar("T")
@@ -136,9 +136,6 @@ def width(bucket: Mapping[int, Sequence[int]], items: Sequence[tuple[int, int]])
     return max(sum(items[number][1] for number in numbers) for numbers in bucket.values())
 
 
-ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
 def traffic(plan: Plan, matrices: Sequence[Matrix], rank: int, distribution: Distribution) -> dict[str, int]:
     """Bytes that a rank receives from others in a step in which all parameters have gradients, by what they are.
 
@@ -165,5 +162,5 @@ def traffic(plan: Plan, matrices: Sequence[Matrix], rank: int, distribution: Dis
             found["reduced"] += here * (len(ranks) - 1) * ITEM_BYTES[dtype]
     for block in plan.blocks:
         if rank in block.keepers and rank != block.owner:
-            found["roots"] += sum(d * d for d in block.factors) * ITEM_BYTES[state_dtype(block.dtype)]
+            found["roots"] += sum(d * d for d in block.factors) * STATE_BYTES[block.dtype]
     return dict(found)
