@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
 
@@ -54,6 +55,8 @@ def main() -> None:
             print(f"step {step + 1}: loss {float(loss):.4f}", flush=True)
     if engine.grid.get_data_parallel_rank() == 0:
         print(f"stage {engine.stage_id}:\n{optimizer.report()}", flush=True)
+    dist.barrier()  # nobody leaves while another may still need the connection
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import shampoo3d
 
 SOURCE = Path(shampoo3d.__file__).parent
 MATHEMATICS = ("blocks", "roots", "preconditioner", "momenta", "grafting", "hyperparams")
-PURE = ("blocks", "layout", "plan", "routes", "schedule", "distribution")
+PURE = ("blocks", "checks", "computation", "layout", "plan", "routes", "schedule", "distribution")
 COMMUNICATING = ("collectives", "agreement")
 COMMUNICATING_CALLS = {
     "all_reduce",

@@ -1,6 +1,7 @@
 """3D-Shampoo: Kronecker-factored preconditioning whose work is shared over data, pipeline and tensor parallel ranks."""
 
 from shampoo3d.agreement import StepRefusedError
+from shampoo3d.computation import Computation
 from shampoo3d.distribution import Distribution
 from shampoo3d.hyperparams import LayerwiseGrafting, ShampooHyperParams
 from shampoo3d.optimizer import Shampoo
@@ -9,6 +10,7 @@ from shampoo3d.report import Report
 from shampoo3d.topology import Topology
 
 __all__ = [
+    "Computation",
     "Distribution",
     "LayerwiseGrafting",
     "Plan",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from shampoo3d.hyperparams import check_bool, check_integer
+from shampoo3d.checks import check_bool, check_choice, check_integer
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Distribution:
     reduce_to_owners: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("tensor_parallel", self.tensor_parallel, ("exact", "per_shard"))
-        _check_choice("update_precision", self.update_precision, ("state", "parameter"))
+        check_choice("tensor_parallel", self.tensor_parallel, ("exact", "per_shard"))
+        check_choice("update_precision", self.update_precision, ("state", "parameter"))
         check_integer("root_copies", self.root_copies, least=1)
         if self.memory_bound is not None:
             check_integer("memory_bound", self.memory_bound, least=0)
@@ -43,8 +43,3 @@ class Distribution:
                 "reduce_to_owners=True leaves each gradient whole on its owner only, but root_copies="
                 f"{self.root_copies} needs it on as many ranks; take root_copies=1"
             )
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")

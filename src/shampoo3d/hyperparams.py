@@ -1,10 +1,12 @@
 """The settings of Shampoo, validated once, here and nowhere else."""
 
 import enum
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from shampoo3d.checks import check_bool, check_choice, check_integer, check_number
+from shampoo3d.computation import Computation
 
 
 class LayerwiseGrafting(enum.IntEnum):
@@ -37,6 +39,8 @@ class ShampooHyperParams:
             ranks, so that blocks are the same for every topology of that many ranks.
         nonfinite_gradient: what a gradient on any rank that is NaN or infinite, or whose squares are, does: "skip" the
             step on all ranks, or "raise".
+        pseudo_inverse: leave out the directions in which L is zero up to rounding, instead of giving them the ridge.
+        computation: how all this is computed.
 
     Raises:
         TypeError, ValueError: naming the setting, its value and its bound.
@@ -57,6 +61,8 @@ class ShampooHyperParams:
     ignore_embedding_layer: bool = False
     fair_blocks: bool = False
     nonfinite_gradient: Literal["skip", "raise"] = "skip"
+    pseudo_inverse: bool = False
+    computation: Computation = Computation()
 
     def __post_init__(self) -> None:
         check_number("beta2", self.beta2, above=0.0, most=1.0)
@@ -67,11 +73,18 @@ class ShampooHyperParams:
             check_integer(name, getattr(self, name), least=0)
         for name in ("start_preconditioning_step", "preconditioning_compute_steps", "statistics_compute_steps"):
             check_integer(name, getattr(self, name), least=1)
-        for name in ("best_effort_shape_interpretation", "nesterov", "ignore_embedding_layer", "fair_blocks"):
+        for name in (
+            "best_effort_shape_interpretation",
+            "nesterov",
+            "ignore_embedding_layer",
+            "fair_blocks",
+            "pseudo_inverse",
+        ):
             check_bool(name, getattr(self, name))
         object.__setattr__(self, "graft_type", _graft_type(self.graft_type))
-        if self.nonfinite_gradient not in ("skip", "raise"):
-            raise ValueError(f"nonfinite_gradient must be 'skip' or 'raise', got {self.nonfinite_gradient!r}")
+        check_choice("nonfinite_gradient", self.nonfinite_gradient, ("skip", "raise"))
+        if not isinstance(self.computation, Computation):
+            raise TypeError(f"computation must be a Computation, got {type(self.computation).__name__}")
 
 
 def momenta_names(hp: ShampooHyperParams) -> tuple[str, ...]:
@@ -89,32 +102,6 @@ def _graft_type(value: object) -> LayerwiseGrafting:
         return LayerwiseGrafting(value)
     names = ", ".join(f"{graft.name} ({graft.value})" for graft in LayerwiseGrafting)
     raise ValueError(f"graft_type must be one of {names}, got {value!r}")
-
-
-def check_number(
-    name: str, value: object, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
-) -> None:
-    """Raise unless ``value`` is a finite real number with ``least <= value <= most`` and ``value > above``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not (math.isfinite(value) and least <= value <= most and value > above):
-        bounds = [f"> {above:g}"] * (above > -math.inf) + [f">= {least:g}"] * (least > -math.inf)
-        bounds += [f"<= {most:g}"] * (most < math.inf)
-        raise ValueError(f"{name} must be finite{''.join(' and ' + b for b in bounds)}, got {value!r}")
-
-
-def check_integer(name: str, value: object, *, least: int) -> None:
-    """Raise unless ``value`` is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")
-
-
-def check_bool(name: str, value: object) -> None:
-    """Raise unless ``value`` is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
 
 
 # Settings of other optimizers that would be silently ignored, were they let into a parameter group.

@@ -1,0 +1,48 @@
+"""How the update is computed: settings that change rounding, freshness of roots, speed and memory, validated once."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shampoo3d.checks import check_bool, check_choice, check_integer
+
+RootMethod = Literal["auto", "eigh", "newton", "newton_db", "minimax"]
+Precision = Literal["state", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Computation:
+    """Settings of the computation; with the defaults nothing is traded for speed but the moment of each refresh.
+
+    Args:
+        root_method: how inverse roots are computed, see ``docs/roots.md``; "auto" takes the fastest that is accurate,
+            by device, size and exponent.
+        refresh: "staggered": with ``preconditioning_compute_steps = k`` about 1/k of the roots is computed at each step;
+            "together": all of them at every k-th step.
+        asynchronous: roots are computed beside the next forward and backward, on a thread or a side stream, and used
+            one step later.
+        products: in which precision the operands of the products of statistics and of preconditioning enter: that of
+            the "state", or "bfloat16"; sums stay in the state's.
+        root_storage, momentum_storage: the dtype in which roots and momenta are kept, that of the "state" or "bfloat16".
+        max_root_failures: how many roots may fail, so that the previous one was kept, before a step raises; None for
+            any number.
+
+    Raises:
+        TypeError, ValueError: naming the setting, its value and its bound.
+    """
+
+    root_method: RootMethod = "auto"
+    refresh: Literal["staggered", "together"] = "staggered"
+    asynchronous: bool = False
+    products: Precision = "state"
+    root_storage: Precision = "state"
+    momentum_storage: Precision = "state"
+    max_root_failures: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("root_method", self.root_method, ("auto", "eigh", "newton", "newton_db", "minimax"))
+        check_choice("refresh", self.refresh, ("staggered", "together"))
+        check_bool("asynchronous", self.asynchronous)
+        for name in ("products", "root_storage", "momentum_storage"):
+            check_choice(name, getattr(self, name), ("state", "bfloat16"))
+        if self.max_root_failures is not None:
+            check_integer("max_root_failures", self.max_root_failures, least=0)
