@@ -1,23 +1,21 @@
 """How close the planner's cost of a block is to what a step on it takes.
 
-Times ``Shampoo.step()`` on equal blocks of many shapes, one thread, CPU seconds, and compares with ``plan.block_cost``,
+Times ``Shampoo.step()`` on equal blocks of many shapes, one thread, CPU seconds, and compares with ``cost.block_cost``,
 whose unit is a multiply-add of a large float32 matrix product. Usage: ``python benchmarks/cost_model.py [out.json]``.
 """
 
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from record import setting, write
 from torch import nn
 
 from shampoo3d import Shampoo, ShampooHyperParams
-from shampoo3d.plan import block_cost
+from shampoo3d.cost import block_cost
 
 SHAPES = [(32, 32), (64, 64), (128, 128), (256, 256), (512, 512), (1024, 1024), (64, 256), (128, 512), (64, 1024)]
 VECTORS = [(256,), (4096,), (262144,)]
@@ -60,12 +58,10 @@ def main() -> None:
             print(f"{shape!s:>14} every {interval:2}: {seconds * 1e3:8.3f} ms, predicted {predicted * 1e3:8.3f} ms, "
                   f"ratio {predicted / seconds:5.2f}")  # fmt: skip
     ratios = [row["predicted"] / row["seconds"] for row in rows]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    setting = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "commit": commit}
     summary = {"ratio_min": min(ratios), "ratio_median": statistics.median(ratios), "ratio_max": max(ratios)}
     print(summary)
     if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps({"setting": setting, **summary, "rows": rows}, indent=1) + "\n")
+        write(Path(sys.argv[1]), {"setting": setting(), **summary, "rows": rows})
 
 
 if __name__ == "__main__":

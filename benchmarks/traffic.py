@@ -6,11 +6,8 @@ Real processes over gloo on this machine; steps with all gradients, roots refres
 """
 
 import argparse
-import json
 import os
-import platform
 import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from record import setting, write
 from torch import Tensor, nn
 
 from shampoo3d import Distribution, Shampoo, ShampooHyperParams
@@ -124,16 +122,8 @@ def main() -> None:
                 state, received = rows[-1]["state bytes per rank"], rows[-1]["received per rank"]
                 total = max(map(sum, zip(*received.values(), strict=True))) if received else 0
                 print(f"{name:26} ranks {world}: state {max(state):>10}, received at most {total:>10}", flush=True)
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True).stdout
-    setting = {
-        "model": f"GPT-like, width {WIDTH}, {LAYERS} layers, block {BLOCK}, {sum(parameters)} parameters, float32",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, gloo",
-        "torch": torch.__version__,
-        "commit": commit.strip(),
-    }
-    output.parent.mkdir(exist_ok=True)
-    output.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
+    model_ = f"GPT-like, width {WIDTH}, {LAYERS} layers, block {BLOCK}, {sum(parameters)} parameters, float32"
+    write(output, {"setting": setting(model=model_, backend="gloo"), "rows": rows})
 
 
 if __name__ == "__main__":

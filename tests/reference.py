@@ -1,7 +1,8 @@
 """The update rule in plain float64 NumPy, one parameter and one block at a time, in the symbols of the paper.
 
 W weights, G gradient, t its number (from 1, per parameter), L_i the statistics of axis i, P_i their inverse root.
-Written from the equations and from nothing else, so that the optimizer has something independent to follow.
+Written from the equations and from nothing else, so that the optimizer has something independent to follow; it takes
+only the estimated cost of roots from the optimizer, by which blocks take turns.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ from math import ceil, prod
 import numpy as np
 from numpy.typing import NDArray
 
+from shampoo3d.cost import root_cost
+
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one parameter is trained with; the names are those of `ShampooHyperParams` and of the group keys."""
+    """What one parameter is trained with; the names are those of `ShampooHyperParams`, `Computation` and group keys.
+
+    `u` is the machine epsilon of the arithmetic that is to be followed.
+    """
 
     lr: float = 0.1
     momentum: float = 0.9
@@ -36,6 +42,9 @@ class Settings:
     best_effort_shape_interpretation: bool = False
     graft_type: str = "sgd"
     nesterov: bool = True
+    pseudo_inverse: bool = False
+    refresh: str = "staggered"
+    u: float = 2.0**-52
 
 
 def merged(shape: Sequence[int], block_size: int) -> tuple[int, ...]:
@@ -69,10 +78,25 @@ def mode_product(G: Array, P: Array, i: int) -> Array:
     return np.moveaxis(np.tensordot(P, G, axes=(1, i)), 0, i)
 
 
-def inverse_root(L: Array, p: int, eps: float) -> Array:
-    """(L + eps lambda_max(L) I)^(-1/p)."""
+def inverse_root(L: Array, p: int, eps: float, u: float, pseudo: bool = False) -> Array:
+    """(L + eps lambda_max(L) I)^(-1/p), with no eigenvalue of L below u lambda_max(L).
+
+    With `pseudo`, the eigenvectors of eigenvalues up to d u lambda_max(L) are left out.
+    """
     eigenvalues, V = np.linalg.eigh(L)
-    return (V * (eigenvalues + eps * eigenvalues[-1]) ** (-1 / p)) @ V.T
+    largest = eigenvalues[-1]
+    scale = (np.maximum(eigenvalues, u * largest) + eps * largest) ** (-1 / p)
+    if pseudo:
+        scale[eigenvalues <= len(L) * u * largest] = 0.0
+    return (V * scale) @ V.T
+
+
+def deal_turns(blocks: Sequence[Block], every: int) -> None:
+    """The blocks with the costliest roots first, each to the turn that costs least so far; equal ones in order."""
+    costs = np.zeros(every)
+    for block in sorted(blocks, key=lambda block: block.cost, reverse=True):
+        block.turn = int(costs.argmin())
+        costs[block.turn] += block.cost
 
 
 class Block:
@@ -82,6 +106,13 @@ class Block:
         self.where = where
         self.L = [matrix_eps * np.eye(n) for n in shape]
         self.P = [np.eye(n) for n in shape]
+        self.cost, self.turn = root_cost(shape), 0
+
+    def due(self, t: int, s: Settings) -> bool:
+        """Whether roots are computed: of all blocks at one step, which the start may put off, then in turns."""
+        k = s.preconditioning_compute_steps
+        first = max(n for n in range(k, max(k, s.start_preconditioning_step) + 1, k))
+        return t == first or (t > first and t % k == self.turn)
 
     def update(self, G: Array, t: int, s: Settings) -> None:
         w2 = 1.0 if s.beta2 == 1.0 else 1.0 - s.beta2
@@ -89,8 +120,8 @@ class Block:
         for i in range(G.ndim):
             if t % s.statistics_compute_steps == 0:
                 self.L[i] = s.beta2 * self.L[i] + w2 * unfolding(G, i) @ unfolding(G, i).T
-            if t % s.preconditioning_compute_steps == 0:
-                self.P[i] = inverse_root(self.L[i], p, s.matrix_eps)
+            if self.due(t, s):
+                self.P[i] = inverse_root(self.L[i], p, s.matrix_eps, s.u, s.pseudo_inverse)
 
     def apply(self, G: Array) -> Array:
         for i, P in enumerate(self.P):
@@ -147,6 +178,9 @@ class Reference:
         self.settings = list(settings)
         self.parameters = [Parameter(W, s) for W, s in zip(weights, settings, strict=True)]
         self.largest = [np.abs(p.W).max(initial=0.0) for p in self.parameters]
+        for s in self.settings[:1]:  # the intervals are common to all
+            if s.refresh == "staggered":
+                deal_turns([block for p in self.parameters for block in p.blocks], s.preconditioning_compute_steps)
 
     def step(self, gradients: Sequence[Array | None]) -> None:
         """One step; a parameter without a gradient (None) is left alone altogether."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
-from dataclasses import FrozenInstanceError, asdict, replace
+from dataclasses import FrozenInstanceError, asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ import torch
 from torch import nn
 
 from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams
+from shampoo3d.computation import Computation
+from shampoo3d.cost import root_cost
 
+DOCUMENT = Path(__file__).parent.parent / "docs" / "update-rule.md"
 NAN, INF = float("nan"), float("inf")
 
 BAD: dict[str, list[Any]] = {
@@ -30,7 +34,9 @@ BAD: dict[str, list[Any]] = {
     "nesterov": [1, "false", None],
     "ignore_embedding_layer": [0, "true", None],
     "fair_blocks": [1, None],
-    "nonfinite_gradient": ["ignore", "", True, None],
+    "nonfinite_gradient": ["pass", "", True, None],
+    "pseudo_inverse": [0, "yes", None],
+    "computation": [None],
 }
 GOOD: dict[str, list[Any]] = {
     "beta2": [1e-3, 0.95, 1.0, 1],
@@ -47,7 +53,27 @@ GOOD: dict[str, list[Any]] = {
     "nesterov": [True, False],
     "ignore_embedding_layer": [True, False],
     "fair_blocks": [True, False],
-    "nonfinite_gradient": ["skip", "raise"],
+    "nonfinite_gradient": ["skip", "raise", "ignore"],
+    "pseudo_inverse": [True, False],
+    "computation": [Computation(), Computation(refresh="together")],
+}
+BAD_COMPUTATION: dict[str, list[Any]] = {
+    "root_method": ["", "qr", "Eigh", True, None],
+    "refresh": ["", "never", 1, None],
+    "asynchronous": [1, "yes", None],
+    "products": ["float16", "", None],
+    "root_storage": ["float32", torch.bfloat16, None],
+    "momentum_storage": ["int8", torch.bfloat16, None],
+    "max_root_failures": [-1, 0.5, 1.0, True, "10"],
+}
+GOOD_COMPUTATION: dict[str, list[Any]] = {
+    "root_method": ["auto", "eigh", "newton", "newton_db", "minimax"],
+    "refresh": ["staggered", "together"],
+    "asynchronous": [True, False],
+    "products": ["state", "bfloat16"],
+    "root_storage": ["state", "bfloat16"],
+    "momentum_storage": ["state", "bfloat16"],
+    "max_root_failures": [None, 0, 10**6],
 }
 BAD_GROUP: dict[str, list[Any]] = {
     "lr": [-0.1, NAN, INF, None, "0.1"],
@@ -72,6 +98,30 @@ def naming(name: str, value: Any) -> str:
 
 def test_the_tables_hold_every_setting() -> None:
     assert list(BAD) == list(GOOD) == list(ShampooHyperParams.__dataclass_fields__)
+    assert list(BAD_COMPUTATION) == list(GOOD_COMPUTATION) == list(Computation.__dataclass_fields__)
+
+
+def documented(heading: str) -> dict[str, Any]:
+    """The settings of the table under a heading of the document, with their defaults, which are Python."""
+    section = DOCUMENT.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    meaning = {**LayerwiseGrafting.__members__, "Computation": Computation}
+    found: dict[str, Any] = {}
+    for _, names, defaults, *_ in (line.split("|") for line in section.splitlines() if line.startswith("| `")):
+        values = [eval(text.strip(), meaning) for text in defaults.split(",")]
+        found |= zip(re.findall(r"`(\w+)`", names), values, strict=True)
+    return found
+
+
+def test_the_document_lists_every_setting_with_its_default() -> None:
+    groups = {"lr": 0.1, "momentum": 0.9, "precondition": True, "maximize": False}
+    assert {**Shampoo([parameter()]).defaults} == {**groups, "weight_decay": 0.0}
+    assert documented("Settings") == groups | {f.name: f.default for f in fields(ShampooHyperParams)}
+    assert documented("Settings of the computation") == {f.name: f.default for f in fields(Computation)}
+
+
+def test_the_document_states_the_cost_of_roots() -> None:
+    cubic, square = map(float, re.findall(r"sum_i ([\d.]+)\\,d_i\^3 \+ ([\d.]+)\\,d_i\^2", DOCUMENT.read_text())[0])
+    assert root_cost((3, 5)) == cubic * (27 + 125) + square * (9 + 25)
 
 
 @pytest.mark.parametrize(("name", "value"), rows(BAD))
@@ -87,6 +137,23 @@ def test_within_bounds(name: str, value: Any) -> None:
     kept = getattr(ShampooHyperParams(**{name: value}), name)
     expected = LayerwiseGrafting[value.upper()] if name == "graft_type" and isinstance(value, str) else value
     assert kept == expected
+
+
+@pytest.mark.parametrize(("name", "value"), rows(BAD_COMPUTATION))
+def test_out_of_bounds_in_the_computation(name: str, value: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=naming(name, value)):
+        Computation(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), rows(GOOD_COMPUTATION))
+def test_within_bounds_in_the_computation(name: str, value: Any) -> None:
+    assert getattr(Computation(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("other", ["eigh", {"root_method": "eigh"}, Computation], ids=["str", "dict", "type"])
+def test_a_computation_of_another_kind_is_refused(other: Any) -> None:
+    with pytest.raises(TypeError, match=f"computation must be a Computation, got {type(other).__name__}"):
+        ShampooHyperParams(computation=other)
 
 
 @pytest.mark.parametrize(("name", "value"), rows(BAD_GROUP))
@@ -131,6 +198,16 @@ def test_the_defaults_are_those_of_the_thesis() -> None:
         "ignore_embedding_layer": False,
         "fair_blocks": False,
         "nonfinite_gradient": "skip",
+        "pseudo_inverse": False,
+        "computation": {
+            "root_method": "auto",
+            "refresh": "staggered",
+            "asynchronous": False,
+            "products": "state",
+            "root_storage": "state",
+            "momentum_storage": "state",
+            "max_root_failures": None,
+        },
     }
     defaults = Shampoo([parameter()]).defaults
     assert (defaults["lr"], defaults["momentum"]) == (0.1, 0.9)

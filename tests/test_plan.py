@@ -25,9 +25,10 @@ from common import (
     stored,
     transformer,
 )
+from shampoo3d.cost import block_cost
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Holder, Matrix, Part, Storage, describe
-from shampoo3d.plan import Plan, PlannedBlock, block_cost, make_plan, make_plans
+from shampoo3d.plan import Plan, PlannedBlock, make_plan, make_plans
 
 EXAMPLES = settings(deadline=None, derandomize=True, max_examples=200)
 HP = ShampooHyperParams(block_size=256)
@@ -39,7 +40,7 @@ def matrices(shapes: list[Shape], ranks: Sequence[int] = (0,), hp: ShampooHyperP
 
 
 def random_matrices(chance: Random) -> tuple[list[int], list[Matrix], ShampooHyperParams]:
-    ranks, hp = a_team(chance), some_hyperparams(chance)
+    ranks, hp = a_team(chance), replace(some_hyperparams(chance), preconditioning_compute_steps=chance.randint(1, 3))
     copies = chance.choice([k for k in (1, 1, 2, 3) if len(ranks) % k == 0])
     found = [a_storage(chance, ranks, f"w{i}", copies).with_covers(copies) for i in range(chance.randint(1, 4))]
     return ranks, [describe(storage, hp, len(ranks)) for storage in found], hp
@@ -219,7 +220,7 @@ def halves(name: str, holders: Sequence[int]) -> Storage:
 
 
 def test_blocks_that_lie_on_one_rank_stay_there() -> None:
-    hp = ShampooHyperParams(block_size=4)
+    hp = ShampooHyperParams(block_size=4, preconditioning_compute_steps=3)  # whoever's turn it is
     held = sliced([(8, 4)] * 4, 4, hp)
     plan = make_plan(held, range(4), hp)
     assert at_home(plan, held) == 4 * 32
@@ -371,7 +372,8 @@ def test_json_and_digest(chance: Random) -> None:
     if plan.blocks:
         place = chance.randrange(len(plan.blocks))
         block = plan.blocks[place]
-        for other in (replace(block, owner=21), replace(block, keepers=(*block.keepers, 21)), replace(block, key="")):
+        for change in ({"owner": 21}, {"keepers": (*block.keepers, 21)}, {"key": ""}, {"offset": 21}):
+            other = replace(block, **change)  # type: ignore[arg-type]
             changed = (*plan.blocks[:place], other, *plan.blocks[place + 1 :])
             assert replace(plan, blocks=changed).digest() != plan.digest()
     assert replace(plan, ranks=(*ranks, 21)).digest() != plan.digest()

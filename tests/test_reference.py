@@ -24,9 +24,11 @@ from torch import nn
 from common import params_of, step_both
 from reference import Array, Reference, Settings
 from shampoo3d import Shampoo, ShampooHyperParams
+from shampoo3d.computation import Computation
 
 STEPS = 20
 GROUP_KEYS = {"lr", "momentum", "maximize", "precondition"}
+ELSEWHERE = {*GROUP_KEYS, "refresh", "u"}
 
 common = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("reference-quick", common, max_examples=60)
@@ -51,7 +53,8 @@ def parameters_of(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
 
 def optimizer_for(shapes: list[tuple[int, ...]], own: list[Settings]) -> Shampoo:
     """One group per parameter; what is not a group key is common to all."""
-    common = {k: v for k, v in vars(own[0]).items() if k not in GROUP_KEYS}
+    common = {k: v for k, v in vars(own[0]).items() if k not in ELSEWHERE}
+    common["computation"] = Computation(refresh=own[0].refresh)  # type: ignore[arg-type]
     groups = [
         {"params": [p], "weight_decay": s.weight_decay, **{k: getattr(s, k) for k in sorted(GROUP_KEYS)}}
         for p, s in zip(parameters_of(shapes), own, strict=True)
@@ -126,6 +129,13 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "statistics 2, roots 3": ({"statistics_compute_steps": 2}, {"preconditioning_compute_steps": 3}),
     "beta2 with late statistics": ({"statistics_compute_steps": 2}, {"beta2": 0.9}),
     "no roots yet, no grafting": ({"graft_type": "none"}, {"preconditioning_compute_steps": STEPS + 1}),
+    "refreshed together": ({"preconditioning_compute_steps": 4, "block_size": 3}, {"refresh": "together"}),
+    "staggered, late start": (
+        {"preconditioning_compute_steps": 4, "block_size": 3},
+        {"start_preconditioning_step": 10},
+    ),
+    "staggered, p = 2": ({"preconditioning_compute_steps": 5, "block_size": 2}, {"inverse_exponent_override": 2}),
+    "pseudo-inverse": ({"matrix_eps": 1e-20, "statistics_compute_steps": 11}, {"pseudo_inverse": True}),
     "no nesterov before the start": ({"start_preconditioning_step": 30}, {"nesterov": False}),
 }
 
@@ -198,6 +208,7 @@ def hyperparams(draw: st.DrawFn) -> dict[str, Any]:
         "best_effort_shape_interpretation": draw(st.booleans()),
         "graft_type": draw(st.sampled_from(["none", "sgd", "adagrad"])),
         "nesterov": draw(st.booleans()),
+        "refresh": draw(st.sampled_from(["staggered", "staggered", "together"])),
     }
     stale = chosen["preconditioning_compute_steps"] > 1 or chosen["statistics_compute_steps"] > 1
     singular = stale or chosen["inverse_exponent_override"] == 1

@@ -8,8 +8,22 @@ import pytest
 import shampoo3d
 
 SOURCE = Path(shampoo3d.__file__).parent
-MATHEMATICS = ("blocks", "roots", "preconditioner", "momenta", "grafting", "hyperparams")
-PURE = ("blocks", "checks", "computation", "layout", "plan", "routes", "schedule", "distribution")
+MATHEMATICS = [
+    *("background", "blocks", "grafting", "hyperparams", "momenta", "precision", "preconditioner", "symmetric"),
+    *(f"roots/{path.stem}" for path in SOURCE.glob("roots/*.py")),
+]
+PURE = (
+    "blocks",
+    "checks",
+    "computation",
+    "layout",
+    "plan",
+    "routes",
+    "schedule",
+    "distribution",
+    "cost",
+    "roots/choice",
+)
 COMMUNICATING = ("collectives", "agreement")
 COMMUNICATING_CALLS = {
     "all_reduce",

@@ -71,19 +71,19 @@ def agree(
     Raises:
         StepRefusedError: on every rank, if one has a complaint, or if ranks of a team differ in their settings, in
             which parameters have gradients or, where they store the same, in the size of these; with
-            ``nonfinite_gradient="raise"``, if a gradient is not finite.
+            ``nonfinite_gradient="raise"``, if a gradient is not finite. With "ignore" no gradient is looked at.
     """
     finite = True
     for team in teams:
         places = [place for place in team.places if place in present]
-        entries = largest_entries(places)
+        norms = {} if hp.nonfinite_gradient == "ignore" else gradient_norms(places)
         names = {place: names for place, names in team.names.items() if place in present}
-        if bad := [place for place, entry in entries.items() if not _can_be_squared(place, entry)]:
+        if bad := [place for place, norm in norms.items() if not math.isfinite(norm)]:
             finite = False
             if hp.nonfinite_gradient == "raise" and not complaint:
                 complaint = f"the gradient of {names[bad[0]][0]!r} is NaN or infinite, or its squares are"
         # A shared weight may be clipped by its own stage's norm, so that copies on two stages differ by a factor.
-        largest = 0.0 if team.tied or not averaged else max(entries.values(), default=0.0)
+        largest = 0.0 if team.tied or not averaged else max(norms.values(), default=0.0)
         if team.group.size > 1 and places:
             differences = _compare(team, names, groups, largest)
             complaint = complaint or differences
@@ -101,28 +101,22 @@ def agree(
     return Verdict.SKIP if nonfinite else Verdict.STEP
 
 
-def largest_entries(places: Sequence[Place]) -> dict[Place, float]:
-    """The largest magnitude in each gradient, NaN if it has a NaN; one synchronisation per device."""
+def gradient_norms(places: Sequence[Place]) -> dict[Place, float]:
+    """The norm of each gradient, not finite if its squares are not; one synchronisation per device."""
     gradients = {place: place.gradient for place in places if place.has_dense_gradient}
-    by_device: defaultdict[torch.device, dict[Place, Tensor]] = defaultdict(dict)
+    kinds: defaultdict[tuple[torch.device, torch.dtype], dict[Place, Tensor]] = defaultdict(dict)
     for place, gradient in gradients.items():
         if gradient is not None and gradient.numel():
-            by_device[gradient.device][place] = gradient
-    entries: dict[Place, float] = {}
-    for found in by_device.values():
-        norms = torch._foreach_norm(list(found.values()), math.inf)
-        entries |= zip(found, torch.stack([norm.double() for norm in norms]).tolist(), strict=True)
-    return entries
-
-
-def _can_be_squared(place: Place, largest: float) -> bool:
-    """Whether the sum of the gradient's squares is finite in the dtype of the state."""
-    limit = torch.finfo(state_dtype(place.tensor.dtype)).max / place.tensor.numel()
-    return largest * largest < limit  # False for NaN
+            kinds[gradient.device, state_dtype(gradient.dtype)][place] = gradient
+    norms: dict[Place, float] = {}
+    for (_, dtype), found in kinds.items():
+        squared = torch._foreach_norm(list(found.values()), 2, dtype=dtype)
+        norms |= zip(found, torch.stack(squared).double().tolist(), strict=True)
+    return norms
 
 
 def _compare(team: Team, names: Mapping[Place, list[str]], groups: Sequence[Mapping[str, Any]], largest: float) -> str:
-    """How ranks differ in which of these places have gradients, the largest entry, or settings; empty if not."""
+    """How ranks differ in which of these places have gradients, the largest norm, or settings; empty if not."""
     given = [name for place, held in names.items() if place.tensor.grad is not None for name in held]
     absent = [name for place, held in names.items() if place.tensor.grad is None for name in held]
     options = ("lr", "momentum", "weight_decay", "maximize")
@@ -134,7 +128,7 @@ def _compare(team: Team, names: Mapping[Place, list[str]], groups: Sequence[Mapp
     all_gather(table, mine, group=team.group.handle)
     rows = dict(zip(ranks, table.view(len(ranks), -1).tolist(), strict=True))
     first = rows[ranks[0]]
-    for other, (count, present, entry, options_) in rows.items():
+    for other, (count, present, norm, options_) in rows.items():
         if options_ != first[3]:
             return (
                 f"ranks {ranks[0]} and {other} differ in lr, momentum, weight_decay or maximize (rank {team.rank} has "
@@ -146,10 +140,10 @@ def _compare(team: Team, names: Mapping[Place, list[str]], groups: Sequence[Mapp
                 f"{len(given) + len(absent)} parameters, not the same ones; ranks of one group must have gradients for "
                 f"the same parameters (on rank {team.rank} these have none: {absent[:5]})"
             )
-        if other in team.twins and abs(entry - largest) > 1e-3 * abs(largest):
+        if other in team.twins and abs(norm - largest) > 1e-3 * abs(largest):
             return (
-                f"the largest gradient entry is {largest:.6g} on rank {team.rank} and {entry:.6g} on rank "
-                f"{other}; replicas must have the same, averaged gradients (DeepSpeed and DistributedDataParallel "
+                f"the largest norm of a gradient is {largest:.6g} on rank {team.rank} and {norm:.6g} on rank {other}; "
+                "replicas must have the same, averaged gradients (DeepSpeed and DistributedDataParallel "
                 "average them in backward)"
             )
     return ""

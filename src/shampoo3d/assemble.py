@@ -1,7 +1,7 @@
 """From parameter groups to teams: reads how parameters are stored, agrees on it with the other ranks, plans, binds."""
 
 import math
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +15,7 @@ from shampoo3d.engines import deepspeed, dtensor, native, zero
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Holder, Matrix, Storage, describe
-from shampoo3d.plan import BlockId, Plan, in_order, make_plans
+from shampoo3d.plan import BlockId, Plan, factors_of, in_order, make_plans, refresh_offsets
 from shampoo3d.readers import Stored, is_flat, read
 from shampoo3d.slabs import Binding, FlatSlab, Place
 from shampoo3d.topology import Mesh
@@ -215,8 +215,16 @@ def _planned(
     """A plan for each team, the same on all its ranks."""
     plans: list[Plan] = []
     complaint = ""
+    # Turns are dealt out over the whole run; the first rank of each team speaks for it.
+    told = {
+        block: sizes
+        for ranks, held in matrices.items()
+        if ranks[0] == mesh.rank
+        for block, sizes in factors_of(held).items()
+    }
+    offsets = refresh_offsets(dict(ChainMap(*everyones(mesh.everyone, told))), hp)
     try:
-        plans = make_plans(matrices, hp, fixed, memory_bound)
+        plans = make_plans(matrices, hp, fixed, memory_bound, offsets)
     except ValueError as error:
         complaint = str(error)
     _refuse(mesh, complaint)

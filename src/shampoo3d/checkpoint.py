@@ -16,6 +16,7 @@ from shampoo3d.collectives import Link
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams, check_group, momenta_names
 from shampoo3d.layout import Holder, Matrix, Part, Piece, describe
+from shampoo3d.momenta import kept_dtype
 from shampoo3d.preconditioner import factor_shapes, state_shapes
 from shampoo3d.routes import BUCKET_ELEMENTS, Routes
 from shampoo3d.slabs import Binding, state_dtype
@@ -133,7 +134,9 @@ def _merged_zeros(binding: Binding, hp: ShampooHyperParams) -> dict[str, Tensor]
     """Momenta of a logical matrix, merged."""
     stored = binding.place.stored
     shape, dtype = binding.matrix.merged, state_dtype(stored.dtype)
-    return {name: torch.zeros(shape, dtype=dtype, device=stored.device) for name in momenta_names(hp)}
+    return {
+        name: torch.zeros(shape, dtype=kept_dtype(name, hp, dtype), device=stored.device) for name in momenta_names(hp)
+    }
 
 
 def _all_factors(team: Team, link: Link) -> dict[tuple[int, str], dict[str, Tensor]]:
@@ -152,7 +155,10 @@ def _all_factors(team: Team, link: Link) -> dict[tuple[int, str], dict[str, Tens
     for n, flat in _shared(team, link, [matrix for matrix, _ in planned], sizes, mine):
         matrix, block = planned[n]
         pieces = zip(shapes[n].items(), flat.split_with_sizes(counts[n]), strict=True)
-        found[matrix, block.key] = {name: piece.view(shape).clone() for (name, shape), piece in pieces}
+        found[matrix, block.key] = {
+            name: piece.view(shape).to(kept_dtype(name, team.hp, flat.dtype), copy=True)
+            for (name, shape), piece in pieces
+        }
     return found
 
 

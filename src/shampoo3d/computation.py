@@ -16,13 +16,14 @@ class Computation:
     Args:
         root_method: how inverse roots are computed, see ``docs/roots.md``; "auto" takes the fastest that is accurate,
             by device, size and exponent.
-        refresh: "staggered": with ``preconditioning_compute_steps = k`` about 1/k of the roots is computed at each step;
-            "together": all of them at every k-th step.
+        refresh: "staggered": with ``preconditioning_compute_steps = k`` about 1/k of the roots is computed at each
+            step; "together": all of them at every k-th step.
         asynchronous: roots are computed beside the next forward and backward, on a thread or a side stream, and used
             one step later.
         products: in which precision the operands of the products of statistics and of preconditioning enter: that of
             the "state", or "bfloat16"; sums stay in the state's.
-        root_storage, momentum_storage: the dtype in which roots and momenta are kept, that of the "state" or "bfloat16".
+        root_storage, momentum_storage: the dtype in which roots and momenta are kept, that of the "state" or
+            "bfloat16".
         max_root_failures: how many roots may fail, so that the previous one was kept, before a step raises; None for
             any number.
 

@@ -43,7 +43,9 @@ class Exchange:
             by_slot[leg.slot].append(leg)
             if len(leg.cell.ranks) > 1 and mesh.rank in leg.cell.ranks:
                 copied[leg.cell.ranks, team.bindings[leg.matrix].matrix.storage.dtype].append(leg)
-        self._legs = [[leg for slot in slots for leg in by_slot[slot]] for slots in team.rounds]
+        self._legs = [
+            [leg for slot in slots if slot not in team.settled for leg in by_slot[slot]] for slots in team.rounds
+        ]
         # The classes of replicas, each a group; in one order, so that no two wait for each other.
         self._copies = [
             (Link(mesh.rank, mesh.group(ranks), self.link.device), getattr(torch, dtype), copied[ranks, dtype])
@@ -62,12 +64,12 @@ class Exchange:
         while those of the current one are worked on, and so do the directions of the one before.
         """
         coming, going = self._gather(0, steps), Trip({}, (), None)
-        for number, slots in enumerate(self.team.rounds):
-            units = list(self.team.units(slots, steps))
+        for number in range(len(self.team.rounds)):
+            units = self.team.units(number, steps)
             _fill(units, coming.arrived())
             coming = self._gather(number + 1, steps)
             yield from (unit for unit in units if not unit.guests)
-            self._share_roots(slots, number, steps)
+            self._share_roots(number, steps)
             yield from (unit for unit in units if unit.guests)
             self._take_home(going)
             going = self._send_home(number, units, steps)
@@ -121,11 +123,8 @@ class Exchange:
         if number >= len(self._legs):
             return Trip({}, (), None)
 
-        def due(now: Phase) -> bool:
-            return now.accumulate or now.started
-
         views = _Views(self.team.bindings, _gradient)
-        due_legs, anyone = self._due(number, steps, due)
+        due_legs, anyone = self._due(number, steps, lambda now: now.accumulate or now.started)
         legs = [leg for leg in due_legs if leg.gathered]
         pieces = {leg: views.of(leg) for leg in legs if leg.home == self.rank}
         dtype = getattr(torch, self._storage(number).dtype)
@@ -135,11 +134,13 @@ class Exchange:
     def _send_home(self, number: int, units: Sequence[Unit], steps: Steps) -> Trip:
         """Start to bring the directions of a round from the owners to the homes of their elements."""
 
-        def due(now: Phase) -> bool:
-            return now.started
-
-        blocks = {m.slot: (m, block) for unit in units for m, block in zip(unit.members, unit.blocks, strict=True)}
-        (legs, anyone), pieces = self._due(number, steps, due), {}
+        blocks = {
+            member.slot: (member, block)
+            for unit in units
+            if unit.batch.slab is None
+            for member, block in zip(unit.members, unit.blocks.unbind(), strict=True)
+        }
+        (legs, anyone), pieces = self._due(number, steps, lambda now: now.started), {}
         for leg in legs:
             if leg.keeper == self.rank:
                 member, block = blocks[leg.slot]
@@ -149,11 +150,15 @@ class Exchange:
         ends = [(leg, leg.keeper, leg.home) for leg in legs]
         return self._trip("updates", number, dtype, pieces, ends, anyone)
 
-    def _share_roots(self, slots: Sequence[int], number: int, steps: Steps) -> None:
+    def _share_roots(self, number: int, steps: Steps) -> None:
         """Bring new roots from the owners to the other keepers."""
-        planned = self.team.plan.blocks
-        places = self._due_places(steps, lambda now: now.refresh)
-        due = [s for s in slots if len(planned[s].keepers) > 1 and self.team.slots[s][0].place in places]
+        planned, late = self.team.plan.blocks, int(self.team.hp.computation.asynchronous)
+
+        def renewed(slot: int) -> bool:
+            t = steps.get(self.team.slots[slot][0].place, 0) - late
+            return t > 0 and phase(t, self.team.hp, planned[slot].offset).refresh
+
+        due = [slot for slot in self.team.rounds[number] if len(planned[slot].keepers) > 1 and renewed(slot)]
         if not due:
             return
         out: list[tuple[int, Tensor]] = []
@@ -199,12 +204,9 @@ class Exchange:
 
     def _due(self, number: int, steps: Steps, due: Callable[[Phase], bool]) -> tuple[list[Leg], bool]:
         """The legs of a round that are due in this step, and whether any rank may have one: the same on all ranks."""
-        places = self._due_places(steps, due)
+        places = {place for place, t in steps.items() if due(phase(t, self.team.hp))}
         legs = [leg for leg in self._legs[number] if self.team.bindings[leg.matrix].place in places]
         return legs, any(self.team.slots[slot][0].place in places for slot in self.team.rounds[number])
-
-    def _due_places(self, steps: Steps, due: Callable[[Phase], bool]) -> set[Place]:
-        return {place for place, t in steps.items() if due(phase(t, self.team.hp))}
 
     def _storage(self, number: int) -> Storage:
         """Of a round, whose matrices are all stored in one dtype."""
@@ -238,6 +240,9 @@ def _fill(units: Sequence[Unit], arrived: dict[Leg, Tensor]) -> None:
         by_slot[leg.slot].append(leg)
     for unit in units:
         stack = unit.batch.stack
+        if unit.batch.slab is not None:
+            unit.blocks = unit.batch.slab.S[unit.rows]
+            continue
         unit.blocks = torch.empty((len(unit.members), *stack.shape), dtype=stack.dtype, device=stack.device)
         into, values = [], []
         for block, member in zip(unit.blocks.unbind(), unit.members, strict=True):

@@ -1,8 +1,9 @@
 """What this rank owns: stacks of blocks with their factors; and the teams of ranks that share the blocks."""
 
+import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,10 +15,13 @@ from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.momenta import Momenta, Rows
 from shampoo3d.plan import Plan
 from shampoo3d.preconditioner import Stack
-from shampoo3d.routes import BUCKET_ELEMENTS, Leg, Routes, rounds, travels
-from shampoo3d.schedule import Phase, phase
+from shampoo3d.routes import BUCKET_ELEMENTS, Leg, Routes, packed, rounds, travels
+from shampoo3d.schedule import phase
 from shampoo3d.slabs import Binding, FlatSlab, Member, Place, StackSlab, Steps, rows_of, state_dtype
 from shampoo3d.topology import Group
+
+CACHED_ELEMENTS = 2**18
+"""On a CPU so many elements are worked on together, from statistics to direction: as many as its cache holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,36 +32,43 @@ class Kept:
     binding: Binding
     block: Block
     row: int
+    offset: int
 
 
 @dataclass(eq=False)
 class Batch:
     """Kept blocks of one shape, with the stack of their factors; those of one round are next to each other.
 
-    ``guests``: other ranks own them and send their roots.
+    Attributes:
+        guests: other ranks own them and send their roots.
+        slab: where all their elements are at home here; its rows are the stack's. Their gradients are taken from it
+            and their directions left in it, without a copy.
     """
 
     stack: Stack
     members: list[Kept]
     guests: bool
+    slab: StackSlab | None
 
 
 @dataclass
 class Unit:
-    """Members of a batch that are in the same phase at this step, with their gradients and then their directions."""
+    """Members of a batch that are in the same phase at this step, with their gradients and then their directions.
+
+    ``due``: the rows whose roots are refreshed; None for none.
+    """
 
     batch: Batch
     members: list[Kept]
-    phase: Phase
+    rows: Rows
+    accumulate: bool
+    started: bool
+    due: Rows | None = None
     blocks: Tensor = field(init=False)
 
     @property
     def guests(self) -> bool:
         return self.batch.guests
-
-    @property
-    def rows(self) -> Rows:
-        return rows_of([member.row for member in self.members], self.batch.stack.n, self.batch.stack.device)
 
 
 @dataclass(eq=False)
@@ -90,7 +101,8 @@ class Team:
         self.slots = [(binding, block) for binding in self.bindings for block in binding.matrix.blocks]
         matrices = [binding.matrix for binding in self.bindings]
         self.legs, self.travels = list(Routes.of(self.plan, matrices, self.rank).legs), travels(self.plan, matrices)
-        self.rounds = rounds(self.plan, BUCKET_ELEMENTS)
+        self.rounds = rounds(self.plan, BUCKET_ELEMENTS if self.travels else math.inf)
+        self._cached: dict[Any, list[Unit]] = {}
         self.batches = self._make_batches()
         self.stack_slabs = self._make_stack_slabs()
         self._slab_of = {member.cell: slab for slab in self.stack_slabs for member in slab.members}
@@ -131,31 +143,69 @@ class Team:
             return self.flat_slabs[binding.place].direction(binding, leg.cell.piece)
         return self._slab_of[leg.cell].direction(leg.cell)
 
-    def units(self, slots: Collection[int], steps: Steps) -> Iterator[Unit]:
-        """The kept blocks among these that take part in the step, batched by phase: those that are owned first."""
-        wanted = set(slots)
+    def units(self, number: int, steps: Steps) -> list[Unit]:
+        """The kept blocks of a round that take part in the step, batched by phase; those that are owned first."""
+        key = (number, *(_kind(steps.get(place), self.hp) for place in self.places))
+        if key not in self._cached:
+            self._cached[key] = list(self._units(number, steps))
+        units = [replace(unit) for unit in self._cached[key]]
+        for unit in (unit for unit in units if not unit.guests):
+            times = ((member, steps[member.binding.place]) for member in unit.members)
+            due = [member.row for member, t in times if phase(t, self.hp, member.offset).refresh]
+            unit.due = rows_of(due, unit.batch.stack.n, unit.batch.stack.device) if due else None
+        return units
+
+    def _units(self, number: int, steps: Steps) -> Iterator[Unit]:
+        wanted = set(self.rounds[number])
         for batch in self.batches:
-            by_phase: defaultdict[Phase, list[Kept]] = defaultdict(list)
+            kinds: defaultdict[tuple[bool, bool], list[Kept]] = defaultdict(list)
             for member in batch.members:
                 if member.slot in wanted and member.binding.place in steps:
-                    by_phase[phase(steps[member.binding.place], self.hp)].append(member)
-            for now, members in by_phase.items():
-                yield Unit(batch, members, Phase(False, False, now.started) if batch.guests else now)
+                    kinds[_kind(steps[member.binding.place], self.hp) or (False, False)].append(member)
+            most = CACHED_ELEMENTS if batch.stack.device.type == "cpu" else math.inf
+            for (accumulate, started), found in kinds.items():
+                for members in packed(found, lambda member: member.block.elements, most):
+                    rows = rows_of([member.row for member in members], batch.stack.n, batch.stack.device)
+                    yield Unit(batch, members, rows, accumulate and not batch.guests, started)
 
     def _make_batches(self) -> list[Batch]:
-        kinds: defaultdict[Any, list[tuple[int, Binding, Block]]] = defaultdict(list)
-        planned = self.plan.blocks
-        for slot in (slot for round_ in self.rounds for slot in round_ if self.rank in planned[slot].keepers):
-            binding, block = self.slots[slot]
-            stored = binding.place.stored
-            guest = planned[slot].owner != self.rank
-            kinds[guest, block.shape, state_dtype(stored.dtype), stored.device].append((slot, binding, block))
+        kinds: defaultdict[Any, list[int]] = defaultdict(list)
+        kept = [
+            (number, self.slots[slot][0].place.group, self.plan.blocks[slot].offset, slot)
+            for number, slots in enumerate(self.rounds)
+            for slot in slots
+            if self.rank in self.plan.blocks[slot].keepers
+        ]
+        for *_, slot in sorted(kept):  # what is worked on together is next to each other
+            stored, block = self.slots[slot][0].place.stored, self.slots[slot][1]
+            guest = self.plan.blocks[slot].owner != self.rank
+            kinds[guest, slot in self.settled, block.shape, state_dtype(stored.dtype), stored.device].append(slot)
         batches = []
-        for (guests, shape, dtype, device), found in kinds.items():
-            members = [Kept(slot, binding, block, row) for row, (slot, binding, block) in enumerate(found)]
-            stack = Stack(shape, len(found), self.hp, dtype, device, guest=guests)
-            batches.append(Batch(stack, members, guests))
+        for (guests, settled, shape, dtype, device), slots in kinds.items():
+            members = [
+                Kept(slot, *self.slots[slot], row, self.plan.blocks[slot].offset) for row, slot in enumerate(slots)
+            ]
+            stack = Stack(shape, len(slots), self.hp, dtype, device, guest=guests)
+            cells = [Member(slot, self.slots[slot][0], self.settled[slot].cell) for slot in slots if settled]
+            batches.append(Batch(stack, members, guests, StackSlab(cells, self.hp) if settled else None))
         return sorted(batches, key=lambda batch: batch.guests)
+
+    @cached_property
+    def settled(self) -> dict[int, Leg]:
+        """The kept blocks of which all elements are at home here, so that nothing of them travels."""
+        mine: defaultdict[int, list[Leg]] = defaultdict(list)
+        for leg in self.legs:
+            if leg.keeper == self.rank and not self.bindings[leg.matrix].matrix.storage.sharded:
+                mine[leg.slot].append(leg)
+        return {
+            slot: legs[0]
+            for slot, legs in mine.items()
+            if self.plan.blocks[slot].factors
+            and len(legs) == 1
+            and legs[0].home == self.rank
+            and legs[0].gathered
+            and legs[0].cell.piece.box == self.slots[slot][1]
+        }
 
     @cached_property
     def stacked(self) -> dict[int, tuple[Stack, int]]:
@@ -164,13 +214,21 @@ class Team:
 
     def _make_stack_slabs(self) -> list[StackSlab]:
         kinds: defaultdict[Any, list[Member]] = defaultdict(list)
+        settled = set(self.settled.values())
         for leg in self.legs:
             binding = self.bindings[leg.matrix]
-            if leg.home == self.rank and not binding.matrix.storage.sharded:
-                flat, factors = binding.place.flat, self.plan.blocks[leg.slot].factors
-                kind = (leg.cell.piece.box.shape, factors, binding.place.group, flat.dtype, flat.device)
-                kinds[kind].append(Member(leg.slot, binding, leg.cell))
-        return [StackSlab(members, self.hp) for members in kinds.values()]
+            if leg.home == self.rank and not binding.matrix.storage.sharded and leg not in settled:
+                flat = binding.place.flat
+                kinds[leg.cell.piece.box.shape, flat.dtype, flat.device].append(Member(leg.slot, binding, leg.cell))
+        return [batch.slab for batch in self.batches if batch.slab] + [StackSlab(m, self.hp) for m in kinds.values()]
+
+
+def _kind(t: int | None, hp: ShampooHyperParams) -> tuple[bool, bool] | None:
+    """Whether step t accumulates statistics and uses the preconditioned direction; None for no step."""
+    if t is None:
+        return None
+    now = phase(t, hp)
+    return now.accumulate, now.started
 
 
 def state_bytes(teams: Iterable[Team]) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from shampoo3d.checks import check_bool, check_choice, check_integer, check_number
-from shampoo3d.computation import Computation
+from shampoo3d.computation import Computation, Precision
 
 
 class LayerwiseGrafting(enum.IntEnum):
@@ -38,7 +38,7 @@ class ShampooHyperParams:
         fair_blocks: cut each tensor-parallel matrix along its partitioned axis into as many blocks as the run has
             ranks, so that blocks are the same for every topology of that many ranks.
         nonfinite_gradient: what a gradient on any rank that is NaN or infinite, or whose squares are, does: "skip" the
-            step on all ranks, or "raise".
+            step on all ranks, or "raise"; "ignore" does not look, which spares the host to wait for the GPU.
         pseudo_inverse: leave out the directions in which L is zero up to rounding, instead of giving them the ridge.
         computation: how all this is computed.
 
@@ -60,7 +60,7 @@ class ShampooHyperParams:
     nesterov: bool = True
     ignore_embedding_layer: bool = False
     fair_blocks: bool = False
-    nonfinite_gradient: Literal["skip", "raise"] = "skip"
+    nonfinite_gradient: Literal["skip", "raise", "ignore"] = "skip"
     pseudo_inverse: bool = False
     computation: Computation = Computation()
 
@@ -82,7 +82,7 @@ class ShampooHyperParams:
         ):
             check_bool(name, getattr(self, name))
         object.__setattr__(self, "graft_type", _graft_type(self.graft_type))
-        check_choice("nonfinite_gradient", self.nonfinite_gradient, ("skip", "raise"))
+        check_choice("nonfinite_gradient", self.nonfinite_gradient, ("skip", "raise", "ignore"))
         if not isinstance(self.computation, Computation):
             raise TypeError(f"computation must be a Computation, got {type(self.computation).__name__}")
 
@@ -93,6 +93,14 @@ def momenta_names(hp: ShampooHyperParams) -> tuple[str, ...]:
     names += ["graft_momentum"] * (hp.start_preconditioning_step > 1)
     names += ["graft_accumulator"] * (hp.graft_type is LayerwiseGrafting.ADAGRAD)
     return tuple(names)
+
+
+def storage_of(name: str, hp: ShampooHyperParams) -> Precision:
+    """In which dtype a part of the state is kept, by its name in a checkpoint."""
+    if name.startswith("P"):
+        return hp.computation.root_storage
+    # Sums of squares grow by less than bfloat16 resolves, and would stop; statistics lose their small eigenvalues.
+    return hp.computation.momentum_storage if name in ("momentum", "graft_momentum") else "state"
 
 
 def _graft_type(value: object) -> LayerwiseGrafting:

@@ -25,14 +25,14 @@ from shampoo3d.checkpoint import ParamState
 from shampoo3d.distribution import Distribution
 from shampoo3d.engines import deepspeed, native
 from shampoo3d.exchange import Exchange
-from shampoo3d.grafting import graft_scale
 from shampoo3d.holdings import Team, state_bytes
-from shampoo3d.hyperparams import LayerwiseGrafting, ShampooHyperParams, check_group
+from shampoo3d.hyperparams import ShampooHyperParams, check_group
 from shampoo3d.plan import Plan
 from shampoo3d.readers import locate, unwrapped
 from shampoo3d.reduction import OwnerReduction
 from shampoo3d.report import Report
 from shampoo3d.slabs import Place
+from shampoo3d.stepping import settle, take_step
 from shampoo3d.topology import Claims, Mesh, Topology
 
 
@@ -136,6 +136,7 @@ class Shampoo(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # bookkeeping between large products: nothing to fuse
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of the parameters that are in the groups now; collective where the work is shared.
@@ -168,34 +169,7 @@ class Shampoo(Optimizer):
 
     def _step(self) -> None:
         steps = {place: self._count(place) for place in self._present() if place.gradient is not None}
-        slabs = [slab for slab in dict.fromkeys(s for team in self._teams for s in team.slabs) if slab.begin(steps)]
-        for team, exchange in zip(self._teams, self._exchanges, strict=True):
-            self._direct(team, exchange, {place: t for place, t in steps.items() if place in team.names})
-        for slab in slabs:
-            slab.update(self._groups[slab.group])
-        for exchange in self._exchanges:
-            exchange.copy(steps)
-
-    def _direct(self, team: Team, exchange: Exchange, steps: Mapping[Place, int]) -> None:
-        """Bring the grafted directions of a team's matrices home."""
-        if not steps:
-            return
-        for unit in exchange.collect(steps):
-            stack, rows = unit.batch.stack, unit.rows
-            if unit.phase.accumulate:
-                stack.accumulate(unit.blocks, rows)
-            if unit.phase.refresh:
-                stack.refresh_roots(rows)
-            if unit.phase.started:
-                unit.blocks = stack.precondition(unit.blocks, rows)
-        if self.hyperparams.graft_type is not LayerwiseGrafting.NONE:
-            slabs = [slab for slab in team.slabs if slab.steps(steps)]
-            norms = torch.zeros(len(team.bindings), 2, dtype=torch.float64, device=team.device)
-            for slab in slabs:
-                slab.add_norms(norms, team.bindings)
-            scale = graft_scale(exchange.sum_norms(norms), self.hyperparams)
-            for slab in slabs:
-                slab.graft(scale, team.bindings)
+        take_step(self._teams, self._exchanges, self._groups, self.hyperparams, steps)
 
     def _agree(self, mesh: Mesh, complaint: str, unbound: bool, *, averaged: bool) -> Verdict:
         hp, present = self.hyperparams, self._present()
@@ -220,7 +194,10 @@ class Shampoo(Optimizer):
         return int(self.state[place.tensor]["step"])
 
     def _unusable(self) -> str:
-        """What this step is given that it cannot use; empty if nothing."""
+        """What this step is given that it cannot use, or what has failed too often; empty if nothing."""
+        most = self.hyperparams.computation.max_root_failures
+        if most is not None and self.root_failures > most:
+            return f"{self.root_failures} roots could not be computed, more than max_root_failures={most}"
         for team in self._teams:
             for place, names in team.names.items():
                 if place.tensor.grad is not None and not place.has_dense_gradient:
@@ -267,6 +244,7 @@ class Shampoo(Optimizer):
         Raises ValueError if ranks differ or the saved state does not fit; then nothing has changed.
         """
         fixed = {b.id: b.owner for team in self._teams for b in team.plan.blocks} if owned else {}
+        settle(self._teams)
         teams = assemble(self._groups, self._facts, mesh, self.distribution, owned.keys(), fixed)
         saved = {tensor: state for tensor, state in saved.items() if state != {"step": 0}}  # those have not begun
         live = checkpoint.live_state(teams)
@@ -302,6 +280,7 @@ class Shampoo(Optimizer):
     @property
     def root_failures(self) -> int:
         """How many roots of this rank's blocks could not be computed, so that the previous one was kept."""
+        settle(self._teams)
         return sum(int(batch.stack.root_failures) for team in self._teams for batch in team.batches)
 
     def report(self) -> Report:
@@ -314,6 +293,7 @@ class Shampoo(Optimizer):
         """The state of every parameter, whoever keeps it; of flat slices, what this rank keeps of them."""
         if self._mesh is None:
             return dict(self._saved)
+        settle(self._teams)
         steps = {tensor: int(state["step"]) for tensor, state in self.state.items()}
         begun: dict[Tensor, ParamState] = dict(self._saved)
         for team in self._teams:

@@ -2,16 +2,18 @@
 
 import hashlib
 import heapq
+import itertools
 import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from shampoo3d.blocks import Shape
-from shampoo3d.hyperparams import ShampooHyperParams, momenta_names
-from shampoo3d.layout import STATE_BYTES, Matrix
+from shampoo3d.cost import applied_cost, block_bytes, block_cost, element_bytes, root_cost, statistics_bytes
+from shampoo3d.hyperparams import ShampooHyperParams
+from shampoo3d.layout import Matrix
+from shampoo3d.schedule import offsets as dealt_out
 
 Counterparts = Callable[[int], tuple[int, ...]]
 BlockId = tuple[str, str]
@@ -32,6 +34,7 @@ class PlannedBlock:
         owner: the global rank that keeps its statistics and computes its roots.
         keepers: the ranks that keep its roots and precondition with them, the owner included; see ``root_copies``.
         model_dtype: of the model's own parameter, where ``dtype`` is that of a master copy.
+        offset: its turn to refresh its roots, see :func:`shampoo3d.schedule.phase`.
     """
 
     matrix: str
@@ -45,6 +48,7 @@ class PlannedBlock:
     owner: int
     keepers: tuple[int, ...] = ()
     model_dtype: str = ""
+    offset: int = 0
 
     @property
     def id(self) -> BlockId:
@@ -53,12 +57,12 @@ class PlannedBlock:
     @property
     def kept_bytes(self) -> int:
         """State on a keeper that is not the owner: no statistics."""
-        return self.bytes - sum(d * d for d in self.factors) * STATE_BYTES[self.dtype]
+        return self.bytes - statistics_bytes(self.factors, self.dtype)
 
     @property
     def kept_cost(self) -> float:
         """Work of a keeper that is not the owner: it applies the roots only."""
-        return _PER_BLOCK + _PER_ELEMENT * self.elements + sum(self.elements * d for d in self.factors)
+        return applied_cost(self.elements, self.factors)
 
 
 @dataclass(frozen=True)
@@ -107,29 +111,26 @@ class Plan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
 
-# Measured by benchmarks/cost_model.py (CPU, float32), in multiply-adds of a large matrix product: a root by
-# eigen-decomposition takes 6.5 d^3 + 2000 d^2, memory traffic and calls the rest.
-_ROOT_CUBIC, _ROOT_SQUARE = 6.5, 2000.0
-_PER_ELEMENT, _PER_BLOCK = 250.0, 1.5e6
+def factors_of(matrices: Iterable[Matrix]) -> dict[BlockId, Shape]:
+    """The sizes of the Kronecker factors of each block that has any."""
+    return {
+        (matrix.name, block.key): block.shape[: matrix.rank]
+        for matrix in matrices
+        if matrix.rank
+        for block in matrix.blocks
+    }
 
 
-def block_cost(shape: Shape, rank: int, hp: ShampooHyperParams) -> float:
-    """Estimated work of a step on a block with ``rank`` preconditioned axes, in multiply-adds, refreshes spread out."""
-    elements = math.prod(shape)
-    cost = _PER_BLOCK + _PER_ELEMENT * elements
-    for d in shape[:rank]:
-        products = elements * d * (1 + 1 / hp.statistics_compute_steps)
-        root = _ROOT_CUBIC * d**3 + _ROOT_SQUARE * d**2
-        cost += products + root / hp.preconditioning_compute_steps
-    return cost
+def refresh_offsets(factors: Mapping[BlockId, Shape], hp: ShampooHyperParams) -> dict[BlockId, int]:
+    """The turn of each block that has factors, so that every step refreshes about as much as any other.
 
+    Where refreshes are "together" there is one turn only.
 
-def block_bytes(shape: Shape, rank: int, hp: ShampooHyperParams, dtype: str, *, momenta: bool) -> int:
-    """Bytes of state of a block with ``rank`` preconditioned axes: 2 d^2 numbers per axis, and its momenta if asked."""
-    numbers = sum(2 * d * d for d in shape[:rank])
-    if momenta:
-        numbers += math.prod(shape) * len(momenta_names(hp))
-    return numbers * STATE_BYTES[dtype]
+    Args:
+        factors: of all that a run preconditions, on every rank: turns must not depend on who stores what.
+    """
+    every = hp.preconditioning_compute_steps if hp.computation.refresh == "staggered" else 1
+    return dealt_out({block: root_cost(sizes) for block, sizes in factors.items()}.items(), every)
 
 
 def make_plan(
@@ -139,12 +140,14 @@ def make_plan(
     fixed: Mapping[BlockId, int] | None = None,
     load: Mapping[int, tuple[float, int]] | None = None,
     memory_bound: int | None = None,
+    offsets: Mapping[BlockId, int] | None = None,
 ) -> Plan:
     """Give each block to one of ``ranks`` so that the estimated costs are balanced.
 
     Greedy, the most expensive block first to the least loaded rank (Graham 1969: at most 4/3 of the optimum), ties to
-    the one with less state. Then blocks of equal cost and size change places, so that each is with the rank that
-    already stores most of it, as far as that goes: this spares traffic and changes no balance.
+    the one with less state. Blocks of equal cost are given in the order of their turns to refresh, so that each rank
+    has about as many at one turn as at another. Then blocks of equal cost and size change places, so that each is with
+    the rank that already stores most of it, as far as that goes: this spares traffic and changes no balance.
 
     Args:
         matrices: what these ranks store, in the same order on each of them.
@@ -153,11 +156,13 @@ def make_plan(
         fixed: blocks that already have an owner keep it.
         load: what ranks have to do, and bytes that they keep, beside this plan.
         memory_bound: bytes of state that no rank may exceed.
+        offsets: of all blocks with factors, by :func:`refresh_offsets`; taken over ``matrices`` alone unless given.
 
     Raises:
         ValueError: naming the block, the bytes and the bound, if there is no rank left to take it.
     """
-    drafts = [_draft(matrix, number, hp, fixed or {}) for matrix in matrices for number in range(len(matrix.blocks))]
+    offsets = refresh_offsets(factors_of(matrices), hp) if offsets is None else offsets
+    drafts = [_draft(m, number, hp, fixed or {}, offsets) for m in matrices for number in range(len(m.blocks))]
     storing = _storing(matrices, drafts)
     counterparts = {matrix.name: matrix.storage.counterparts for matrix in matrices}
     stays = _resident(matrices, hp)
@@ -180,7 +185,7 @@ def _balanced(
 ) -> dict[BlockId, int]:
     """An owner for each block that has none: the least loaded rank, or of those that store it if it has no factors."""
     owners: dict[BlockId, int] = {}
-    for block in sorted(drafts, key=lambda b: (b.owner < 0, -b.cost, -b.elements)):
+    for block in sorted(drafts, key=lambda b: (b.owner < 0, -b.cost, -b.elements, b.offset)):
         owner, others = block.owner, counterparts[block.matrix]
         if owner < 0:
             owner = owners[block.id] = loads.least(block, others, None if block.factors else storing[block.id])
@@ -262,19 +267,24 @@ def _resident(matrices: Sequence[Matrix], hp: ShampooHyperParams) -> Counter[int
     """Bytes of momenta of what each rank stores of sharded matrices."""
     found: Counter[int] = Counter()
     for storage in (matrix.storage for matrix in matrices if matrix.storage.sharded):
-        size = len(momenta_names(hp)) * STATE_BYTES[storage.dtype]
+        size = element_bytes(hp, storage.dtype)
         for holder in storage.holders:
             found[holder.rank] += holder.part.elements * size
     return found
 
 
-def _draft(matrix: Matrix, number: int, hp: ShampooHyperParams, fixed: Mapping[BlockId, int]) -> PlannedBlock:
+def _draft(
+    matrix: Matrix,
+    number: int,
+    hp: ShampooHyperParams,
+    fixed: Mapping[BlockId, int],
+    offsets: Mapping[BlockId, int],
+) -> PlannedBlock:
     """A block that has no owner yet (-1), unless it is fixed."""
     block, dtype = matrix.blocks[number], matrix.storage.dtype
     size = block_bytes(block.shape, matrix.rank, hp, dtype, momenta=not matrix.storage.sharded)
     cost = block_cost(block.shape, matrix.rank, hp)
-    owner = fixed.get((matrix.name, block.key), -1)
-    factors = block.shape[: matrix.rank]
+    id_, factors = (matrix.name, block.key), block.shape[: matrix.rank]
     return PlannedBlock(
         matrix.name,
         block.key,
@@ -284,8 +294,9 @@ def _draft(matrix: Matrix, number: int, hp: ShampooHyperParams, fixed: Mapping[B
         factors,
         size,
         cost,
-        owner,
+        fixed.get(id_, -1),
         model_dtype=matrix.storage.model_dtype,
+        offset=offsets[id_] if factors else 0,
     )
 
 
@@ -332,17 +343,21 @@ def make_plans(
     hp: ShampooHyperParams,
     fixed: Mapping[BlockId, int] | None = None,
     memory_bound: int | None = None,
+    offsets: Mapping[BlockId, int] | None = None,
 ) -> list[Plan]:
     """A plan for each set of ranks that store the same matrices, the larger sets first.
 
     A set is balanced on top of the plans of the sets that contain it, which all its ranks know. (Ranks that share a
     tied weight with another stage are such a set; all sets are in one order everywhere, so no two wait for each other.)
+    The ``offsets`` are taken over all matrices in ``held`` unless given.
     """
     plans: list[Plan] = []
+    if offsets is None:
+        offsets = refresh_offsets(factors_of(itertools.chain.from_iterable(held.values())), hp)
     for ranks in in_order(held):
         known = [(plan.load(), plan.bytes()) for plan in plans if set(ranks) <= set(plan.ranks)]
         load = {rank: (sum(cost[rank] for cost, _ in known), sum(size[rank] for _, size in known)) for rank in ranks}
-        plans.append(make_plan(held[ranks], ranks, hp, fixed, load, memory_bound))
+        plans.append(make_plan(held[ranks], ranks, hp, fixed, load, memory_bound, offsets))
     return plans
 
 

@@ -1,12 +1,17 @@
 """The mathematics of Shampoo on a stack of equal blocks (Gupta et al. 2018, arXiv 1802.09568, Algorithm 2)."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
-from shampoo3d.blocks import Shape
+from shampoo3d.background import Background
+from shampoo3d.blocks import Shape, tile_shapes
 from shampoo3d.hyperparams import ShampooHyperParams, momenta_names
-from shampoo3d.momenta import Rows
+from shampoo3d.momenta import Rows, kept_dtype
+from shampoo3d.precision import reduced_products
 from shampoo3d.roots import inverse_roots
+from shampoo3d.symmetric import Symmetric
 
 
 def unfold(G: Tensor, axis: int) -> Tensor:
@@ -14,12 +19,24 @@ def unfold(G: Tensor, axis: int) -> Tensor:
     return G.movedim(axis + 1, 1).flatten(2)
 
 
+def multiply(P: Tensor, G: Tensor, axis: int, out: Tensor | None = None) -> Tensor:
+    """``G x_i P``: symmetric P (n, d_i, d_i) applied along axis i of a stack (n, d_1, ..., d_r)."""
+    n, d = G.shape[0], G.shape[axis + 1]
+    if axis == 0:
+        return torch.bmm(P, G.reshape(n, d, -1), out=None if out is None else out.view(n, d, -1)).view(G.shape)
+    if axis == G.dim() - 2:
+        return torch.bmm(G.reshape(n, -1, d), P, out=None if out is None else out.view(n, -1, d)).view(G.shape)
+    product = (P @ unfold(G, axis)).view(n, d, *(s for i, s in enumerate(G.shape[1:]) if i != axis))
+    back = product.movedim(1, axis + 1)
+    return back if out is None else out.copy_(back)
+
+
 class Stack:
     """Factors and roots of n equal blocks of shape ``shape``, and what a step does to them with batched operations.
 
     Attributes:
-        statistics, roots: ``L_i`` and ``P_i`` per axis i, each (n, d_i, d_i); a guest has no statistics, its roots are
-            computed elsewhere.
+        statistics: ``L_i`` per axis i; none for a guest, whose roots are computed elsewhere.
+        roots: ``P_i`` per axis i, each (n, d_i, d_i).
         root_failures: how often a root could not be computed and the previous one was kept.
     """
 
@@ -35,14 +52,16 @@ class Stack:
     ) -> None:
         self.shape, self.n, self.hp = shape, n, hp
         self.dtype, self.device = dtype, device
-        eyes = [torch.eye(d, dtype=dtype, device=device).expand(n, d, d) for d in shape]
-        self.statistics = [] if guest else [hp.matrix_eps * eye for eye in eyes]
-        self.roots = [eye.clone() for eye in eyes]
+        self.statistics = [] if guest else [Symmetric(n, d, hp.matrix_eps, dtype, device) for d in shape]
+        kept = kept_dtype("P", hp, dtype)
+        self.roots = [torch.eye(d, dtype=kept, device=device).repeat(n, 1, 1) for d in shape]
         self.root_failures = torch.zeros((), dtype=torch.int64, device=device)
+        self._coming: list[tuple[Background[list[tuple[Tensor, Tensor]]], Rows]] = []
+        self._products = reduced_products if hp.computation.products == "bfloat16" else nullcontext
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by its name in a checkpoint, see :func:`factor_shapes`, of all blocks along the first axis."""
-        named = {f"L{i}": L for i, L in enumerate(self.statistics)}
+        named = {f"L{i}{name}": tile for i, L in enumerate(self.statistics) for name, tile in L.tiles.items()}
         return named | {f"P{i}": P for i, P in enumerate(self.roots)}
 
     @property
@@ -54,34 +73,61 @@ class Stack:
         """``L_i <- beta2 L_i + w2 G_(i) G_(i)^T``."""
         beta2 = self.hp.beta2
         w2 = 1.0 if beta2 == 1.0 else 1.0 - beta2
-        for axis, L in enumerate(self.statistics):
-            U = unfold(G, axis)
-            if isinstance(rows, slice):
-                L[rows].baddbmm_(U, U.mT, beta=beta2, alpha=w2)
-            else:
-                L[rows] = L[rows].baddbmm_(U, U.mT, beta=beta2, alpha=w2)
+        with self._products():
+            for axis, L in enumerate(self.statistics):
+                L.accumulate(unfold(G, axis), rows, beta2, w2)
 
     def refresh_roots(self, rows: Rows) -> None:
         """``P_i = (L_i + matrix_eps lambda_max(L_i) I)^(-1/p)``; where that fails the previous root stays."""
-        for L, P in zip(self.statistics, self.roots, strict=True):
-            new = inverse_roots(L[rows], self.exponent, self.hp.matrix_eps)
-            sound = new.isfinite().all(-1).all(-1)
-            self.root_failures += (~sound).sum()
-            P[rows] = torch.where(sound[:, None, None], new, P[rows])
+        self._take(self._new_roots(rows), rows)
 
-    def precondition(self, G: Tensor, rows: Rows) -> Tensor:
-        """``S = G x_1 P_1 x_2 P_2 ...`` for the blocks G (n, *shape)."""
-        S = G
-        for axis, P in enumerate(self.roots):
-            # P times the unfolding; the product returns to its axis by the inverse of the same permutation.
-            others = [d for i, d in enumerate(self.shape) if i != axis]
-            S = (P[rows] @ unfold(S, axis)).view(-1, self.shape[axis], *others).movedim(1, axis + 1)
-        return S
+    def begin_refresh(self, rows: Rows) -> None:
+        """Start to compute these roots beside what comes next; :meth:`settle` puts them in their place."""
+        self._coming.append((Background(lambda: self._new_roots(rows), self.device), rows))
+
+    def settle(self) -> None:
+        """Wait for the roots that :meth:`begin_refresh` started; before statistics or roots are touched otherwise."""
+        for coming, rows in self._coming:
+            self._take(coming.result(), rows)
+        self._coming = []
+
+    def _new_roots(self, rows: Rows) -> list[tuple[Tensor, Tensor]]:
+        """New roots per axis, the previous ones where they fail, and which do."""
+        return [
+            inverse_roots(
+                L.whole(rows),
+                self.exponent,
+                self.hp.matrix_eps,
+                method=self.hp.computation.root_method,
+                pseudo_inverse=self.hp.pseudo_inverse,
+                previous=P[rows].to(self.dtype),
+            )
+            for L, P in zip(self.statistics, self.roots, strict=True)
+        ]
+
+    def _take(self, found: list[tuple[Tensor, Tensor]], rows: Rows) -> None:
+        for P, (new, failed) in zip(self.roots, found, strict=True):
+            P[rows] = new.to(P.dtype)
+            self.root_failures += failed.sum()
+
+    def precondition(self, G: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
+        """``S = G x_1 P_1 x_2 P_2 ...`` for the blocks G (n, *shape); ``out`` may be G itself."""
+        computed = torch.bfloat16 if self.hp.computation.products == "bfloat16" else self.dtype
+        *first, last = (P[rows].to(computed) for P in self.roots)
+        S = G.to(computed)
+        for axis, P in enumerate(first):
+            S = multiply(P, S, axis)
+        if first and out is not None and out.dtype == computed and out.is_contiguous():
+            return multiply(last, S, len(first), out)
+        S = multiply(last, S, len(first)).to(self.dtype)
+        return S if out is None else out.copy_(S)
 
 
 def factor_shapes(shape: Shape, rank: int) -> dict[str, torch.Size]:
     """What a :class:`Stack` keeps for a block of ``shape`` with ``rank`` preconditioned axes, by name."""
-    return {f"{kind}{i}": torch.Size((d, d)) for kind in "LP" for i, d in enumerate(shape[:rank])}
+    axes = list(enumerate(shape[:rank]))
+    statistics = {f"L{i}{name}": torch.Size(tile) for i, d in axes for name, tile in tile_shapes(d).items()}
+    return statistics | {f"P{i}": torch.Size((d, d)) for i, d in axes}
 
 
 def state_shapes(shape: Shape, rank: int, hp: ShampooHyperParams) -> dict[str, torch.Size]:
@@ -89,7 +135,7 @@ def state_shapes(shape: Shape, rank: int, hp: ShampooHyperParams) -> dict[str, t
     return {name: torch.Size(shape) for name in momenta_names(hp)} | factor_shapes(shape, rank)
 
 
-def squared_norms(*stacks: Tensor) -> Tensor:
-    """Sum of squares of every block in each of the given stacks (n, *shape): float64, (n, len(stacks))."""
-    norms = [torch.linalg.vector_norm(s.flatten(1), dim=1).double().square() for s in stacks]
-    return torch.stack(norms, dim=1)
+def squared_norms(stack: Tensor) -> Tensor:
+    """Sum of squares of every block of a stack (n, *shape): float64, (n,)."""
+    norms: Tensor = torch.linalg.vector_norm(stack.flatten(1), dim=1)
+    return norms.double().square()

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from shampoo3d.agreement import largest_entries
+from shampoo3d.agreement import gradient_norms
 from shampoo3d.engines import deepspeed
 from shampoo3d.exchange import Exchange
 from shampoo3d.slabs import Place
@@ -19,12 +19,12 @@ class OwnerReduction:
 
     def __init__(self) -> None:
         self._asked = False
-        self._entries: dict[Place, float] = {}
+        self._norms: dict[Place, float] = {}
 
     @property
     def done(self) -> bool:
         """Whether the gradients at hand are averaged at their homes only."""
-        return bool(self._entries)
+        return bool(self._norms)
 
     def reduce(self, params: Iterable[Tensor], exchanges: Sequence[Exchange]) -> list[Tensor]:
         """Average what is bound already, at its homes; return the gradients that the engine has to reduce: the rest.
@@ -44,7 +44,7 @@ class OwnerReduction:
         for exchange in exchanges:
             exchange.reduce(deepspeed.sequence_parallel_size())
         places = [place for exchange in exchanges for place in exchange.team.places]
-        self._entries = largest_entries(places)
+        self._norms = gradient_norms(places)
         bound = {place.tensor for place in places}
         return [param.grad.data for param in trainable if param not in bound and param.grad is not None]
 
@@ -55,8 +55,8 @@ class OwnerReduction:
                 "reduce_to_owners=True, but no engine asked which gradients to reduce: it needs DeepSpeed at ZeRO "
                 "stage 0 with float32"
             )
-        before, self._entries = self._entries, {}
-        if largest_entries(list(before)) != before:
+        before, self._norms = self._norms, {}
+        if gradient_norms(list(before)) != before:
             return (
                 "the gradients changed after they were reduced to their owners: clipping needs them whole on every "
                 'rank; set "gradient_clipping": 0.0, or reduce_to_owners=False'

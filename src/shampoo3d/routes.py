@@ -17,7 +17,7 @@ from shampoo3d.plan import Plan
 T = TypeVar("T")
 
 BUCKET_ELEMENTS = 2**22
-"""Elements in one collective, over all ranks: bounds the buffers, whatever the model's size."""
+"""Elements that a rank receives in one collective: bounds the buffers, whatever the model's size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +88,11 @@ def _legs(plan: Plan, matrices: Sequence[Matrix], rank: int | None) -> Iterator[
         yield sorted(legs, key=lambda leg: leg.slot)
 
 
-def rounds(plan: Plan, bucket_elements: int) -> list[list[int]]:
+def rounds(plan: Plan, most: float) -> list[list[int]]:
     """The slots of preconditioned blocks in the rounds in which they are worked on: one collective each way per round.
 
-    In a round each owner has about its share of ``bucket_elements``, of one dtype; blocks of one shape are together.
+    In a round each owner has at most ``most`` elements, or one block, of one dtype; blocks of one shape are together.
     """
-    quota = max(1, bucket_elements // len(plan.ranks))
     by_dtype: defaultdict[tuple[str, str], defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for slot, block in enumerate(plan.blocks):
         if block.factors:
@@ -101,12 +100,12 @@ def rounds(plan: Plan, bucket_elements: int) -> list[list[int]]:
     found: list[list[int]] = []
     for owned in by_dtype.values():
         in_order = (sorted(slots, key=lambda slot: plan.blocks[slot].shape) for slots in owned.values())
-        queues = [packed(slots, lambda slot: plan.blocks[slot].elements, quota) for slots in in_order]
+        queues = [packed(slots, lambda slot: plan.blocks[slot].elements, most) for slots in in_order]
         found += ([slot for part in parts for slot in part] for parts in itertools.zip_longest(*queues, fillvalue=()))
     return found
 
 
-def packed(items: Iterable[T], elements: Callable[[T], int], most: int) -> list[list[T]]:
+def packed(items: Iterable[T], elements: Callable[[T], int], most: float) -> list[list[T]]:
     """Consecutive items in groups of at most ``most`` elements; an item that has more is a group of its own."""
     groups: list[list[T]] = []
     filled = 0

@@ -1,8 +1,15 @@
-"""What a block is due for at step t. Pure: the same on every rank."""
+"""Which blocks refresh their roots at which step, and what else a step does. Pure: the same on every rank."""
 
+import functools
+import heapq
+import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from shampoo3d.hyperparams import ShampooHyperParams
+
+Identity = tuple[str, str]
+"""Of a block: the name of its matrix and its key there."""
 
 
 class Phase(NamedTuple):
@@ -13,14 +20,43 @@ class Phase(NamedTuple):
     started: bool
 
 
-def phase(t: int, hp: ShampooHyperParams) -> Phase:
-    """The phase of a parameter at its step t, counted from 1.
+def phase(t: int, hp: ShampooHyperParams, offset: int = 0) -> Phase:
+    """The phase of a block at step t of its parameter, counted from 1.
 
-    A refresh whose roots would be replaced before the first preconditioned step is left out: nobody would see it.
+    All blocks are refreshed at one step first, so that a matrix, whose graft takes the norm of the whole, never has
+    roots for some of its blocks only. Then each has its turn, k steps apart, so roots in use are at most k - 1 steps
+    old. That first step is the last multiple of k up to the start, or k: nobody would see what is refreshed before.
+
+    Args:
+        offset: the block's turn among the k steps, see :func:`offsets`; without effect if refreshes are "together".
     """
-    every = hp.preconditioning_compute_steps
+    k, start = hp.preconditioning_compute_steps, hp.start_preconditioning_step
+    first = max(k, start) // k * k
+    turn = offset if hp.computation.refresh == "staggered" else 0
     return Phase(
         accumulate=t % hp.statistics_compute_steps == 0,
-        refresh=t % every == 0 and t + every > hp.start_preconditioning_step,
-        started=t >= hp.start_preconditioning_step,
+        refresh=t == first or (t > first and (t - turn) % k == 0),
+        started=t >= start,
     )
+
+
+def offsets(blocks: Iterable[tuple[Identity, float]], every: int) -> dict[Identity, int]:
+    """A turn in 0..every-1 for each block, so that each step has about the same cost.
+
+    Greedy, the most expensive block first to the turn that has least to do (Graham 1969), ties to the earlier turn, so
+    no two turns differ by more than the cost of one block, and blocks of equal cost are dealt out one after the other.
+    Neither the order of ``blocks`` nor ranks play a part: of equal costs, "layers.2" comes before "layers.10".
+    """
+    natural = functools.cache(_natural)  # thousands of blocks share a few names and keys
+    turns: dict[Identity, int] = {}
+    loads = [(0.0, turn) for turn in range(every)]
+    for identity, cost in sorted(blocks, key=lambda block: (-block[1], *map(natural, block[0]), block[0])):
+        load, turn = loads[0]
+        turns[identity] = turn
+        heapq.heapreplace(loads, (load + cost, turn))
+    return turns
+
+
+def _natural(name: str) -> list[str | int]:
+    """Its text and numbers in turn, to compare numbers as such."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -96,10 +97,6 @@ class FlatSlab:
         self.dtype = state_dtype(flat.dtype)
         self.momenta = Momenta(flat.shape, hp, self.dtype, flat.device)
 
-    @property
-    def group(self) -> int:
-        return self.place.group
-
     def steps(self, steps: Steps) -> bool:
         """Whether any of its elements step."""
         return self.place in steps
@@ -109,10 +106,10 @@ class FlatSlab:
         gradient = self.place.gradient
         if gradient is None or not self.steps(steps):
             return False
-        self.G = gradient.to(self.dtype)
+        G = gradient.to(self.dtype)
         self.started = phase(steps[self.place], self.hp).started
-        self.D = self.momenta.direction(self.G)
-        self.S = self.G.clone()
+        self.D = self.momenta.direction(G)
+        self.S = G.clone()
         return True
 
     def direction(self, binding: Binding, piece: Piece) -> Tensor:
@@ -124,26 +121,27 @@ class FlatSlab:
         if held := self._held(bindings):
             found = [torch._foreach_norm(_parts(of, held)) for of in (self.S, self.D)]
             columns = torch.stack([torch.stack(list(column)) for column in found], 1)
-            norms[[binding.number for binding in held]] += columns.to(norms).square()
+            norms[index([binding.number for binding in held], norms.device)] += columns.to(norms).square()
 
     def graft(self, scale: Tensor, bindings: Sequence[Binding]) -> None:
         """Multiply S of these matrices by the scales of their team, (matrices,)."""
         if held := self._held(bindings):
-            factors = scale[[binding.number for binding in held]].to(self.S)
+            factors = scale[index([binding.number for binding in held], scale.device)].to(self.S)
             torch._foreach_mul_(_parts(self.S, held), list(factors.unbind()))
 
     def _held(self, bindings: Sequence[Binding]) -> list[Binding]:
         return [binding for binding in bindings if binding.place is self.place and binding.elements]
 
-    def update(self, settings: Mapping[str, Any]) -> None:
-        """The step itself."""
+    def update(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """The step itself, with the settings of the place's group."""
+        settings = groups[self.place.group]
+        D = None if self.started else self.D.clone()  # it may be the user's gradient
+        _turn(settings, self.S, D)
         W = self.place.flat
-        D = _descent(self.S, self.D, settings)
-        step = _step(settings, self.started)
-        u = self.momenta.update(W.to(self.dtype), self.S, D, step)
-        W.copy_(W.to(self.dtype).sub(u, alpha=step.lr))
+        u = self.momenta.update(W, self.S, D, _step(settings, self.started))
+        W.sub_(u, alpha=settings["lr"])
         self.place.store(W)
-        del self.G, self.D, self.S
+        del self.D, self.S
 
 
 def _parts(flat: Tensor, bindings: Sequence[Binding]) -> list[Tensor]:
@@ -161,44 +159,78 @@ class Member:
 
 @dataclass(eq=False)
 class Run:
-    """Members of a slab that are at the same point of their schedule."""
+    """Members of a slab that have the same settings and are at the same point of their schedule.
+
+    Attributes:
+        rows: of the slab.
+        matrices: their numbers in the team.
+        D: the direction whose length is borrowed, its squared norms and, before the start step, itself.
+    """
 
     rows: Rows
     members: list[Member]
+    group: int
     started: bool
-    D: Tensor = field(init=False)
+    matrices: Tensor
+    norms: Tensor = field(init=False)
+    D: Tensor | None = field(init=False)
 
 
 class StackSlab:
-    """Equal cells of which other ranks store replicas, and whose elements are updated here; S is (n, *shape)."""
+    """Equal cells of which other ranks store replicas, and whose elements are updated here.
+
+    During a step S is one tensor (n, *shape): the gradients, and then the directions in their place.
+    """
 
     def __init__(self, members: Sequence[Member], hp: ShampooHyperParams) -> None:
         self.members, self.hp = list(members), hp
         self.rows = {member.cell: row for row, member in enumerate(members)}
-        place = members[0].binding.place
+        flat = members[0].binding.place.flat
         self.shape = members[0].cell.piece.box.shape
-        self.group, self.device, self.dtype = place.group, place.flat.device, state_dtype(place.flat.dtype)
+        self.device, self.dtype = flat.device, state_dtype(flat.dtype)
         self.momenta = Momenta((len(members), *self.shape), hp, self.dtype, self.device)
-
-    def begin(self, steps: Steps) -> bool:
-        """Take the gradients of the members that step, if any do."""
-        by_phase: defaultdict[bool, list[int]] = defaultdict(list)
-        for row, member in enumerate(self.members):
-            if member.binding.place in steps:
-                by_phase[phase(steps[member.binding.place], self.hp).started].append(row)
-        self.S = torch.empty((len(self.members), *self.shape), dtype=self.dtype, device=self.device)
-        self.runs: list[Run] = []
-        for started, rows in by_phase.items():
-            run = Run(rows_of(rows, len(self.members), self.device), [self.members[row] for row in rows], started)
-            G = self._gather(run.members, gradient=True)
-            run.D = self.momenta.direction(G, run.rows)
-            self.S[run.rows] = G
-            self.runs.append(run)
-        return bool(self.runs)
+        self._places = list(dict.fromkeys(member.binding.place for member in members))
+        self._cached: dict[tuple[bool | None, ...], list[Run]] = {}
 
     def steps(self, steps: Steps) -> bool:
         """Whether any of its elements step."""
-        return any(member.binding.place in steps for member in self.members)
+        return any(place in steps for place in self._places)
+
+    def begin(self, steps: Steps) -> bool:
+        """Take the gradients of the members that step, if any do."""
+        self.runs = self._runs(steps)
+        if not self.runs:
+            return False
+        self.S = torch.empty((len(self.members), *self.shape), dtype=self.dtype, device=self.device)
+        blocks = self.S.unbind()
+        torch._foreach_copy_(
+            [blocks[self.rows[member.cell]] for run in self.runs for member in run.members],
+            _views([member for run in self.runs for member in run.members], gradient=True)[0],
+        )
+        for run in self.runs:
+            G = self.S[run.rows]
+            D = self.momenta.direction(G, run.rows)
+            run.norms = squared_norms(D)
+            run.D = None if run.started else D.clone()
+        return True
+
+    def _runs(self, steps: Steps) -> list[Run]:
+        """The members that step, by group and schedule; what is the same as at another step is found once."""
+        key = tuple(phase(steps[p], self.hp).started if p in steps else None for p in self._places)
+        if key not in self._cached:
+            started = dict(zip(self._places, key, strict=True))
+            kinds: defaultdict[tuple[int, bool], list[int]] = defaultdict(list)
+            for row, member in enumerate(self.members):
+                now = started[member.binding.place]
+                if now is not None:
+                    kinds[member.binding.place.group, now].append(row)
+            self._cached[key] = [self._run(rows, *kind) for kind, rows in kinds.items()]
+        return self._cached[key]
+
+    def _run(self, rows: list[int], group: int, started: bool) -> Run:
+        members = [self.members[row] for row in rows]
+        numbers = index([member.binding.number for member in members], self.device)
+        return Run(rows_of(rows, len(self.members), self.device), members, group, started, numbers)
 
     def direction(self, cell: Cell) -> Tensor:
         return self.S[self.rows[cell]]
@@ -206,34 +238,36 @@ class StackSlab:
     def add_norms(self, norms: Tensor, _: Sequence[Binding]) -> None:
         """Add the squared norms of S and D to those of their matrices, (matrices, 2); all are of one team."""
         for run in self.runs:
-            rows = torch.tensor([member.binding.number for member in run.members], device=norms.device)
-            norms.index_add_(0, rows, squared_norms(self.S[run.rows], run.D).to(norms))
+            norms.index_add_(0, run.matrices, torch.stack([squared_norms(self.S[run.rows]), run.norms], 1).to(norms))
 
     def graft(self, scale: Tensor, _: Sequence[Binding]) -> None:
         """Multiply S by the scales of the matrices, (matrices,)."""
         for run in self.runs:
-            factors = scale[[member.binding.number for member in run.members]].to(self.S)
-            self.S[run.rows] *= factors.view(-1, *[1] * len(self.shape))
+            self.S[run.rows] *= scale[run.matrices].to(self.S).view(-1, *[1] * len(self.shape))
 
-    def update(self, settings: Mapping[str, Any]) -> None:
-        """The step itself."""
+    def update(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """The step itself, with the settings of each member's group."""
         for run in self.runs:
-            W, S = self._gather(run.members, gradient=False), self.S[run.rows]
-            D = _descent(S, run.D, settings)
-            step = _step(settings, run.started)
-            u = self.momenta.update(W, S, D, step, run.rows)
-            write([(m.binding, m.cell.piece) for m in run.members], W.sub_(u, alpha=step.lr).unbind())
+            settings, S = groups[run.group], self.S[run.rows]
+            _turn(settings, S, run.D)
+            views, flats = _views(run.members, gradient=False)
+            W = torch.stack(views).to(self.dtype) if settings["weight_decay"] else None
+            u = self.momenta.update(W, S, run.D, _step(settings, run.started), run.rows)
+            torch._foreach_add_(views, list(u.unbind()), alpha=-settings["lr"])
+            for place, flat in flats.items():
+                place.store(flat)
+            del run.D, run.norms
         del self.S, self.runs
 
-    def _gather(self, members: Sequence[Member], *, gradient: bool) -> Tensor:
-        """The members' gradients or weights, (len(members), *shape) in the dtype of the state."""
-        flats: dict[Place, Tensor] = {}
-        for place in dict.fromkeys(member.binding.place for member in members):
-            flat = place.gradient if gradient else place.flat
-            assert flat is not None
-            flats[place] = flat
-        views = [member.binding.view(flats[member.binding.place], member.cell.piece) for member in members]
-        return torch.stack(views).to(self.dtype)
+
+def _views(members: Sequence[Member], *, gradient: bool) -> tuple[list[Tensor], dict[Place, Tensor]]:
+    """The members' gradients or weights, in what their places hold."""
+    flats: dict[Place, Tensor] = {}
+    for place in dict.fromkeys(member.binding.place for member in members):
+        flat = place.gradient if gradient else place.flat
+        assert flat is not None
+        flats[place] = flat
+    return [member.binding.view(flats[member.binding.place], member.cell.piece) for member in members], flats
 
 
 def write(pieces: Sequence[tuple[Binding, Piece]], values: Sequence[Tensor]) -> None:
@@ -246,15 +280,13 @@ def write(pieces: Sequence[tuple[Binding, Piece]], values: Sequence[Tensor]) -> 
 
 
 def _step(settings: Mapping[str, Any], started: bool) -> Step:
-    return Step(settings["lr"], settings["momentum"], settings["weight_decay"], started)
+    return Step(settings["momentum"], settings["weight_decay"], started)
 
 
-def _descent(S: Tensor, D: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    """Turn S round where the aim is to ascend, and return D, turned likewise: both are odd in G."""
-    if not settings["maximize"]:
-        return D
-    S.neg_()
-    return -D
+def _turn(settings: Mapping[str, Any], *directions: Tensor | None) -> None:
+    """Turn directions round where the aim is to ascend: both are odd in G."""
+    if settings["maximize"]:
+        torch._foreach_neg_([direction for direction in directions if direction is not None])
 
 
 def rows_of(rows: Sequence[int], n: int, device: torch.device) -> Rows:
@@ -263,7 +295,17 @@ def rows_of(rows: Sequence[int], n: int, device: torch.device) -> Rows:
         return ALL
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
         return slice(rows[0], rows[0] + len(rows))
-    return torch.tensor(rows, device=device)
+    return index(rows, device)
+
+
+def index(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """The numbers as an index on the device, where each is brought once: it would make the host wait."""
+    return _index(tuple(numbers), device)
+
+
+@lru_cache(maxsize=4096)
+def _index(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,126 @@
+"""The optimizers that ``benchmarks/step.py`` measures, each made by ``make(params, block_size, refresh, exponent)``."""
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from block_loop import BlockLoop
+from torch import nn
+
+from shampoo3d import Computation, Shampoo, ShampooHyperParams
+
+LR, MOMENTUM, BETA2, MATRIX_EPS = 1e-3, 0.9, 0.95, 1e-6
+OURS, LOOP, PYTORCH_OPTIMIZER = "3D-Shampoo", "per-block loop", "pytorch_optimizer Shampoo"
+LOOP_BLOCKS = (64, 128)
+
+Params = Sequence[nn.Parameter]
+Make = Callable[[Params, int, int, int], Any]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimizer to measure.
+
+    Args:
+        blocks, refreshes: whether block size and refresh interval make a difference to it.
+        threads: whether it goes on computing on another thread after ``step()``.
+        only_blocks: the block sizes it is measured at; empty for all.
+        everywhere: or else at the main block size and interval only.
+    """
+
+    name: str
+    settings: str
+    make: Make
+    blocks: bool = True
+    refreshes: bool = True
+    threads: bool = False
+    only_blocks: tuple[int, ...] = ()
+    everywhere: bool = True
+
+    def suits(self, block: int) -> bool:
+        return not self.only_blocks or block in self.only_blocks
+
+
+def shampoo(params: Params, block_size: int, refresh: int, exponent: int, computation: Computation) -> Shampoo:
+    hp = ShampooHyperParams(
+        beta2=BETA2,
+        matrix_eps=MATRIX_EPS,
+        block_size=block_size,
+        inverse_exponent_override=exponent,
+        preconditioning_compute_steps=refresh,
+        computation=computation,
+    )
+    return Shampoo(params, LR, MOMENTUM, hp)
+
+
+def contenders() -> Iterator[Contender]:
+    """Ours and what comes with PyTorch."""
+    same = f"beta2 {BETA2}, matrix_eps {MATRIX_EPS}, SGD graft, Nesterov momentum {MOMENTUM}, vectors grafted only"
+    variants = {
+        OURS: Computation(),
+        f"{OURS}, bfloat16 products": Computation(products="bfloat16"),
+        f"{OURS}, refresh together": Computation(refresh="together"),
+        f"{OURS}, asynchronous": Computation(asynchronous=True),
+    }
+    for name, computation in variants.items():
+        make = partial(shampoo, computation=computation)
+        yield Contender(name, same, make, threads=computation.asynchronous, everywhere=name == OURS)
+    yield Contender(LOOP, f"{same}; eigh of one factor at a time", BlockLoop, only_blocks=LOOP_BLOCKS)
+    for name, settings, make in (("AdamW", "", _adamw), ("Muon", "; matrices only", _muon)):
+        settings = f"PyTorch's defaults{settings}"
+        yield Contender(f"torch {name}", settings, make, blocks=False, refreshes=False, everywhere=False)
+
+
+def optional_contenders() -> Iterator[Contender]:
+    """Those of pytorch_optimizer; none without it."""
+    if find_spec("pytorch_optimizer") is None:
+        return
+    same = f"beta2 {BETA2}, matrix_eps {MATRIX_EPS}, SGD graft, Nesterov momentum {MOMENTUM}, vectors grafted only"
+    roots = "SVD on a CPU, where it is faster than the default Newton iteration"
+    yield Contender(PYTORCH_OPTIMIZER, f"ScalableShampoo: {same}; roots by {roots}", _scalable_shampoo)
+    yield Contender(
+        "pytorch_optimizer SOAP", f"beta 0.9, {BETA2}; whole matrices, QR", _soap, blocks=False, everywhere=False
+    )
+
+
+def peer(text: str) -> Contender:
+    """``NAME=MODULE:CALLABLE``; the callable may tell its settings in an attribute ``settings``."""
+    name, separator, path = text.partition("=")
+    module, colon, attribute = path.partition(":")
+    if not (name and separator and module and colon and attribute):
+        raise ValueError(f"--peer must be NAME=MODULE:CALLABLE, got {text!r}")
+    make = getattr(importlib.import_module(module), attribute)
+    return Contender(name, getattr(make, "settings", path), make)
+
+
+def _adamw(params: Params, block_size: int, refresh: int, exponent: int) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, LR)
+
+
+def _muon(params: Params, block_size: int, refresh: int, exponent: int) -> torch.optim.Optimizer:
+    return torch.optim.Muon([param for param in params if param.dim() == 2], LR)
+
+
+def _scalable_shampoo(params: Params, block_size: int, refresh: int, exponent: int) -> Any:
+    return importlib.import_module("pytorch_optimizer").ScalableShampoo(
+        params,
+        LR,
+        betas=(MOMENTUM, BETA2),
+        inverse_exponent_override=exponent,
+        start_preconditioning_step=1,
+        preconditioning_compute_steps=refresh,
+        block_size=block_size,
+        skip_preconditioning_rank_lt=2,
+        shape_interpretation=False,
+        matrix_eps=MATRIX_EPS,
+        use_svd=params[0].device.type == "cpu",
+    )
+
+
+def _soap(params: Params, block_size: int, refresh: int, exponent: int) -> Any:
+    soap = importlib.import_module("pytorch_optimizer").SOAP
+    return soap(params, LR, betas=(0.9, BETA2), weight_decay=0.0, precondition_frequency=refresh)

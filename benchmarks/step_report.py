@@ -1,0 +1,146 @@
+"""What ``benchmarks/step.py`` found, as tables, targets and a figure.
+
+python benchmarks/step_report.py [benchmarks/results/step.json] [--figure step.png]     prints the tables in Markdown
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from peers import LOOP, LOOP_BLOCKS, OURS, PYTORCH_OPTIMIZER
+
+Found = dict[str, Any]
+
+COLUMNS: dict[str, Callable[[Found], str]] = {
+    "width": lambda row: str(row["width"]),
+    "block": lambda row: str(row["block"] or "-"),
+    "every": lambda row: str(row["refresh"] or "-"),
+    "optimizer": lambda row: row["optimizer"],
+    "median ms": lambda row: f"{row['median'] * 1e3:.1f}",
+    "mean ms": lambda row: f"{row['mean'] * 1e3:.1f}",
+    "worst ms": lambda row: f"{row['worst'] * 1e3:.1f}",
+    "heaviest / mean": lambda row: f"{row['heaviest']:.2f}",
+    "all threads ms": lambda row: f"{row['process'] * 1e3:.1f}",
+}
+PRODUCTS: dict[str, Callable[[Found], str]] = {
+    "width": lambda row: str(row["width"]),
+    "block": lambda row: str(row["block"]),
+    "GFLOP": lambda row: f"{row['gflop']:.2f}",
+    "bmm GFLOP/s": lambda row: f"{row['bmm_gflops_per_second']:.0f}",
+    "bmm ms": lambda row: f"{row['bmm_seconds'] * 1e3:.1f}",
+    "statistics + application ms": lambda row: f"{row['stack_seconds'] * 1e3:.1f}",
+    "of the bound": lambda row: f"{row['stack_fraction']:.0%}",
+    "plain step ms": lambda row: f"{row['plain_step_seconds'] * 1e3:.1f}",
+    "of the bound ": lambda row: f"{row['plain_step_fraction']:.0%}",
+}
+
+
+def markdown(rows: Iterable[Found], columns: dict[str, Callable[[Found], str]]) -> str:
+    lines = [list(columns), ["---"] * len(columns)]
+    lines += [[column(row) for column in columns.values()] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def show(rows: Sequence[Found], bound: Found) -> None:
+    """The rows of one case, and its bound, on the terminal: with rich where it is installed."""
+    for these, columns in ((rows, COLUMNS), ([bound], PRODUCTS)):
+        if find_spec("rich") is None:
+            print(markdown(these, columns), flush=True)
+            continue
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*columns)
+        for row in these:
+            table.add_row(*(column(row) for column in columns.values()))
+        Console(width=140).print(table)
+
+
+# ---- targets ---------------------------------------------------------------------------------------------------------
+
+
+def targets(result: Found) -> list[Found]:
+    """What was aimed at, as far as it was measured."""
+    found = []
+    for bound in result["products"]:
+        if bound["width"] in (256, 512) and bound["block"] == 256:
+            name = f"statistics and application, width {bound['width']}, block 256, of the bound of products"
+            found.append(_target(name, bound["stack_fraction"], least=0.6))
+    rows = {(row["width"], row["block"], row["refresh"], row["optimizer"]): row for row in result["rows"]}
+    ours = rows.get((256, 256, 10, OURS))
+    for (*case, name), row in rows.items():
+        if ours and case == [256, 256, 10] and (name == PYTORCH_OPTIMIZER or name.startswith("Meta")):
+            found.append(
+                _target(f"mean step of {name} over ours, width 256, block 256", row["mean"] / ours["mean"], 2.5)
+            )
+    for block in LOOP_BLOCKS:
+        loop, batched = (rows.get((256, block, 10, name)) for name in (LOOP, OURS))
+        if loop and batched:
+            name = f"mean step of the per-block loop over ours, width 256, block {block}"
+            found.append(_target(name, loop["mean"] / batched["mean"], least=4.0))
+    for (width, block, refresh, name), row in rows.items():
+        if refresh == 10 and (name == OURS or name.startswith("Meta")):
+            told = f"worst step of {name} over its mean, width {width}, block {block}"
+            found.append(_target(told, row["heaviest"], most=1.3) if name == OURS else _told(told, row["heaviest"]))
+    return found
+
+
+def _target(name: str, value: float, least: float | None = None, most: float | None = None) -> Found:
+    met = value >= least if least is not None else value <= (most or 0.0)
+    return {"name": name, "measured": value, "least": least, "most": most, "met": met}
+
+
+def _told(name: str, value: float) -> Found:
+    return {"name": name, "measured": value, "least": None, "most": None, "met": None}
+
+
+def show_targets(found: Iterable[Found]) -> None:
+    for one in found:
+        bound = next((f"{word} {one[word]}" for word in ("least", "most") if one[word] is not None), "for comparison")
+        verdict = {True: "met", False: "NOT MET", None: ""}[one["met"]]
+        print(f"{one['name']}: {one['measured']:.2f} ({bound.replace('least', 'at least').replace('most', 'at most')}) "
+              f"{verdict}")  # fmt: skip
+
+
+# ---- a figure --------------------------------------------------------------------------------------------------------
+
+
+def figure(result: Found, output: Path, block: int = 256, refresh: int = 10) -> None:
+    """Mean seconds per step of every optimizer against the width, and its worst step as a whisker."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in result["rows"] if row["block"] in (block, None) and row["refresh"] in (refresh, None)]
+    names, widths = ([*dict.fromkeys(row[key] for row in rows)] for key in ("optimizer", "width"))
+    picture = Figure(figsize=(9, 5), layout="constrained")
+    axes = picture.subplots()
+    for number, name in enumerate(names):
+        mine = [row for row in rows if row["optimizer"] == name]
+        places = [widths.index(row["width"]) + (number + 0.5) / (len(names) + 1) - 0.5 for row in mine]
+        means, worst = ([row[key] for row in mine] for key in ("mean", "worst"))
+        up = [high - mean for high, mean in zip(worst, means, strict=True)]
+        axes.bar(places, means, 1 / (len(names) + 1), yerr=[[0.0] * len(up), up], label=name, error_kw={"lw": 0.7})
+    axes.set_xticks(range(len(widths)), [f"width {width}" for width in widths])
+    axes.set_yscale("log")
+    axes.set_ylabel(f"{result['setting']['seconds']} seconds per step; whisker: the worst step")
+    axes.set_title(f"block {block}, roots every {refresh} steps")
+    axes.legend(fontsize=8)
+    picture.savefig(output, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=Path(__file__).parent / "results" / "step.json")
+    parser.add_argument("--figure", type=Path, help="draw it, too")
+    options = parser.parse_args()
+    result = json.loads(options.results.read_text())
+    print(markdown(result["rows"], COLUMNS), markdown(result["products"], PRODUCTS), sep="\n\n")
+    show_targets(result["targets"])
+    if options.figure:
+        figure(result, options.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What the methods share: their answer, and matrices scaled so that their eigenvalues lie in a known interval."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LEAST_RIDGE = 8
+"""In units of u: iterations need a ridge that rounding cannot make negative; a smaller one counts as this."""
+MARGIN = 2.0**-10
+"""Distance from the upper end of the interval that rounding cannot cross."""
+PROBES = 8
+SQUARINGS = 4
+
+
+class Found(NamedTuple):
+    """Roots (n, d, d) of ``A + ridge I``, ridge (n, 1, 1), and (n,) whether the method says that they are."""
+
+    roots: Tensor
+    ridge: Tensor
+    converged: Tensor
+
+
+class Bounded(NamedTuple):
+    """``M = (A + ridge I) / scale`` with eigenvalues in ``[low, 1 - MARGIN]``, its square, and (n, 1, 1) for each A."""
+
+    M: Tensor
+    square: Tensor
+    scale: Tensor
+    ridge: Tensor
+    low: float
+
+
+def bounded(A: Tensor, eps: float) -> Bounded:
+    """Scale each A (n, d, d) by ``s = ||A^2||_F^(1/2)``, for which ``lambda_max <= s <= d^(1/4) lambda_max`` always."""
+    relative = max(eps, LEAST_RIDGE * torch.finfo(A.dtype).eps)
+    widest = A.shape[-1] ** 0.25
+    square = A @ A
+    s = torch.linalg.matrix_norm(square, keepdim=True).sqrt()
+    ridge = relative * _largest_eigenvalue(A, square / s.square()).clamp(s / widest, s)
+    scale = (s + ridge) / (1 - MARGIN)
+    M = A / scale
+    square = (square + 2 * ridge * A) / scale.square()
+    M.diagonal(dim1=-2, dim2=-1).add_((ridge / scale)[..., 0])
+    square.diagonal(dim1=-2, dim2=-1).add_((ridge / scale).square()[..., 0])
+    # ridge / scale increases with lambda_max / s, which is at least 1 / widest.
+    return Bounded(M, square, scale, ridge, relative / (widest + relative) * (1 - MARGIN))
+
+
+def _largest_eigenvalue(A: Tensor, square: Tensor) -> Tensor:
+    """A lower bound of lambda_max, within a few percent of it: powers of a multiple of A^2 on some fixed vectors."""
+    V = probes(A)
+    for _ in range(SQUARINGS):
+        V = square @ V
+    norms = torch.linalg.vector_norm(torch.stack([A @ V, V]), dim=-2, keepdim=True)
+    ratios: Tensor = norms[0] / norms[1].clamp_min(torch.finfo(A.dtype).tiny)
+    return ratios.amax(-1, keepdim=True)
+
+
+def probes(A: Tensor) -> Tensor:
+    """Vectors (n, d, PROBES), always the same, for A (n, d, d): fractional parts of sqrt(1/2) k^2, equidistributed."""
+    k = torch.arange(A.shape[-1] * PROBES, dtype=torch.float64, device=A.device)
+    V: Tensor = (0.5**0.5 * k * k).frac() - 0.5
+    return V.to(A.dtype).view(1, -1, PROBES).expand(len(A), -1, -1)
+
+
+def add_identity(A: Tensor, factor: float = 1.0) -> Tensor:
+    """``A + factor I``, in place."""
+    A.diagonal(dim1=-2, dim2=-1).add_(factor)
+    return A

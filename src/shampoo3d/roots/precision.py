@@ -1,0 +1,44 @@
+"""When roots set aside the user's choice of how precisely float32 matrices are multiplied.
+
+PyTorch lets a user trade digits of float32 products for speed: TF32 on CUDA, TF32 or bfloat16 on CPU. Where the ridge
+is small these digits are the result.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shampoo3d.precision import full_products
+
+TOLERANT = 1e-4
+"""From this relative ridge on, operands of 10 bits leave a useful root, and the user's choice holds."""
+
+
+def products_for(A: Tensor, eps: float) -> AbstractContextManager[None]:
+    """A context in which products on A's device have all digits of its dtype, unless ``eps >= TOLERANT``.
+
+    Raises:
+        RuntimeError: in ``torch.compile``, which cannot change the switches, where they would have to be.
+    """
+    kind = A.device.type
+    if eps >= TOLERANT or A.dtype != torch.float32 or not _lowered(kind):
+        return nullcontext()
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"compiled roots with a relative ridge of {eps:g} < {TOLERANT:g} need float32 products of all digits, "
+            f"which PyTorch's switches deny on {kind}: call torch.set_float32_matmul_precision('highest'), take a "
+            "larger matrix_eps, or compute the roots outside of torch.compile"
+        )
+    return full_products()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _lowered(kind: str) -> bool:
+    """Whether products on this type of device may give up digits."""
+    backends: dict[str, Any] = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}
+    precision = getattr(getattr(backends.get(kind), "matmul", None), "fp32_precision", None)
+    if precision is not None:
+        return bool(precision not in ("none", "ieee"))
+    return torch.get_float32_matmul_precision() != "highest"  # before PyTorch 2.9 there is one for all devices

@@ -1,0 +1,69 @@
+"""A step, in the order of the update rule."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from shampoo3d.exchange import Exchange
+from shampoo3d.grafting import graft_scale
+from shampoo3d.holdings import Team, Unit
+from shampoo3d.hyperparams import LayerwiseGrafting, ShampooHyperParams
+from shampoo3d.slabs import Steps
+
+
+def take_step(
+    teams: Sequence[Team],
+    exchanges: Sequence[Exchange],
+    groups: Sequence[Mapping[str, Any]],
+    hp: ShampooHyperParams,
+    steps: Steps,
+) -> None:
+    """Update the weights of all places in ``steps``, each at its step t. Collective in each team.
+
+    Args:
+        groups: the settings, by the places' group numbers.
+    """
+    settle(teams)
+    slabs = [slab for slab in dict.fromkeys(s for team in teams for s in team.slabs) if slab.begin(steps)]
+    for team, exchange in zip(teams, exchanges, strict=True):
+        if taking_part := {place: t for place, t in steps.items() if place in team.names}:
+            for unit in exchange.collect(taking_part):
+                _precondition(unit)
+            if hp.graft_type is not LayerwiseGrafting.NONE:
+                _graft(team, exchange, hp, taking_part)
+    for slab in slabs:
+        slab.update(groups)
+    for exchange in exchanges:
+        exchange.copy(steps)
+
+
+def settle(teams: Sequence[Team]) -> None:
+    """Put the roots that were computed in the background in their place."""
+    for team in teams:
+        for batch in team.batches:
+            batch.stack.settle()
+
+
+def _precondition(unit: Unit) -> None:
+    """Turn the unit's gradients into directions."""
+    stack, rows = unit.batch.stack, unit.rows
+    if unit.accumulate:
+        stack.accumulate(unit.blocks, rows)
+    if unit.due is not None:
+        (stack.begin_refresh if stack.hp.computation.asynchronous else stack.refresh_roots)(unit.due)
+    if unit.started:
+        stack.precondition(unit.blocks, rows, out=unit.blocks)
+        if unit.batch.slab is not None and isinstance(rows, torch.Tensor):  # these are a copy
+            unit.batch.slab.S[rows] = unit.blocks
+
+
+def _graft(team: Team, exchange: Exchange, hp: ShampooHyperParams, steps: Steps) -> None:
+    """Give the directions, now at home, the lengths of others."""
+    slabs = [slab for slab in team.slabs if slab.steps(steps)]
+    norms = torch.zeros(len(team.bindings), 2, dtype=torch.float64, device=team.device)
+    for slab in slabs:
+        slab.add_norms(norms, team.bindings)
+    scale = graft_scale(exchange.sum_norms(norms), hp)
+    for slab in slabs:
+        slab.graft(scale, team.bindings)

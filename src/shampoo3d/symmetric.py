@@ -1,0 +1,41 @@
+"""Stacks of symmetric matrices of which little is stored or computed twice."""
+
+import torch
+from torch import Tensor
+
+from shampoo3d.blocks import tile_shapes, tiles
+from shampoo3d.momenta import Rows
+
+
+class Symmetric:
+    """n symmetric d x d matrices.
+
+    Attributes:
+        tiles: (n, rows, columns) each, by name.
+    """
+
+    def __init__(self, n: int, d: int, scale: float, dtype: torch.dtype, device: torch.device) -> None:
+        """``scale * I``, n times."""
+        self.d, self._spans = d, tiles(d)
+        self.tiles = {
+            name: torch.zeros(n, *shape, dtype=dtype, device=device) for name, shape in tile_shapes(d).items()
+        }
+        for name, (i, j) in self._spans.items():
+            if i == j:
+                self.tiles[name].diagonal(dim1=1, dim2=2).fill_(scale)
+
+    def accumulate(self, U: Tensor, rows: Rows, beta: float, weight: float) -> None:
+        """``A <- beta A + weight U U^T`` for the given rows, U (rows, d, any)."""
+        for name, (i, j) in self._spans.items():
+            tile = self.tiles[name]
+            if isinstance(rows, slice):
+                tile[rows].baddbmm_(U[:, i], U[:, j].mT, beta=beta, alpha=weight)
+            else:
+                tile[rows] = tile[rows].baddbmm_(U[:, i], U[:, j].mT, beta=beta, alpha=weight)
+
+    def whole(self, rows: Rows) -> Tensor:
+        """The given matrices, (rows, d, d); a view where they are stored so."""
+        if len(self._spans) == 1:
+            return self.tiles[""][rows]
+        A11, A21, A22 = (tile[rows] for tile in self.tiles.values())
+        return torch.cat([torch.cat([A11, A21.mT], 2), torch.cat([A21, A22], 2)], 1)
