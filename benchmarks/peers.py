@@ -1,6 +1,7 @@
 """The optimizers that ``benchmarks/step.py`` measures, each made by ``make(params, block_size, refresh, exponent)``."""
 
 import importlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,8 @@ from torch import nn
 from shampoo3d import Computation, Shampoo, ShampooHyperParams
 
 LR, MOMENTUM, BETA2, MATRIX_EPS = 1e-3, 0.9, 0.95, 1e-6
-OURS, LOOP, PYTORCH_OPTIMIZER = "3D-Shampoo", "per-block loop", "pytorch_optimizer Shampoo"
+OURS, OURS_REDUCED = "3D-Shampoo", "3D-Shampoo, bfloat16 products"
+LOOP, PYTORCH_OPTIMIZER = "per-block loop", "pytorch_optimizer Shampoo"
 LOOP_BLOCKS = (64, 128)
 
 Params = Sequence[nn.Parameter]
@@ -29,6 +31,7 @@ class Contender:
         blocks, refreshes: whether block size and refresh interval make a difference to it.
         threads: whether it goes on computing on another thread after ``step()``.
         only_blocks: the block sizes it is measured at; empty for all.
+        widest: the largest width it is measured at.
         everywhere: or else at the main block size and interval only.
     """
 
@@ -39,10 +42,11 @@ class Contender:
     refreshes: bool = True
     threads: bool = False
     only_blocks: tuple[int, ...] = ()
+    widest: float = math.inf
     everywhere: bool = True
 
-    def suits(self, block: int) -> bool:
-        return not self.only_blocks or block in self.only_blocks
+    def suits(self, width: int, block: int) -> bool:
+        return width <= self.widest and (not self.only_blocks or block in self.only_blocks)
 
 
 def shampoo(params: Params, block_size: int, refresh: int, exponent: int, computation: Computation) -> Shampoo:
@@ -62,7 +66,7 @@ def contenders() -> Iterator[Contender]:
     same = f"beta2 {BETA2}, matrix_eps {MATRIX_EPS}, SGD graft, Nesterov momentum {MOMENTUM}, vectors grafted only"
     variants = {
         OURS: Computation(),
-        f"{OURS}, bfloat16 products": Computation(products="bfloat16"),
+        OURS_REDUCED: Computation(products="bfloat16"),
         f"{OURS}, refresh together": Computation(refresh="together"),
         f"{OURS}, asynchronous": Computation(asynchronous=True),
     }
@@ -70,9 +74,9 @@ def contenders() -> Iterator[Contender]:
         make = partial(shampoo, computation=computation)
         yield Contender(name, same, make, threads=computation.asynchronous, everywhere=name == OURS)
     yield Contender(LOOP, f"{same}; eigh of one factor at a time", BlockLoop, only_blocks=LOOP_BLOCKS)
-    for name, settings, make in (("AdamW", "", _adamw), ("Muon", "; matrices only", _muon)):
+    for name, settings, plain in (("AdamW", "", _adamw), ("Muon", "; matrices only", _muon)):
         settings = f"PyTorch's defaults{settings}"
-        yield Contender(f"torch {name}", settings, make, blocks=False, refreshes=False, everywhere=False)
+        yield Contender(f"torch {name}", settings, plain, blocks=False, refreshes=False, everywhere=False)
 
 
 def optional_contenders() -> Iterator[Contender]:
@@ -82,9 +86,8 @@ def optional_contenders() -> Iterator[Contender]:
     same = f"beta2 {BETA2}, matrix_eps {MATRIX_EPS}, SGD graft, Nesterov momentum {MOMENTUM}, vectors grafted only"
     roots = "SVD on a CPU, where it is faster than the default Newton iteration"
     yield Contender(PYTORCH_OPTIMIZER, f"ScalableShampoo: {same}; roots by {roots}", _scalable_shampoo)
-    yield Contender(
-        "pytorch_optimizer SOAP", f"beta 0.9, {BETA2}; whole matrices, QR", _soap, blocks=False, everywhere=False
-    )
+    soap = f"betas 0.9 and {BETA2}; whole matrices, QR; up to width 512, beyond which a refresh takes many seconds"
+    yield Contender("pytorch_optimizer SOAP", soap, _soap, blocks=False, widest=512, everywhere=False)
 
 
 def peer(text: str) -> Contender:

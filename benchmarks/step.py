@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from block_loop import check_same
-from peers import LOOP_BLOCKS, Contender, contenders, optional_contenders, peer, shampoo
+from peers import Contender, contenders, optional_contenders, peer, shampoo
 from record import setting, write
-from step_report import show, show_targets, targets
+from step_report import COLUMNS, PRODUCTS, show, show_targets, targets
 from torch import Tensor, nn
 
 from shampoo3d import Computation
@@ -271,12 +271,17 @@ def measure_all(options: argparse.Namespace, these: Sequence[Contender]) -> dict
         place = case.width, case.block
         if place not in bounds:
             bounds[place] = products(case, 3 if options.quick else 7, options.exponent, device)
+            show([bounds[place]], PRODUCTS)
         main = (case.block, case.refresh) == (options.blocks[0], options.refresh[0])
-        now = [contender for contender in these if (main or contender.everywhere) and contender.suits(case.block)]
+        now = [
+            contender
+            for contender in these
+            if (main or contender.everywhere) and contender.suits(case.width, case.block)
+        ]
         # At least five steps; and of a long cycle, one tells enough.
         cycles = 1 if options.quick or case.refresh > 20 else options.cycles
         found = measure(case, now, max(cycles, -(-5 // case.refresh)), options.exponent, device)
-        show([asdict(row) for row in found], bounds[place])
+        show([asdict(row) for row in found], COLUMNS)
         rows += found
     return {"rows": [asdict(row) for row in rows], "products": list(bounds.values())}
 
@@ -319,7 +324,6 @@ def main() -> None:
         "exponent": options.exponent,
         "optimizers": {contender.name: contender.settings for contender in these},
         "missing": [] if optional else ["pytorch_optimizer"],
-        "loop_blocks": LOOP_BLOCKS,
         "run_seconds": round(time.perf_counter() - started),
     }
     result = {"setting": setting(**what), "targets": targets(result), **result}

@@ -155,3 +155,19 @@ def test_products_of_bfloat16_operands_change_the_direction_little() -> None:
     full, reduced = direction(), direction(computation=Computation(products="bfloat16"))
     cosine = float(full @ reduced / full.norm() / reduced.norm())
     assert 1e-12 < 1 - cosine < 1e-4
+
+
+# ---- the budget ----
+
+
+def test_a_budget_is_a_longer_interval() -> None:
+    budget, optimizer = made(computation=Computation(refresh_budget=0.01))
+    train(optimizer, range(1))
+    (plan,) = optimizer.plans
+    assert plan.every > 3
+    expected, longer = made(preconditioning_compute_steps=plan.every)
+    train(longer, range(1))
+    for run in (optimizer, longer):
+        train(run, range(1, 2 * plan.every + 1))
+    assert same(budget, expected)
+    assert f"every {plan.every} steps, and are at most {plan.every - 1} steps old" in str(optimizer.report())

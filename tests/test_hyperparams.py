@@ -60,6 +60,7 @@ GOOD: dict[str, list[Any]] = {
 BAD_COMPUTATION: dict[str, list[Any]] = {
     "root_method": ["", "qr", "Eigh", True, None],
     "refresh": ["", "never", 1, None],
+    "refresh_budget": [0.0, -0.1, 1.5, float("nan"), "half", True],
     "asynchronous": [1, "yes", None],
     "products": ["float16", "", None],
     "root_storage": ["float32", torch.bfloat16, None],
@@ -69,6 +70,7 @@ BAD_COMPUTATION: dict[str, list[Any]] = {
 GOOD_COMPUTATION: dict[str, list[Any]] = {
     "root_method": ["auto", "eigh", "newton", "newton_db", "minimax"],
     "refresh": ["staggered", "together"],
+    "refresh_budget": [None, 1e-3, 0.5, 1.0, 1],
     "asynchronous": [True, False],
     "products": ["state", "bfloat16"],
     "root_storage": ["state", "bfloat16"],
@@ -202,6 +204,7 @@ def test_the_defaults_are_those_of_the_thesis() -> None:
         "computation": {
             "root_method": "auto",
             "refresh": "staggered",
+            "refresh_budget": None,
             "asynchronous": False,
             "products": "state",
             "root_storage": "state",

@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import random_states
 from shampoo3d.roots import inverse_roots
-from shampoo3d.roots.interval import MARGIN
 from shampoo3d.roots.remez import polynomials
 from test_roots import CASES, METHODS
 
@@ -147,13 +146,12 @@ class Watch(TorchDispatchMode):
 
 def test_minimax_never_waits_for_the_device() -> None:
     seen: list[str] = []
-    inverse_roots(sound()[None], 4, 1e-6, method="minimax")  # from here on the polynomials are known
+    stack = sound()[None]
+    inverse_roots(stack, 4, 1e-6, method="minimax")  # from here on the polynomials are known
     with Watch(seen.append):
-        inverse_roots(sound()[None], 4, 1e-6, method="minimax")
+        inverse_roots(stack, 4, 1e-6, method="minimax")
     assert any("bmm" in op for op in seen)
-    waiting = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal.", "_to_copy")
-    looked = [op for op in seen if any(name in op for name in waiting)]
-    assert all("_to_copy" in op for op in looked), looked
+    assert not [op for op in seen if "_local_scalar_dense" in op or "nonzero" in op or "aten.equal" in op]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -185,8 +183,9 @@ def lowered() -> Any:
 @pytest.mark.parametrize(("eps", "respected"), [(9e-5, False), (1e-4, True)])
 def test_switches_of_precision(lowered: str, method: str, eps: float, respected: bool) -> None:
     seen: set[str] = set()
+    stack = sound()[None]
     with Watch(lambda op: seen.add(precision()) if "mm" in op else None):
-        inverse_roots(sound()[None], 4, eps, method=method)
+        inverse_roots(stack, 4, eps, method=method)
     assert seen <= ({lowered} if respected else {"ieee", "highest"})
     assert seen
     assert precision() == lowered
@@ -223,7 +222,7 @@ def test_polynomials_carry_the_whole_interval_to_one_in_spite_of_rounding(p: int
         y = 1 - m if late else m
         q = c[0] + c[1] * y + c[2] * y * y
         x, m = x * q, m * q**p * (1 + noise * (2 * torch.rand(len(m), generator=generator) - 1))
-        assert m.max() < 1 + 2 * p * tolerance + MARGIN
+        assert m.max() < 1 + 2 * p * (tolerance + 30 * noise)
     assert (x / root - 1).abs().max() < tolerance + 30 * noise
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from common import MODELS, RANDOM, a_storage, replicated
 from shampoo3d.computation import Computation
-from shampoo3d.cost import root_cost
+from shampoo3d.cost import block_cost, root_cost, within_budget
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import describe
 from shampoo3d.plan import Plan, factors_of, make_plan, make_plans, refresh_offsets
@@ -245,3 +245,37 @@ def test_turns_are_dealt_out_over_all_teams_or_given() -> None:
     assert found(given) == {"d": 0, "c": 1, "b": 2, "a": 3}
     (block,) = make_plan(held[2, 3], (2, 3), hp, offsets=given).blocks
     assert block.offset == 1
+
+
+# ---- the budget ----
+
+
+@EXAMPLES
+@given(chance=RANDOM, budget=st.floats(0.01, 1.0), every=st.integers(1, 9))
+def test_roots_take_at_most_their_budget_and_are_no_older_than_they_must(
+    chance: Random, budget: float, every: int
+) -> None:
+    shapes = [tuple(chance.choice([3, 17, 130]) for _ in range(chance.choice([2, 3]))) for _ in range(5)]
+
+    def share(k: int) -> float:
+        hp = replace(hyperparams(every), preconditioning_compute_steps=k)
+        roots = sum(map(root_cost, shapes)) / k
+        return roots / sum(block_cost(shape, len(shape), hp) for shape in shapes)
+
+    hp = replace(hyperparams(every), computation=Computation(refresh_budget=budget))
+    found = within_budget(shapes, hp).preconditioning_compute_steps
+    assert found == every or share(found) <= budget * (1 + 1e-9) < share(found - 1) * (1 + 1e-6)
+    assert share(found) <= budget * (1 + 1e-9)
+    assert replace(within_budget(shapes, hp), preconditioning_compute_steps=every) == hp
+    assert within_budget(shapes, hyperparams(every)) == hyperparams(every)
+
+
+def test_the_budget_is_that_of_the_whole_run() -> None:
+    hp = replace(hyperparams(1), computation=Computation(refresh_budget=0.1))
+    held = {
+        (0, 1): [describe(replicated("a", (300, 300), (0, 1)), hp, 4)],
+        (2, 3): [describe(replicated("b", (40, 7), (2, 3)), hp, 4)],
+    }
+    every = within_budget([(300, 300), (40, 7)], hp).preconditioning_compute_steps
+    assert every > 1
+    assert [plan.every for plan in make_plans(held, hp)] == [every, every]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shampoo3d.agreement import everyones, first_complaint
+from shampoo3d.cost import within_budget
 from shampoo3d.distribution import Distribution
 from shampoo3d.engines import deepspeed, dtensor, native, zero
 from shampoo3d.holdings import Team
@@ -154,13 +155,13 @@ def assemble(
         matrices[ranks], differences = _matrices(ranks, by_team[ranks], groups, facts, mesh, distribution)
         complaint = complaint or differences
     _refuse(mesh, complaint)
-    plans = _planned(matrices, facts.hp, fixed, distribution.memory_bound, mesh)
+    plans, hp = _planned(matrices, facts.hp, fixed, distribution.memory_bound, mesh)
     places: dict[Tensor, Place] = {}
     slabs: dict[Place, FlatSlab] = {}
     for s in stored:
         place = places.setdefault(s.tensor, Place(s.tensor, s.group, groups[s.group]["precondition"]))
         if s.sharded and place not in slabs:
-            slabs[place] = FlatSlab(place, facts.hp)
+            slabs[place] = FlatSlab(place, hp)
     teams = []
     for plan in plans:
         members = [s for s, _ in by_team[plan.ranks]]
@@ -170,7 +171,7 @@ def assemble(
         ]
         beyond = bool(set(plan.ranks) - set(mesh.data.ranks)) and any(s.original in tied for s in members)
         flat = {b.place: slabs[b.place] for b in bindings if b.matrix.storage.sharded}
-        teams.append(Team(mesh.group(plan.ranks), mesh.rank, plan, bindings, facts.hp, beyond, flat))
+        teams.append(Team(mesh.group(plan.ranks), mesh.rank, plan, bindings, hp, beyond, flat))
     return teams
 
 
@@ -211,8 +212,8 @@ def _planned(
     fixed: Mapping[BlockId, int],
     memory_bound: int | None,
     mesh: Mesh,
-) -> list[Plan]:
-    """A plan for each team, the same on all its ranks."""
+) -> tuple[list[Plan], ShampooHyperParams]:
+    """A plan for each team, the same on all its ranks, and the settings within the budget of the whole run."""
     plans: list[Plan] = []
     complaint = ""
     # Turns are dealt out over the whole run; the first rank of each team speaks for it.
@@ -222,14 +223,16 @@ def _planned(
         if ranks[0] == mesh.rank
         for block, sizes in factors_of(held).items()
     }
-    offsets = refresh_offsets(dict(ChainMap(*everyones(mesh.everyone, told))), hp)
+    factors = dict(ChainMap(*everyones(mesh.everyone, told)))
+    hp = within_budget(factors.values(), hp)
+    offsets = refresh_offsets(factors, hp)
     try:
         plans = make_plans(matrices, hp, fixed, memory_bound, offsets)
     except ValueError as error:
         complaint = str(error)
     _refuse(mesh, complaint)
     _refuse(mesh, _different_plans(plans, mesh))
-    return plans
+    return plans, hp
 
 
 def _unknown_ties(stored: Sequence[Stored], facts: Facts, tied: Mapping[Tensor, Ranks]) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from shampoo3d.checks import check_bool, check_choice, check_integer
+from shampoo3d.checks import check_bool, check_choice, check_integer, check_number
 
 RootMethod = Literal["auto", "eigh", "newton", "newton_db", "minimax"]
 Precision = Literal["state", "bfloat16"]
@@ -18,6 +18,9 @@ class Computation:
             by device, size and exponent.
         refresh: "staggered": with ``preconditioning_compute_steps = k`` about 1/k of the roots is computed at each
             step; "together": all of them at every k-th step.
+        refresh_budget: the part of the optimizer's own work that roots may take, between 0 and 1; where they would take
+            more, ``preconditioning_compute_steps`` is lengthened until they do not. By the cost model, so it is the
+            same in every run. None for no bound.
         asynchronous: roots are computed beside the next forward and backward, on a thread or a side stream, and used
             one step later.
         products: in which precision the operands of the products of statistics and of preconditioning enter: that of
@@ -33,6 +36,7 @@ class Computation:
 
     root_method: RootMethod = "auto"
     refresh: Literal["staggered", "together"] = "staggered"
+    refresh_budget: float | None = None
     asynchronous: bool = False
     products: Precision = "state"
     root_storage: Precision = "state"
@@ -42,6 +46,8 @@ class Computation:
     def __post_init__(self) -> None:
         check_choice("root_method", self.root_method, ("auto", "eigh", "newton", "newton_db", "minimax"))
         check_choice("refresh", self.refresh, ("staggered", "together"))
+        if self.refresh_budget is not None:
+            check_number("refresh_budget", self.refresh_budget, above=0.0, most=1.0)
         check_bool("asynchronous", self.asynchronous)
         for name in ("products", "root_storage", "momentum_storage"):
             check_choice(name, getattr(self, name), ("state", "bfloat16"))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from shampoo3d.blocks import Shape, tile_shapes
 from shampoo3d.hyperparams import ShampooHyperParams, momenta_names, storage_of
@@ -29,6 +30,25 @@ def block_cost(shape: Shape, rank: int, hp: ShampooHyperParams) -> float:
     products = elements * sum(factors) * (1 + 1 / hp.statistics_compute_steps)
     roots = root_cost(factors) / hp.preconditioning_compute_steps
     return _PER_BLOCK + _PER_ELEMENT * elements + products + roots
+
+
+def within_budget(blocks: Iterable[Shape], hp: ShampooHyperParams) -> ShampooHyperParams:
+    """The settings with ``preconditioning_compute_steps`` long enough for ``refresh_budget``, if there is one.
+
+    With R the work of all roots, and W that of the rest of a step, ``R / k <= budget (R / k + W)``.
+
+    Args:
+        blocks: the shapes of all blocks that the run preconditions.
+    """
+    budget = hp.computation.refresh_budget
+    if budget is None:
+        return hp
+    shapes = list(blocks)
+    roots = sum(map(root_cost, shapes))
+    every = hp.preconditioning_compute_steps
+    rest = sum(block_cost(shape, len(shape), hp) for shape in shapes) - roots / every
+    needed = math.ceil(roots * (1 - budget) / (budget * rest)) if rest else 1
+    return replace(hp, preconditioning_compute_steps=max(every, needed))
 
 
 def bytes_of(name: str, hp: ShampooHyperParams, dtype: str) -> int:

@@ -10,7 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from shampoo3d.blocks import Shape
-from shampoo3d.cost import applied_cost, block_bytes, block_cost, element_bytes, root_cost, statistics_bytes
+from shampoo3d.cost import (
+    applied_cost,
+    block_bytes,
+    block_cost,
+    element_bytes,
+    root_cost,
+    statistics_bytes,
+    within_budget,
+)
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Matrix
 from shampoo3d.schedule import offsets as dealt_out
@@ -71,11 +79,13 @@ class Plan:
 
     Attributes:
         resident: per rank, bytes of momenta that stay where their elements are stored (ZeRO, FSDP), whoever owns what.
+        every: steps between two refreshes of a root, so that roots in use are at most so many less one steps old.
     """
 
     ranks: tuple[int, ...]
     blocks: tuple[PlannedBlock, ...]
     resident: tuple[int, ...] = ()
+    every: int = 1
 
     def owned_by(self, rank: int) -> tuple[PlannedBlock, ...]:
         return tuple(block for block in self.blocks if block.owner == rank)
@@ -104,7 +114,7 @@ class Plan:
         data = json.loads(text)
         lists = ("shape", "factors", "keepers")
         blocks = (PlannedBlock(**block | {name: tuple(block[name]) for name in lists}) for block in data["blocks"])
-        return cls(tuple(data["ranks"]), tuple(blocks), tuple(data["resident"]))
+        return cls(tuple(data["ranks"]), tuple(blocks), tuple(data["resident"]), data["every"])
 
     def digest(self) -> str:
         """A short fingerprint: equal on two ranks exactly if their plans are."""
@@ -161,7 +171,10 @@ def make_plan(
     Raises:
         ValueError: naming the block, the bytes and the bound, if there is no rank left to take it.
     """
-    offsets = refresh_offsets(factors_of(matrices), hp) if offsets is None else offsets
+    if offsets is None:
+        factors = factors_of(matrices)
+        hp = within_budget(factors.values(), hp)
+        offsets = refresh_offsets(factors, hp)
     drafts = [_draft(m, number, hp, fixed or {}, offsets) for m in matrices for number in range(len(m.blocks))]
     storing = _storing(matrices, drafts)
     counterparts = {matrix.name: matrix.storage.counterparts for matrix in matrices}
@@ -174,7 +187,7 @@ def make_plan(
     for draft in drafts:
         owner = owners.get(draft.id, draft.owner)
         blocks.append(replace(draft, owner=owner, keepers=counterparts[draft.matrix](owner)))
-    return Plan(tuple(ranks), tuple(blocks), resident)
+    return Plan(tuple(ranks), tuple(blocks), resident, hp.preconditioning_compute_steps)
 
 
 def _balanced(
@@ -353,7 +366,9 @@ def make_plans(
     """
     plans: list[Plan] = []
     if offsets is None:
-        offsets = refresh_offsets(factors_of(itertools.chain.from_iterable(held.values())), hp)
+        factors = factors_of(itertools.chain.from_iterable(held.values()))
+        hp = within_budget(factors.values(), hp)
+        offsets = refresh_offsets(factors, hp)
     for ranks in in_order(held):
         known = [(plan.load(), plan.bytes()) for plan in plans if set(ranks) <= set(plan.ranks)]
         load = {rank: (sum(cost[rank] for cost, _ in known), sum(size[rank] for _, size in known)) for rank in ranks}

@@ -29,12 +29,15 @@ class Report:
     """All parameters of this rank, and the steps that were skipped. ``str(report)`` is a table.
 
     Attributes:
+        every, oldest: steps between two refreshes of a root, and how many steps old the roots in use can be.
         state_bytes: of statistics, roots and momenta on this rank.
         traffic: bytes that a step brings from other ranks, see ``routes.traffic``.
     """
 
     rows: tuple[Row, ...]
     skipped_steps: int
+    every: int
+    oldest: int
     state_bytes: int
     traffic: Mapping[str, int]
 
@@ -56,7 +59,9 @@ class Report:
         for team in teams:
             received.update(traffic(team.plan, [b.matrix for b in team.bindings], team.rank, distribution))
         rows = tuple(found[name] for name in names.values() if name in found)
-        return cls(rows, skipped_steps, state_bytes(teams), dict(received))
+        every = max((team.plan.every for team in teams), default=1)
+        oldest = every - 1 + any(team.hp.computation.asynchronous for team in teams)
+        return cls(rows, skipped_steps, every, oldest, state_bytes(teams), dict(received))
 
     def __str__(self) -> str:
         header = ("parameter", "shape", "path", "blocks", "owners", "reason")
@@ -68,6 +73,7 @@ class Report:
         padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
         lines = ["  ".join(row).rstrip() for row in padded]
         lines.append(f"steps skipped for non-finite gradients: {self.skipped_steps}")
+        lines.append(f"roots are refreshed every {self.every} steps, and are at most {self.oldest} steps old")
         lines.append(f"bytes of state on this rank: {self.state_bytes}")
         received = ", ".join(f"{what} {count}" for what, count in self.traffic.items() if count)
         lines.append(f"bytes from other ranks in a step, roots only when they are refreshed: {received or 'none'}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams
+from shampoo3d import Computation, LayerwiseGrafting, Shampoo, ShampooHyperParams
 
 Settings = dict[str, Any]
 
@@ -29,6 +29,11 @@ SETTINGS: dict[str, Settings] = {
         "preconditioning_compute_steps": 3,
         "statistics_compute_steps": 2,
         "start_preconditioning_step": 4,
+    },
+    "asynchronous-2": {
+        "block_size": 5,
+        "preconditioning_compute_steps": 2,
+        "computation": Computation(asynchronous=True, root_method="newton"),
     },
     "no-momentum": {"block_size": 8, "beta2": 0.9, "momentum": 0.0, "nesterov": False, "lr": 0.2},
     "embeddings-excluded": {"block_size": 12, "ignore_embedding_layer": True, "nesterov": False},

@@ -36,7 +36,7 @@ def _worst(world: int, name: str, make: Callable[..., Session], *arguments: Any)
     return max(max(distances.values()) for distances in found)
 
 
-@pytest.mark.parametrize("name", ["uneven-blocks", "refresh-3-start-4", "adagrad-decay"])
+@pytest.mark.parametrize("name", ["uneven-blocks", "refresh-3-start-4", "adagrad-decay", "asynchronous-2"])
 @pytest.mark.parametrize(("replicas", "copies"), [(2, 2), (4, 2), (4, 4)])
 def test_copies_of_roots(replicas: int, copies: int, name: str) -> None:
     make_optimizer = _with(Distribution(root_copies=copies), name)

@@ -55,9 +55,10 @@ def inverse_roots(
     with products_for(A, eps):
         found = _compute(chosen, A, p, eps, pseudo_inverse)
         accepted = sound & found.converged & _is_root(found.roots, A, p, found.ridge)
-        # 2^(-exponent/p), halved for the sum; in double precision, lest the rounded exponent shows in the last digits.
-        factor = torch.exp2(exponent.double() / -p - 1).to(A.dtype)[:, None, None]
-        roots = (found.roots + found.roots.mT) * factor
+        # 2^(-exponent/p), whole powers of two apart from the rest so that they are exact; halved for the sum.
+        rest = torch.exp2(exponent.remainder(p).double() / -p - 1)
+        factor = torch.ldexp(rest, -exponent.div(p, rounding_mode="floor")).to(A.dtype)
+        roots = (found.roots + found.roots.mT) * factor[:, None, None]
     accepted = accepted & _largest_entry(roots).isfinite()
     return torch.where(accepted[:, None, None], roots, previous), ~(accepted | zero)
 

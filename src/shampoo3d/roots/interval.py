@@ -8,7 +8,7 @@ from torch import Tensor
 LEAST_RIDGE = 8
 """In units of u: iterations need a ridge that rounding cannot make negative; a smaller one counts as this."""
 MARGIN = 2.0**-10
-"""Distance from the upper end of the interval that rounding cannot cross."""
+"""Distance from the upper end of the interval, in lengths of it, that rounding cannot cross."""
 PROBES = 8
 SQUARINGS = 4
 

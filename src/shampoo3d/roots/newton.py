@@ -40,8 +40,9 @@ def newton_roots(A: Tensor, p: int, eps: float) -> Found:
         return X @ T, T @ M if p % 2 else M
 
     X = add_identity(torch.zeros_like(M), start ** (1 / p))
-    growth = p * math.log((p + 1) / p)
-    limit = math.ceil(-math.log(low * start) / growth) if low * start < 1 else 0
+    # A small eigenvalue grows by ((p + 1) / p)^p each step; the first step may make the largest one small.
+    smallest = min(low * start, start * (start / p) ** p)
+    limit = math.ceil(-math.log(smallest) / (p * math.log((p + 1) / p)))
     (X, _), converged = _until_done(advance, residual, (X, start * M), limit + QUADRATIC)
     return Found(X * scale.pow(-1.0 / p), ridge, converged)
 

@@ -31,7 +31,7 @@ def polynomials(p: int, low: float, tolerance: float) -> tuple[Step, ...]:
 
     With ``x = m^(1/p)`` a step is ``x <- x q(x^p)``. Each is the best for what the previous ones leave of the interval,
     which composes to the best there is (Amsel et al. 2025, arXiv 2505.16932, for p = 2), but for two safeguards:
-    CUSHION, and an image that keeps MARGIN's distance from 1, where the slope is steep.
+    CUSHION, and an image that keeps a distance from 1, MARGIN of the interval's length, where polynomials are steep.
 
     Args:
         p: the exponent, at least 1.
@@ -50,14 +50,15 @@ def _polynomials(p: int, low: float, tolerance: float) -> tuple[Step, ...]:
         image = x * sum(c[k] * (1 - x**p) ** k for k in range(DEGREE + 1))
         least, most = float(image.min()), float(image.max())
         last = most - least <= tolerance * (most + least)
-        factor = 2 / (most + least) if last else (1 - MARGIN) / most
-        steps.append(_written(*(factor * a for a in c), late=x0 > LATE))
+        factor = 2 / (most + least) if last else (1 - MARGIN * (1 - x0)) / most
+        steps.append(_written([factor * a for a in c], x0 > LATE))
         if last:
             return tuple(steps)
         x0 = factor * least
 
 
-def _written(c0: float, c1: float, c2: float, late: bool) -> Step:
+def _written(c: list[float], late: bool) -> Step:
+    c0, c1, c2 = c
     return Step((c0, c1, c2) if late else (c0 + c1 + c2, -c1 - 2 * c2, c2), late)
 
 
@@ -66,7 +67,7 @@ def _grid(low: float) -> Tensor:
 
 
 def _best(p: int, low: float) -> list[float]:
-    """The c that minimise ``max |1 - x sum_k c[k] (1 - x^p)^k|`` over [low, 1]: DEGREE + 2 peaks, equal, alternating."""
+    """The c that minimise ``max |1 - x sum_k c[k] (1 - x^p)^k|`` over [low, 1], with DEGREE + 2 equal peaks."""
     x, n, width = _grid(low), DEGREE + 2, 1 - low**p
     powers = torch.arange(DEGREE + 1, dtype=torch.float64, device="cpu")
     basis = x[:, None] * ((1 - x**p) / width)[:, None] ** powers
