@@ -181,17 +181,18 @@ def warm_rows() -> Iterator[str]:
         (old, _), (near, _), (now, _) = training(beta2, (TRAINED - 10, TRAINED - 1, TRAINED))
         for (age, before), p in itertools.product(((1, near), (10, old)), (1, 2, 4)):
             start, target = Reference(before), Reference(now)
-            X, half, A = start.power(-1 / p, 1e-6), start.power(-0.5, 1e-6), target.power(1.0, 1e-6)
-            M = half @ A @ half
+            previous, half = start.power(-1 / p, 1e-6), start.power(-0.5, 1e-6)
+            M = half @ target.power(1.0, 1e-6) @ half
             values = torch.linalg.eigvalsh(M)
-            needed = (values[:, -1] / values[:, 0]).median() / (1 / 1e-6)
-            X, M = X / (scale := values[:, -1, None, None]) ** (1 / p), M / scale
+            condition = (values[:, -1] / values[:, 0]).median()
+            scale = values[:, -1, None, None]
+            X, M = previous / scale ** (1 / p), M / scale
             for _ in range(60):
-                T = torch.eye(WIDTH, dtype=torch.float64) + (torch.eye(WIDTH, dtype=torch.float64) - M) / p
+                T = ((p + 1) * torch.eye(WIDTH, dtype=torch.float64) - M) / p
                 X, M = X @ T, torch.linalg.matrix_power(T, p) @ M
             exact = target.power(-1 / p, 1e-6)
-            stale, error = norm(start.power(-1 / p, 1e-6) - exact) / norm(exact), norm(X - exact) / norm(exact)
-            numbers = (values[:, 0].min(), values[:, -1].median(), values[:, -1].max(), needed, stale.median())
+            stale, error = norm(previous - exact) / norm(exact), norm(X - exact) / norm(exact)
+            numbers = (values[:, 0].min(), values[:, -1].median(), values[:, -1].max(), condition, stale.median())
             yield f"{beta2:g} {age} {p} {' '.join(short(float(x)) for x in (*numbers, error.median(), error.max()))}"
 
 
@@ -201,30 +202,37 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="leave out sizes above 256")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    trained = f"GPT of width {WIDTH}, {LAYERS} layers, {TRAINED} steps, blocks of {WIDTH}"
     tables = {
-        "cost": ("n p method milliseconds gemm_equivalents", cost_rows(arguments.quick)),
+        "cost": (
+            "float32, one thread, CPU milliseconds per matrix, condition 1e8, eps 1e-6",
+            "n p method milliseconds gemm_equivalents",
+            cost_rows(arguments.quick),
+        ),
         "training": (
+            f"float32, factors of a {trained}",
             "beta2 p eps method error_median error_max 1-cos_median 1-cos_max residual_median residual_max failed",
             training_rows(),
         ),
         "warm_start": (
-            "beta2 steps_ago p smallest_eigenvalue largest_median largest condition_ratio stale_error error error_max",
+            f"float64, eps 1e-6, coupled Newton from the root of earlier factors of a {trained}",
+            "beta2 steps_ago p smallest_eigenvalue largest_median largest condition stale_error error error_max",
             warm_rows(),
         ),
-        "synthetic": ("dtype condition n p eps method error 1-cos residual failed", synthetic_rows(arguments.quick)),
+        "synthetic": (
+            "worst of 4 matrices up to n = 64, one above",
+            "dtype condition n p eps method error 1-cos residual failed",
+            synthetic_rows(arguments.quick),
+        ),
     }
-    result = setting(
-        cost="float32, one thread, CPU milliseconds per matrix, condition 1e8, eps 1e-6",
-        synthetic="worst of 4 matrices up to n = 64, one above",
-        training=f"GPT, width {WIDTH}, {LAYERS} layers, {TRAINED} steps, blocks of {WIDTH}",
-    )
-    for name, (columns, rows) in tables.items():
+    result = setting()
+    for name, (how, columns, rows) in tables.items():
         print(f"--- {name}: {columns}", flush=True)
         kept = []
         for row in rows:
             print(row, flush=True)
             kept.append(row)
-        result[name] = {"columns": columns, "rows": kept}
+        result[name] = {"setting": how, "columns": columns, "rows": kept}
         if arguments.out:
             write(arguments.out, result)
 

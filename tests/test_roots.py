@@ -10,7 +10,8 @@ from torch import Tensor
 
 from shampoo3d.roots import check_method, choose, inverse_roots
 from shampoo3d.roots.choice import refusal
-from shampoo3d.roots.interval import bounded
+from shampoo3d.roots.interval import bounded, probes
+from shampoo3d.roots.measured import COST
 
 METHODS = ("eigh", "newton", "newton_db", "minimax")
 EXPONENTS = (1, 2, 3, 4, 6, 8)
@@ -97,6 +98,17 @@ def test_rank_deficient_float32_is_bounded_and_right_on_its_range(method: str, p
         assert np.abs(root @ x - expected).max() < tolerance * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(("method", "p"), [case for case in CASES if case[1] > 2])
+def test_directions_in_float32(method: str, p: int) -> None:
+    """1 - cos between P G and what it should be, for gradients of the covariance that A is."""
+    A = with_eigenvalues(np.geomspace(1, 1e-8, 96), 2)
+    w, Q = np.linalg.eigh(A)
+    G = (Q * np.sqrt(np.maximum(w, 0))) @ np.random.default_rng(0).standard_normal((96, 96))
+    u = found(A, p, 1e-6, method, torch.float32).double().numpy() @ G
+    v = root_of(A, p, 1e-6, np.finfo(np.float32).eps) @ G
+    assert np.linalg.norm(u / np.linalg.norm(u) - v / np.linalg.norm(v)) ** 2 / 2 < (5e-6 if p > 3 else 5e-5)
+
+
 @pytest.mark.parametrize("p", [1, 2, 4, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_pseudo_inverse_leaves_out_what_is_zero_up_to_rounding(p: int, dtype: torch.dtype) -> None:
@@ -157,6 +169,13 @@ def test_the_bound_holds_every_eigenvalue_in_its_interval(d: int, rank: int) -> 
     assert np.allclose(scale * M, X @ X.mT + ridge * torch.eye(d, dtype=torch.float64))
 
 
+def test_the_bound_holds_where_no_probe_sees_the_largest_eigenvalue() -> None:
+    hidden = np.linalg.qr(probes(torch.zeros(1, 33, 33, dtype=torch.float64))[0].numpy(), mode="complete")[0][:, -1]
+    M, _, _, ridge, low = bounded(torch.tensor(np.outer(hidden, hidden))[None], 1e-3)
+    assert 1e-3 * 33**-0.25 * (1 - 1e-9) <= ridge <= 1e-3
+    assert np.linalg.eigvalsh(M[0].numpy()).min() >= low * (1 - 1e-9)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stack_may_be_empty(method: str) -> None:
     roots, failed = inverse_roots(torch.zeros(0, 3, 3), 2, 1e-6, method=method)
@@ -196,3 +215,11 @@ def test_what_a_method_cannot_do_is_refused(method: str, p: int, pseudo_inverse:
 def test_auto(device: str, p: int, double: bool, pseudo_inverse: bool, expected: str) -> None:
     assert choose("auto", p, pseudo_inverse, d=256, device=device, double=double) == expected
     assert choose("newton", 5, False, d=256, device=device, double=double) == "newton"
+
+
+@pytest.mark.parametrize("d", [1, 3, 64, 90, 91, 4096])
+def test_auto_goes_by_the_measured_cost_of_the_nearest_size(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"eigh": {64: 1.0, 128: 5.0}, "minimax": {64: 2.0, 128: 3.0}}
+    monkeypatch.setitem(COST, "tpu", table)
+    assert choose("auto", 4, False, d=d, device="tpu", double=False) == ("eigh" if d * d < 64 * 128 else "minimax")
+    assert choose("auto", 4, False, d=d, device="unknown", double=False) == "eigh"

@@ -171,7 +171,7 @@ class Team:
     def _make_batches(self) -> list[Batch]:
         kinds: defaultdict[Any, list[int]] = defaultdict(list)
         kept = [
-            (number, self.slots[slot][0].place.group, self.plan.blocks[slot].offset, slot)
+            (number, self.slots[slot][0].place.group, slot)
             for number, slots in enumerate(self.rounds)
             for slot in slots
             if self.rank in self.plan.blocks[slot].keepers

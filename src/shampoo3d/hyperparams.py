@@ -28,7 +28,8 @@ class ShampooHyperParams:
         weight_decay: the default of every parameter group; added to the direction as ``weight_decay * W``.
         inverse_exponent_override: p in ``L^(-1/p)``; 0 means ``2 * rank`` of the (merged) parameter.
         start_preconditioning_step: the first step t (counted from 1) that uses the preconditioned direction.
-        preconditioning_compute_steps: roots are computed at each step t that it divides.
+        preconditioning_compute_steps: the roots of a block are computed every so many steps; ``computation.refresh``
+            says at which.
         statistics_compute_steps: statistics are accumulated at each step t that it divides.
         block_size: the largest side of a block; 0 keeps every matrix whole.
         best_effort_shape_interpretation: merge adjacent dimensions while their product is at most ``block_size``.

@@ -1,25 +1,27 @@
 """How many bytes a rank will keep and allocate, stated before anything is. Pure: the same on every rank."""
 
-import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
-from shampoo3d.blocks import SMALLEST_SPLIT, Shape
+from shampoo3d.blocks import SMALLEST_SPLIT
 from shampoo3d.cost import bytes_of, element_bytes, statistics_bytes
 from shampoo3d.distribution import Distribution
 from shampoo3d.hyperparams import LayerwiseGrafting, ShampooHyperParams
-from shampoo3d.layout import ITEM_BYTES, STATE_BYTES, Matrix
+from shampoo3d.layout import ITEM_BYTES, STATE_BYTES, Matrix, Storage
 from shampoo3d.plan import Plan, PlannedBlock
 from shampoo3d.roots.choice import choose
 from shampoo3d.routes import BUCKET_ELEMENTS, Leg, Routes, buckets, packed, rounds, travels, width
 
 CACHED_ELEMENTS = 2**18
 """On a CPU so many elements are worked on together, from statistics to direction: as many as its cache holds."""
-HALF = ITEM_BYTES["bfloat16"]
+
+ROOT_COPIES = {"eigh": 4, "newton_db": 10, "newton": 13}
+"""The d x d matrices that a refresh has at its height for each one, the new root among them; measured for d >= 32."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Memory:
     """Bytes on one rank.
 
     Attributes:
-        statistics, roots, momenta: the state, kept for ever.
+        statistics, roots, momenta: the state.
         buffers: through which things travel; kept from the first step on.
         transient: the most that a step allocates beside all this, and frees again.
     """
@@ -55,53 +57,54 @@ def memory(
     *,
     device: str = "cpu",
 ) -> Memory:
-    """The bytes of the optimizer on a rank; the model's weights and gradients are not counted.
+    """The bytes of the optimizer on a rank; weights and gradients are the model's.
 
-    A block of shape d_1 x d_2 x ... has, per axis, ``3/4 d^2`` numbers of statistics (``d^2`` below 256) and ``d^2`` of
-    roots, on its owner, and each of its elements has its momenta at home. What a step allocates besides is the largest
-    of three moments, in elements at home e_j of the slabs j, in order:
+    The owner of a block has ``3/4 d^2`` numbers of statistics (``d^2`` for d < 256) and ``d^2`` of its root for each
+    axis, d long; each element has its momenta at its home. A step has the most at one of three moments:
 
-        gradients taken:   sum_{i <= j} (S + D)_i + temporaries(e_j)
-        blocks worked on:  sum_i (S + D)_i + those of two rounds that are no slab's + one unit's products or new roots
-        weights changed:   sum_{i >= j} (S + D)_i + temporaries(e_j)
+        gradients are taken, slab by slab:  S and D of the slabs so far, and temporaries of this one
+        blocks are worked on, by units:     S and D of all; gradients that travelled, of two rounds; and of the unit
+                                            a product per element, or the work on new roots
+        weights are changed, slab by slab:  S and D of this slab and those to come, and temporaries of this one
 
-    S is one number per element. D is kept where it is more than the gradient itself and not its norm alone is needed.
-    A refresh of the n blocks of a unit, of size d along an axis, takes ``n d^2`` times :func:`_root_copies`.
+    S is a number per element at home here, and so is D, where the step needs more of it than its norm and than the
+    gradient that is there. New roots of n matrices, d x d, take ``n d^2`` times ROOT_COPIES; with ``asynchronous``,
+    all of them are there until the next step.
 
-    The state is exact but for the padding that an engine appends to a flat slice. Not counted: workspaces of libraries,
-    norms and indices, gradients that are not contiguous, and, with ``asynchronous``, what it may share with the model.
+    The state is exact but for the padding of an engine's flat slices. Elements that are stored once count as one slab,
+    as under ZeRO; under FSDP2, where each parameter is one, temporaries are smaller. Not counted: what libraries work
+    in, norms and indices, copies of gradients and weights that are not contiguous, and the comparison of values when
+    parameters are bound: 16 bytes for each element of the largest.
 
     Args:
-        teams: the plans that the rank takes part in, with the matrices of each.
-        hp: its ``weight_decay`` stands for that of all groups.
-        device: "cpu", where blocks are worked on in units of CACHED_ELEMENTS, or any other, where all of a round are.
+        teams: the plans that the rank takes part in, each with its matrices.
+        hp: its ``weight_decay`` stands for that of every group.
+        device: on a "cpu" a unit has CACHED_ELEMENTS, on any other all that is worked on in a round.
     """
     shares = [_Share(plan, matrices, rank, hp) for plan, matrices in teams if rank in plan.ranks]
-    slabs = _slabs(shares, hp)
-    moments = (True,) if hp.start_preconditioning_step == 1 else (False, True)
+    slabs = _slabs(shares)
+    phases = (True,) if hp.start_preconditioning_step == 1 else (False, True)
     return Memory(
         sum(share.statistics for share in shares),
         sum(share.roots for share in shares),
         sum(slab.elements * element_bytes(hp, slab.dtype) for slab in slabs),
         sum(share.buffers(distribution) for share in shares),
-        max(_transient(shares, slabs, hp, device, started=started) for started in moments),
+        max(_transient(shares, slabs, hp, device, started=started) for started in phases),
     )
 
 
 def _transient(
     shares: Sequence["_Share"], slabs: Sequence["_Slab"], hp: ShampooHyperParams, device: str, *, started: bool
 ) -> int:
-    """The most that a step before or after the start step has at any moment."""
+    """The most that a step has at any moment, before the start step or from then on."""
     held = [slab.held(hp, started=started) for slab in slabs]
-    until = list(itertools.accumulate(held))
-    taken = [before + slab.taking(hp) for before, slab in zip(until, slabs, strict=True)]
-    changed = [
-        sum(held) - before + mine + slab.changing(hp, device, started=started)
-        for before, mine, slab in zip(until, held, slabs, strict=True)
-    ]
-    worked = [sum(held) + share.working(device, started=started) for share in shares]
     coming = sum(share.coming for share in shares) if hp.computation.asynchronous else 0
-    return coming + max([0, *taken, *changed, *worked])
+    most = coming
+    for slab, mine, until in zip(slabs, held, accumulate(held), strict=True):
+        taken = until + slab.taking(hp, started=started)
+        changed = sum(held) - until + mine + slab.changing(hp, device, started=started)
+        most = max(most, taken, coming + changed)
+    return max([most, *(coming + sum(held) + share.working(device, started=started) for share in shares)])
 
 
 # ---- elements --------------------------------------------------------------------------------------------------------
@@ -109,9 +112,16 @@ def _transient(
 
 @dataclass(frozen=True)
 class _Slab:
-    """Elements at home here that are updated in one go; ``flat``: where they are stored."""
+    """Elements at home here that are updated in one go.
+
+    Attributes:
+        elements, each: of all, and of one cell.
+        dtype: of the weights.
+        flat: they are updated where they are stored, and not in a stack.
+    """
 
     elements: int
+    each: int
     dtype: str
     flat: bool
 
@@ -121,41 +131,45 @@ class _Slab:
         return self.elements * STATE_BYTES[self.dtype]
 
     @property
-    def stored(self) -> int:
-        return self.elements * ITEM_BYTES[self.dtype]
+    def mixed(self) -> bool:
+        """Whether weights and state differ in dtype."""
+        return ITEM_BYTES[self.dtype] != STATE_BYTES[self.dtype]
 
     def held(self, hp: ShampooHyperParams, *, started: bool) -> int:
-        """S and, where the gradient or its norm will not do, D."""
+        """S and D."""
         adagrad = hp.graft_type is LayerwiseGrafting.ADAGRAD
-        keeps_D = adagrad or self.stored != self.size if self.flat else not started
+        keeps_D = (adagrad or self.mixed) if self.flat else not started
         return self.size * (1 + keeps_D)
 
-    def taking(self, hp: ShampooHyperParams) -> int:
-        """Of AdaGrad's root and quotient; a flat slab makes S last."""
-        return 2 * self.size if hp.graft_type is LayerwiseGrafting.ADAGRAD and not self.flat else 0
+    def taking(self, hp: ShampooHyperParams, *, started: bool) -> int:
+        """AdaGrad's root and quotient, one of which may become D; a flat slab has no S yet."""
+        adagrad = hp.graft_type is LayerwiseGrafting.ADAGRAD
+        return self.size * (1 + started) if adagrad and not self.flat else 0
 
     def changing(self, hp: ShampooHyperParams, device: str, *, started: bool) -> int:
-        """The weights in one stack; momenta that are rounded; a D that may be the user's gradient."""
-        converted = 1 + (device == "cpu")  # there, operands of other dtypes are copied first
-        weights = (not self.flat and hp.weight_decay > 0) * self.size
-        gradient = (self.flat and not started) * self.size
+        """Weights in a stack, momenta before they are rounded, a copy of a D that may be the user's gradient."""
+        copies = 2 if device == "cpu" else 1  # there, an operand of another dtype is copied first
+        W = self.size if hp.weight_decay and not self.flat else 0
+        D = self.size if self.flat and not started else 0
         rounded = hp.computation.momentum_storage == "bfloat16"
-        advanced = rounded * (converted + (not started)) * self.size
-        written = (self.flat and self.stored != self.size) * converted * self.size
-        return weights + max(gradient + max(advanced, written), self.stored if weights > self.stored else 0)
+        momenta = self.size * (copies + (not started)) if rounded else 0
+        weights = self.each * STATE_BYTES[self.dtype] * copies if self.mixed else 0
+        stacked = self.elements * ITEM_BYTES[self.dtype] if W and self.mixed else 0
+        return W + max(stacked, D + max(momenta, weights))
 
 
-def _slabs(shares: Sequence["_Share"], hp: ShampooHyperParams) -> list[_Slab]:
-    """Flat slices first, all of one dtype as one; then equal cells, with those that are whole blocks in front."""
+def _slabs(shares: Sequence["_Share"]) -> list[_Slab]:
+    """In the order of a step: flat slices, all of one dtype as one; whole blocks that are equal; other equal cells."""
     flat: Counter[str] = Counter()
     cells: Counter[Any] = Counter()
     for number, share in enumerate(shares):
         flat.update(share.sharded)
         homes = [leg for leg in share.legs if leg.home == share.rank and not share.storage(leg).sharded]
-        for leg in sorted(homes, key=lambda leg: leg.slot not in share.settled):
-            cells[number, leg.slot in share.settled, leg.cell.piece.box.shape, share.storage(leg).dtype] += leg.elements
-    return [_Slab(elements, dtype, True) for dtype, elements in flat.items()] + [
-        _Slab(elements, dtype, False) for (*_, dtype), elements in cells.items()
+        for leg in sorted(homes, key=share.turn):
+            kind = number, *share.turn(leg)[:2], leg.cell.piece.box.shape, share.storage(leg).dtype
+            cells[kind] += leg.elements
+    return [_Slab(elements, elements, dtype, True) for dtype, elements in flat.items()] + [
+        _Slab(elements, math.prod(shape), dtype, False) for (*_, shape, dtype), elements in cells.items()
     ]
 
 
@@ -163,7 +177,7 @@ def _slabs(shares: Sequence["_Share"], hp: ShampooHyperParams) -> list[_Slab]:
 
 
 class _Share:
-    """What a rank has of a team."""
+    """What a rank has to do with the plan of a team."""
 
     def __init__(self, plan: Plan, matrices: Sequence[Matrix], rank: int, hp: ShampooHyperParams) -> None:
         self.plan, self.matrices, self.rank, self.hp = plan, matrices, rank, hp
@@ -171,12 +185,8 @@ class _Share:
         self.travels = travels(plan, matrices)
         self.rounds = rounds(plan, BUCKET_ELEMENTS if self.travels else math.inf)
 
-    def storage(self, leg: Leg) -> Any:
+    def storage(self, leg: Leg) -> Storage:
         return self.matrices[leg.matrix].storage
-
-    @cached_property
-    def kept(self) -> list[PlannedBlock]:
-        return [block for block in self.plan.blocks if self.rank in block.keepers]
 
     @property
     def statistics(self) -> int:
@@ -184,16 +194,17 @@ class _Share:
 
     @property
     def roots(self) -> int:
-        return sum(d * d * bytes_of("P", self.hp, block.dtype) for block in self.kept for d in block.factors)
+        kept = [block for block in self.plan.blocks if self.rank in block.keepers]
+        return sum(d * d * bytes_of("P", self.hp, block.dtype) for block in kept for d in block.factors)
 
     @property
     def coming(self) -> int:
-        """Roots that are computed beside the main line, all of them at the first refresh."""
-        return sum(d * d * STATE_BYTES[b.dtype] for b in self.plan.owned_by(self.rank) for d in b.factors)
+        """All new roots, which the first refresh computes in one step."""
+        return sum(_squares(block) for block in self.plan.owned_by(self.rank))
 
     @property
     def sharded(self) -> Counter[str]:
-        """Elements of matrices that are stored once, by dtype."""
+        """Elements that are stored once, by dtype."""
         found: Counter[str] = Counter()
         for storage in (matrix.storage for matrix in self.matrices if matrix.storage.sharded):
             found[storage.dtype] += sum(h.part.elements for h in storage.holders if h.rank == self.rank)
@@ -201,114 +212,120 @@ class _Share:
 
     @cached_property
     def settled(self) -> set[int]:
-        """The kept blocks of which all elements are at home here: their gradients are a slab's."""
+        """The kept blocks of which all elements are at home here: they are rows of a slab."""
         mine: defaultdict[int, list[Leg]] = defaultdict(list)
         for leg in self.legs:
-            if leg.keeper == self.rank and not self.storage(leg).sharded and self.plan.blocks[leg.slot].factors:
+            if leg.keeper == self.rank and self.plan.blocks[leg.slot].factors and not self.storage(leg).sharded:
                 mine[leg.slot].append(leg)
-        return {
-            slot
-            for slot, legs in mine.items()
-            if len(legs) == 1 and legs[0].home == self.rank and legs[0].elements == self.plan.blocks[slot].elements
-        }
+        whole = {slot: legs[0] for slot, legs in mine.items() if len(legs) == 1 and legs[0].home == self.rank}
+        return {slot for slot, leg in whole.items() if leg.elements == self.plan.blocks[slot].elements}
+
+    def turn(self, leg: Leg) -> tuple[bool, bool, int, int]:
+        """The order of elements at home: those of blocks that are worked on here, by their turns to refresh; others."""
+        block = self.plan.blocks[leg.slot]
+        return leg.slot not in self.settled, block.owner != self.rank, block.offset, leg.slot
 
     def working(self, device: str, *, started: bool) -> int:
-        """The most that the blocks of a round take, with those of the round before, which are on their way home."""
+        """What the blocks of a round take at most, with those of the round before that are on their way home."""
         most = before = 0
         for slots in self.rounds:
             batches: defaultdict[Any, list[PlannedBlock]] = defaultdict(list)
             for slot in slots:
                 block = self.plan.blocks[slot]
                 if self.rank in block.keepers:
-                    key = block.shape, block.factors, STATE_BYTES[block.dtype], block.owner == self.rank
-                    batches[(*key, slot in self.settled)].append(block)
+                    batches[slot in self.settled, block.owner == self.rank, block.shape, block.dtype].append(block)
             filled = unit = 0
-            for (*kind, settled), blocks in batches.items():
+            for (settled, *_), blocks in batches.items():
                 cached = CACHED_ELEMENTS if device == "cpu" else math.inf
-                n = max(map(len, packed(blocks, lambda block: block.elements, cached)))
-                unit = max(unit, n * self._block(*kind, device, started))
-                filled += (not settled) * sum(block.elements for block in blocks) * kind[2]
+                together = max(map(len, packed(blocks, lambda block: block.elements, cached)))
+                unit = max(unit, together * self._block(blocks[0], device, started))
+                if not settled:
+                    filled += sum(block.elements for block in blocks) * STATE_BYTES[blocks[0].dtype]
             most, before = max(most, before + filled + unit), filled
         return most
 
-    def _block(self, shape: Shape, factors: Shape, size: int, owned: bool, device: str, started: bool) -> int:
-        """The most that the products or the new roots of a block allocate beside its gradient."""
-        hp, elements = self.hp, math.prod(shape)
+    def _block(self, block: PlannedBlock, device: str, started: bool) -> int:
+        """What the products or the new roots of a block take at most, beside its gradient."""
+        hp, axes, state = self.hp, len(block.shape), STATE_BYTES[block.dtype]
         every, start = hp.preconditioning_compute_steps, hp.start_preconditioning_step
-        found = [elements * size if owned and len(shape) > 2 else 0]  # unfolding along a middle axis
-        if owned and (started or (every < start and start % every)):
-            found.append(_refresh(factors, size, hp, device) * (not hp.computation.asynchronous or device == "cpu"))
+        refresh = unfolded = products = 0
+        if block.owner == self.rank:
+            unfolded = block.elements * state if axes > 2 else 0  # along a middle axis
+            refresh = _refresh(block, hp, device) if started or (every < start and start % every) else 0
         if started:
-            computed = HALF if hp.computation.products == "bfloat16" else size
-            stored = bytes_of("P0", hp, "float32" if size == 4 else "float64")
-            P = sum(d * d for d in factors) * computed if stored != computed else 0
-            found.append(P + elements * _product_bytes(len(shape), computed, size))
-        return max(found)
+            computed = ITEM_BYTES["bfloat16"] if hp.computation.products == "bfloat16" else state
+            converted = bytes_of("P", hp, block.dtype) != computed
+            P = _squares(block) // state * computed if converted else 0
+            # One after the other, the last in the gradient's place; with one of a middle axis, its unfolded operand.
+            each = 2 * computed + state if computed != state else computed * (1 if axes < 3 else 3)
+            products = P + block.elements * each
+        return max(unfolded, refresh, products)
 
     # ---- buffers -----------------------------------------------------------------------------------------------------
 
     def buffers(self, distribution: Distribution) -> int:
-        """Two turns of what is sent and of what arrives, and one of weights."""
-        largest: dict[Any, int] = {}
+        """In two turns what is sent and what arrives in a round; the weights that replicas give each other."""
+        largest: Counter[Any] = Counter()
         for number, slots in enumerate(self.rounds):
-            for key, size in self._travelling(set(slots) - self.settled, distribution):
-                place = (*key, number % 2)
-                largest[place] = max(largest.get(place, 0), size)
+            for what, size in self._travelling(set(slots), distribution).items():
+                largest[what, number % 2] = max(largest[what, number % 2], size)
         return sum(largest.values()) + sum(self._copied(distribution))
 
-    def _travelling(self, slots: Collection[int], distribution: Distribution) -> Iterator[tuple[Any, int]]:
-        """What is sent and what arrives in a round, and its bytes."""
+    def _travelling(self, slots: set[int], distribution: Distribution) -> Counter[Any]:
+        """Bytes by what they are, and whether they arrive here."""
         found: Counter[Any] = Counter()
-        for leg in (leg for leg in self.legs if leg.slot in slots and leg.home != leg.keeper and self.travels):
-            storage = self.storage(leg)
-            named = storage.model_dtype if distribution.update_precision == "parameter" else storage.state_dtype
-            found["updates", leg.home == self.rank] += leg.elements * ITEM_BYTES[named]
-            found["gradients", leg.keeper == self.rank] += leg.gathered * leg.elements * ITEM_BYTES[storage.dtype]
+        for leg in self.legs:
+            here = self.rank in (leg.home, leg.keeper) and leg.home != leg.keeper
+            if here and leg.slot in slots and self.travels:
+                storage = self.storage(leg)
+                named = storage.model_dtype if distribution.update_precision == "parameter" else storage.state_dtype
+                found["updates", leg.home == self.rank] += leg.elements * ITEM_BYTES[named]
+                if leg.gathered:
+                    found["gradients", leg.keeper == self.rank] += leg.elements * ITEM_BYTES[storage.dtype]
         for block in (self.plan.blocks[slot] for slot in slots):
-            if self.rank in block.keepers:
-                copies = len(block.keepers) - 1 if block.owner == self.rank else 1
-                size = sum(d * d for d in block.factors) * STATE_BYTES[block.dtype]
-                found["roots", block.owner == self.rank] += size * copies * (len(block.keepers) > 1)
-        yield from found.items()
+            if self.rank in block.keepers and len(block.keepers) > 1:
+                owned = block.owner == self.rank
+                found["roots", not owned] += _squares(block) * (len(block.keepers) - 1 if owned else 1)
+        return found
 
     def _copied(self, distribution: Distribution) -> Iterator[int]:
-        """For each class of replicas, the buffers of new weights and, if they are reduced here, of gradients."""
+        """Bytes for each class of replicas: of new weights and, if they are reduced here, of gradients."""
         classes: defaultdict[Any, list[Leg]] = defaultdict(list)
         for leg in self.legs:
             if len(leg.cell.ranks) > 1 and self.rank in leg.cell.ranks:
-                classes[leg.cell.ranks, ITEM_BYTES[self.storage(leg).dtype]].append(leg)
-        for (ranks, size), legs in classes.items():
+                classes[leg.cell.ranks, self.storage(leg).dtype].append(leg)
+        for (ranks, dtype), legs in classes.items():
             items = [(leg.home, leg.elements) for leg in legs]
-            yield size * (1 + len(ranks)) * max(width(bucket, items) for bucket in buckets(ranks, items, BUCKET_ELEMENTS))
+            widest = max(width(bucket, items) for bucket in buckets(ranks, items, BUCKET_ELEMENTS))
+            yield ITEM_BYTES[dtype] * widest * (1 + len(ranks))
             if distribution.reduce_to_owners:
-                turns = [0, 0, 0, 0]
-                for turn, bucket in enumerate(packed(legs, lambda leg: leg.elements, BUCKET_ELEMENTS)):
-                    mine = sum(leg.elements for leg in bucket if leg.home == self.rank)
-                    for place, count in enumerate((sum(leg.elements for leg in bucket) - mine, (len(ranks) - 1) * mine)):
-                        at = 2 * place + turn % 2
-                        turns[at] = max(turns[at], count)
-                yield size * sum(turns)
+                largest: Counter[Any] = Counter()
+                for number, bucket in enumerate(packed(items, lambda item: item[1], BUCKET_ELEMENTS)):
+                    mine = sum(elements for home, elements in bucket if home == self.rank)
+                    others = sum(elements for _, elements in bucket) - mine
+                    for place, count in (("out", others), ("in", mine * (len(ranks) - 1))):
+                        largest[place, number % 2] = max(largest[place, number % 2], count)
+                yield ITEM_BYTES[dtype] * sum(largest.values())
 
 
-def _product_bytes(axes: int, computed: int, state: int) -> int:
-    """Per element: the products in turn, the last one in the gradient's place; a middle axis takes it unfolded, too."""
-    if computed != state:
-        return 2 * computed + state
-    return computed if axes < 3 else 3 * computed
+def _squares(block: PlannedBlock) -> int:
+    """Bytes of one square matrix per factor, in the state's dtype."""
+    return sum(d * d for d in block.factors) * STATE_BYTES[block.dtype]
 
 
-def _root_copies(hp: ShampooHyperParams, d: int, p: int, device: str, *, double: bool) -> int:
-    """How many d x d matrices a refresh has at its height for each one, measured: the new root is one of them."""
-    method = choose(hp.computation.root_method, p, hp.pseudo_inverse, d=d, device=device, double=double)
-    copies = {"eigh": 4, "newton": 13, "newton_db": 10, "minimax": 7 + min(3, max(1, p // 2))}[method]
-    return copies + (d >= SMALLEST_SPLIT) + (hp.computation.root_storage == "bfloat16")
-
-
-def _refresh(factors: Shape, size: int, hp: ShampooHyperParams, device: str) -> int:
-    """The new roots of the axes before, and the work on an axis."""
-    p = hp.inverse_exponent_override or 2 * len(factors)
+def _refresh(block: PlannedBlock, hp: ShampooHyperParams, device: str) -> int:
+    """What new roots take at most: the work on one axis, and the roots of the axes before unless they are counted."""
+    p = hp.inverse_exponent_override or 2 * len(block.factors)
     found = before = 0
-    for d in factors:
-        found = max(found, before + d * d * _root_copies(hp, d, p, device, double=size == 8))
-        before += d * d
-    return found * size
+    for d in block.factors:
+        method = choose(
+            hp.computation.root_method, p, hp.pseudo_inverse, d=d, device=device, double=STATE_BYTES[block.dtype] == 8
+        )
+        copies = 7 + min(3, max(1, p // 2)) if method == "minimax" else ROOT_COPIES[method]
+        copies += d >= SMALLEST_SPLIT  # statistics made whole
+        copies += bytes_of("P", hp, block.dtype) != STATE_BYTES[block.dtype]  # previous roots
+        if hp.computation.asynchronous:
+            found = max(found, (copies - 1) * d * d)
+        else:
+            found, before = max(found, before + copies * d * d), before + d * d
+    return found * STATE_BYTES[block.dtype]

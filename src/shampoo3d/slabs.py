@@ -2,13 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shampoo3d.blocks import Shape
 from shampoo3d.engines.dtensor import local
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Cell, Matrix, Piece
@@ -157,6 +158,61 @@ class Member:
     cell: Cell
 
 
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """Consecutive members that lie in their place like the tiles of a wall, so that one strided view has them all.
+
+    Attributes:
+        first, count: the members, within their run.
+        offset, shape, strides: the view in the place's flat storage; leading axes count members.
+    """
+
+    place: Place
+    first: int
+    count: int
+    offset: int
+    shape: Shape
+    strides: Shape
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The elements in the flat storage of the place, or in a buffer of the same layout."""
+        return flat.as_strided(self.shape, self.strides, flat.storage_offset() + self.offset)
+
+    def among(self, stack: Tensor) -> Tensor:
+        """The same members in the stack of the run, as :meth:`of` has them."""
+        return stack.narrow(0, self.first, self.count).view(self.shape)
+
+
+def patches(members: Sequence[Member]) -> list[Patch]:
+    """All members in as few patches as rows and columns of blocks make."""
+    found = [
+        Patch(
+            m.binding.place, i, 1, m.binding.offset + m.cell.piece.offset, m.cell.piece.box.shape, m.cell.piece.strides
+        )
+        for i, m in enumerate(members)
+    ]
+    return _joined(_joined(found))
+
+
+def _joined(single: Sequence[Patch]) -> list[Patch]:
+    """Consecutive patches that are alike and at equal distances made one, with a leading axis."""
+    rows: list[list[Patch]] = []
+    for patch in single:
+        row = rows[-1] if rows else []
+        alike = row and (row[0].place, row[0].shape, row[0].strides) == (patch.place, patch.shape, patch.strides)
+        step = patch.offset - row[-1].offset if alike else 0
+        if step > 0 and (len(row) == 1 or step == row[1].offset - row[0].offset):
+            row.append(patch)
+        else:
+            rows.append([patch])
+    found = []
+    for first, *others in rows:
+        strides = (others[0].offset - first.offset if others else 0, *first.strides)
+        count, shape = first.count * (1 + len(others)), (1 + len(others), *first.shape)
+        found.append(replace(first, count=count, shape=shape, strides=strides))
+    return found
+
+
 @dataclass(eq=False)
 class Run:
     """Members of a slab that have the same settings and are at the same point of their schedule.
@@ -168,7 +224,8 @@ class Run:
     """
 
     rows: Rows
-    members: list[Member]
+    count: int
+    patches: list[Patch]
     group: int
     started: bool
     matrices: Tensor
@@ -202,17 +259,22 @@ class StackSlab:
         if not self.runs:
             return False
         self.S = torch.empty((len(self.members), *self.shape), dtype=self.dtype, device=self.device)
-        blocks = self.S.unbind()
-        torch._foreach_copy_(
-            [blocks[self.rows[member.cell]] for run in self.runs for member in run.members],
-            _views([member for run in self.runs for member in run.members], gradient=True)[0],
-        )
-        for run in self.runs:
-            G = self.S[run.rows]
+        stacks = [self._stack(run) for run in self.runs]
+        into = [patch.among(G) for run, G in zip(self.runs, stacks, strict=True) for patch in run.patches]
+        torch._foreach_copy_(into, _views([patch for run in self.runs for patch in run.patches], gradient=True)[0])
+        for run, G in zip(self.runs, stacks, strict=True):
+            if isinstance(run.rows, Tensor):
+                self.S[run.rows] = G
             D = self.momenta.direction(G, run.rows)
             run.norms = squared_norms(D)
             run.D = None if run.started else D.clone()
         return True
+
+    def _stack(self, run: Run) -> Tensor:
+        """For the members of a run: their part of S, or, where their rows are scattered, a tensor apart."""
+        if isinstance(run.rows, slice):
+            return self.S[run.rows]
+        return self.S.new_empty(run.count, *self.shape)
 
     def _runs(self, steps: Steps) -> list[Run]:
         """The members that step, by group and schedule; what is the same as at another step is found once."""
@@ -230,7 +292,7 @@ class StackSlab:
     def _run(self, rows: list[int], group: int, started: bool) -> Run:
         members = [self.members[row] for row in rows]
         numbers = index([member.binding.number for member in members], self.device)
-        return Run(rows_of(rows, len(self.members), self.device), members, group, started, numbers)
+        return Run(rows_of(rows, len(self.members), self.device), len(rows), patches(members), group, started, numbers)
 
     def direction(self, cell: Cell) -> Tensor:
         return self.S[self.rows[cell]]
@@ -250,24 +312,27 @@ class StackSlab:
         for run in self.runs:
             settings, S = groups[run.group], self.S[run.rows]
             _turn(settings, S, run.D)
-            views, flats = _views(run.members, gradient=False)
-            W = torch.stack(views).to(self.dtype) if settings["weight_decay"] else None
+            views, flats = _views(run.patches, gradient=False)
+            W = None
+            if settings["weight_decay"]:
+                W = torch.empty_like(S)
+                torch._foreach_copy_([patch.among(W) for patch in run.patches], views)
             u = self.momenta.update(W, S, run.D, _step(settings, run.started), run.rows)
-            torch._foreach_add_(views, list(u.unbind()), alpha=-settings["lr"])
+            torch._foreach_add_(views, [patch.among(u) for patch in run.patches], alpha=-settings["lr"])
             for place, flat in flats.items():
                 place.store(flat)
             del run.D, run.norms
         del self.S, self.runs
 
 
-def _views(members: Sequence[Member], *, gradient: bool) -> tuple[list[Tensor], dict[Place, Tensor]]:
-    """The members' gradients or weights, in what their places hold."""
+def _views(patches: Sequence[Patch], *, gradient: bool) -> tuple[list[Tensor], dict[Place, Tensor]]:
+    """The patches' gradients or weights, in what their places hold."""
     flats: dict[Place, Tensor] = {}
-    for place in dict.fromkeys(member.binding.place for member in members):
+    for place in dict.fromkeys(patch.place for patch in patches):
         flat = place.gradient if gradient else place.flat
         assert flat is not None
         flats[place] = flat
-    return [member.binding.view(flats[member.binding.place], member.cell.piece) for member in members], flats
+    return [patch.of(flats[patch.place]) for patch in patches], flats
 
 
 def write(pieces: Sequence[tuple[Binding, Piece]], values: Sequence[Tensor]) -> None:

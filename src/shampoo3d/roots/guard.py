@@ -52,7 +52,7 @@ def inverse_roots(
     if previous is None:
         previous = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device).expand_as(stack)
     A, exponent, sound, zero = _scaled(stack)
-    with products_for(A, eps):
+    with products_for(A, eps, chosen):
         found = _compute(chosen, A, p, eps, pseudo_inverse)
         accepted = sound & found.converged & _is_root(found.roots, A, p, found.ridge)
         # 2^(-exponent/p), whole powers of two apart from the rest so that they are exact; halved for the sum.

@@ -11,25 +11,29 @@ import torch
 from torch import Tensor
 
 from shampoo3d.precision import full_products
+from shampoo3d.roots.choice import Method
 
-TOLERANT = 1e-4
-"""From this relative ridge on, operands of 10 bits leave a useful root, and the user's choice holds."""
+TOLERANT = ("eigh", "minimax")
+"""The other methods iterate until a residual is as small as all digits can make it."""
+TOLERABLE = 1e-4
+"""From this relative ridge on, operands of 10 bits leave a useful root."""
 
 
-def products_for(A: Tensor, eps: float) -> AbstractContextManager[None]:
-    """A context in which products on A's device have all digits of its dtype, unless ``eps >= TOLERANT``.
+def products_for(A: Tensor, eps: float, method: Method) -> AbstractContextManager[None]:
+    """A context in which products on A's device have all digits of its dtype, unless fewer do.
 
     Raises:
         RuntimeError: in ``torch.compile``, which cannot change the switches, where they would have to be.
     """
     kind = A.device.type
-    if eps >= TOLERANT or A.dtype != torch.float32 or not _lowered(kind):
+    fewer_do = method in TOLERANT and eps >= TOLERABLE
+    if fewer_do or A.dtype != torch.float32 or not _lowered(kind):
         return nullcontext()
     if torch.compiler.is_compiling():
         raise RuntimeError(
-            f"compiled roots with a relative ridge of {eps:g} < {TOLERANT:g} need float32 products of all digits, "
-            f"which PyTorch's switches deny on {kind}: call torch.set_float32_matmul_precision('highest'), take a "
-            "larger matrix_eps, or compute the roots outside of torch.compile"
+            f"compiled roots by {method!r} with a relative ridge of {eps:g} need float32 products of all digits, which "
+            f"PyTorch's switches deny on {kind}: call torch.set_float32_matmul_precision('highest'), compute the roots "
+            f"outside of torch.compile, or take {' or '.join(map(repr, TOLERANT))} and a ridge of {TOLERABLE:g}"
         )
     return full_products()
 

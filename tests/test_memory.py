@@ -1,0 +1,294 @@
+"""The bytes that are foreseen, against those that PyTorch's allocator hands out during steps."""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from common import put_gradients, replicated
+from distributed.fsdp import Sharding, with_torch
+from distributed.harness import needs_deepspeed, run
+from distributed.models import Shape
+from distributed.training import Session, Topology, with_deepspeed
+from distributed.zero import Recipe, Zero, with_zero
+from shampoo3d import Distribution, Shampoo, ShampooHyperParams, background, holdings
+from shampoo3d import memory as room
+from shampoo3d.computation import Computation
+from shampoo3d.layout import ITEM_BYTES, describe
+from shampoo3d.memory import Memory, memory
+from shampoo3d.plan import make_plan
+
+TOLERANCE = 0.05
+
+
+class Meter:
+    """The most bytes that are live during steps, of those that steps have allocated, and those that stay."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.peak = self.live = 0
+        self.missed = False
+        optimizer.register_step_pre_hook(lambda *_: self._begin())
+        optimizer.register_step_post_hook(lambda *_: self._end())
+
+    def _begin(self) -> None:
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile.start()
+
+    def _end(self) -> None:
+        self._profile.stop()
+        recorded = self._profile.profiler.kineto_results.events()
+        events = sorted((e for e in recorded if e.name() == "[memory]"), key=lambda e: e.start_ns())
+        self.missed |= not events  # on a machine that stands still for seconds, the profiler gives up
+        for event in events:
+            self.live += event.nbytes()
+            self.peak = max(self.peak, self.live)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def settings(**given: Any) -> ShampooHyperParams:
+    """Hyperparameters and settings of the computation."""
+    names = Computation.__dataclass_fields__
+    computation = Computation(**{name: value for name, value in given.items() if name in names})
+    rest = {name: value for name, value in given.items() if name not in names}
+    return ShampooHyperParams(**{"matrix_eps": 1e-4, "computation": computation} | rest)
+
+
+def foreseen(shapes: Sequence[tuple[int, ...]], dtype: str, hp: ShampooHyperParams, device: str = "cpu") -> Memory:
+    """Of one process, before it has an optimizer."""
+    storages = [replicated(f"group0.param{k}", shape, model_dtype=dtype) for k, shape in enumerate(shapes)]
+    matrices = [describe(replace(storage, dtype=dtype), hp, 1) for storage in storages]
+    return memory([(make_plan(matrices, (0,), hp), matrices)], 0, hp, device=device)
+
+
+def measured(shapes: Sequence[tuple[int, ...]], dtype: str, hp: ShampooHyperParams, steps: int) -> tuple[int, int]:
+    """The most bytes of all steps, and those of the state."""
+    for _ in range(3):
+        params = [nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype))) for shape in shapes]
+        optimizer = Shampoo(params, lr=1e-3, hyperparams=hp)
+        meter = Meter(optimizer)
+        for t in range(steps):
+            put_gradients(params, t)
+            optimizer.step()
+        if not meter.missed:
+            return meter.peak, optimizer.state_bytes()
+    raise AssertionError("the profiler recorded nothing")
+
+
+def check(
+    shapes: Sequence[tuple[int, ...]],
+    hp: ShampooHyperParams,
+    dtype: str = "float32",
+    steps: int = 4,
+    device: str = "cpu",
+) -> Memory:
+    found = foreseen(shapes, dtype, hp, device)
+    peak, state = measured(shapes, dtype, hp, steps)
+    assert found.state == state
+    assert found.buffers == 0
+    assert found.total == pytest.approx(peak, rel=TOLERANCE)
+    return found
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several units to a batch, without a model that takes seconds."""
+    for module in (holdings, room):
+        monkeypatch.setattr(module, "CACHED_ELEMENTS", 2**13)
+
+
+LAYERS = [(256, 128), (128, 256), (128,), (384, 128), (1000, 64)]
+CONVOLUTIONS = [(64, 32, 3, 3), (64,), (96, 64, 3, 3), (10, 96)]
+LOW: dict[str, Any] = {"root_storage": "bfloat16", "momentum_storage": "bfloat16"}
+RULES: list[dict[str, Any]] = [
+    {},
+    {"weight_decay": 0.1},
+    {"graft_type": "ADAGRAD", "weight_decay": 0.1},
+    {"graft_type": "ADAGRAD", "start_preconditioning_step": 3},
+    {"start_preconditioning_step": 3, "weight_decay": 0.1},
+    {"start_preconditioning_step": 3, "preconditioning_compute_steps": 2, "nesterov": False},
+    {"preconditioning_compute_steps": 3, "refresh": "staggered"},
+    {"preconditioning_compute_steps": 3, "refresh": "together", "graft_type": "NONE"},
+    {"root_storage": "bfloat16"},
+    {"momentum_storage": "bfloat16"},
+    {**LOW, "weight_decay": 0.1, "start_preconditioning_step": 3},
+    {"products": "bfloat16", "root_storage": "bfloat16"},
+    {"products": "bfloat16"},
+    *({"root_method": method} for method in ("newton", "newton_db", "minimax")),
+    {"root_method": "minimax", "inverse_exponent_override": 2},
+    {"root_method": "minimax", "inverse_exponent_override": 8},
+]
+
+
+def ids(rule: object) -> str:
+    return "-".join(f"{name}={value}" for name, value in rule.items()) or "default" if isinstance(rule, dict) else ""
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("rule", RULES, ids=ids)
+def test_one_process(rule: dict[str, Any]) -> None:
+    check(LAYERS, settings(block_size=64, **rule))
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("dtype", ITEM_BYTES)
+@pytest.mark.parametrize("rule", [{"weight_decay": 0.1}, {**LOW, "weight_decay": 0.1}], ids=ids)
+def test_every_dtype(dtype: str, rule: dict[str, Any]) -> None:
+    check(LAYERS, settings(block_size=64, **rule), dtype)
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_convolutions(merged: bool, block_size: int) -> None:
+    check(CONVOLUTIONS, settings(block_size=block_size, best_effort_shape_interpretation=merged, weight_decay=0.1))
+
+
+@pytest.mark.parametrize("block_size", [0, 128, 256])
+def test_units_and_blocks_of_real_size(block_size: int) -> None:
+    """From 256 on statistics are kept in tiles, and made whole for a refresh."""
+    check([(768, 512), (512,)], settings(block_size=block_size, root_method="minimax"), steps=2)
+
+
+def test_an_accelerator_works_on_a_round_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holdings, "CACHED_ELEMENTS", math.inf)
+    hp = settings(block_size=64, root_method="minimax")
+    whole = check(LAYERS * 2, hp, device="cuda")
+    assert whole.transient > 3 * foreseen(LAYERS * 2, "float32", settings(block_size=64)).transient
+    assert whole == foreseen(LAYERS * 2, "float32", settings(block_size=64), "cuda")
+
+
+class AtOnce:
+    """In the place of a thread, whose allocations no profiler sees: all the work that is given before it is needed."""
+
+    def submit(self, work: Any) -> "Future[Any]":
+        done: Future[Any] = Future()
+        done.set_result(work())
+        return done
+
+
+@pytest.mark.usefixtures("small_units")
+def test_roots_that_are_computed_beside_the_step_stay_until_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "_thread", lambda _: AtOnce())
+    check(LAYERS, settings(block_size=64, asynchronous=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_random_models_and_settings(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = random.Random(seed)
+    cached = chance.choice([2**12, 2**14, 2**18])
+    for module in (holdings, room):
+        monkeypatch.setattr(module, "CACHED_ELEMENTS", cached)
+    shapes = [*chance.choices([*LAYERS, *CONVOLUTIONS, (64, 96, 40), (256, 200)], k=chance.randint(1, 5)), (256, 128)]
+    given = {
+        "block_size": [0, 32, 64, 128],
+        "weight_decay": [0, 0.1],
+        "graft_type": ["NONE", "SGD", "ADAGRAD"],
+        "start_preconditioning_step": [1, 2, 3],
+        "preconditioning_compute_steps": [1, 2, 3],
+        "nesterov": [False, True],
+        "best_effort_shape_interpretation": [False, True],
+        "root_method": ["auto", "minimax", "newton"],
+        "refresh": ["staggered", "together"],
+        "root_storage": ["state", "bfloat16"],
+        "momentum_storage": ["state", "bfloat16"],
+    }
+    drawn = {name: chance.choice(values) for name, values in given.items()}
+    check(shapes, settings(**drawn), chance.choice(list(ITEM_BYTES)), steps=5)
+
+
+# ---- many processes --------------------------------------------------------------------------------------------------
+
+SHAPE = Shape(width=48, layers=3, batch=8)
+DECAY: dict[str, Any] = {"weight_decay": 0.1, "momentum_storage": "bfloat16"}
+
+
+def _make(distribution: Distribution, **rule: Any) -> Any:
+    return partial(Shampoo, lr=0.01, hyperparams=settings(**{"block_size": 24} | rule), distribution=distribution)
+
+
+def _measured(session: Session) -> tuple[Memory, int, int, int]:
+    """What is foreseen; state, buffers and the most bytes, 0 if missed."""
+    optimizer, meter = session.optimizer, Meter(session.optimizer)
+    assert isinstance(optimizer, Shampoo)
+    session.train(0, 4)
+    teams = [(team.plan, [binding.matrix for binding in team.bindings]) for team in optimizer._teams]
+    found = memory(teams, dist.get_rank(), optimizer.hyperparams, optimizer.distribution)
+    links = [link for e in optimizer._exchanges for link in (e.link, *(copy[0] for copy in e._copies))]
+    buffers = sum(buffer.nbytes for link in links for buffer in link._buffers.values())
+    return found, optimizer.state_bytes(), buffers, 0 if meter.missed else meter.peak
+
+
+def _zero(stage: int, bucket: int, distribution: Distribution, rule: dict[str, Any]) -> Any:
+    names = ("holdings.BUCKET_ELEMENTS", "exchange.BUCKET_ELEMENTS", "memory.BUCKET_ELEMENTS")
+    for name in names:
+        mock.patch(f"shampoo3d.{name}", bucket).start()
+    zero = Zero(stage, Topology(data=dist.get_world_size()), "float32")
+    return _measured(with_zero(SHAPE, zero, Recipe(_make(distribution, **rule))))
+
+
+def _stage_0(topology: Topology, distribution: Distribution, rule: dict[str, Any]) -> Any:
+    return _measured(with_deepspeed(SHAPE, topology, _make(distribution, **rule)))
+
+
+def _torch(sharding: Sharding, rule: dict[str, Any]) -> Any:
+    return _measured(with_torch(SHAPE, sharding, _make(Distribution(), **rule), torch.float32))
+
+
+def _check(case: Any, world: int, *args: Any, padding: int = 0, peak: bool = True) -> None:
+    for _ in range(3):
+        results = run(case, world, *args)
+        if all(most for *_, most in results):
+            break
+    for found, state, buffers, most in results:
+        assert 0 <= state - found.state <= padding
+        assert found.buffers == buffers
+        if peak:
+            assert found.total == pytest.approx(most, rel=TOLERANCE)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("stage", "world", "rule"), [(1, 2, DECAY), (3, 2, {}), (3, 4, DECAY)], ids=str)
+def test_zero(stage: int, world: int, rule: dict[str, Any]) -> None:
+    """The engine pads slices, of stage 3 each parameter's: by less than an element per rank."""
+    _check(_zero, world, stage, 2**22, Distribution(), rule, padding=100)
+
+
+@needs_deepspeed
+def test_zero_in_many_rounds() -> None:
+    """Two turns of buffers, and the blocks of two rounds."""
+    _check(_zero, 2, 1, 5000, Distribution(update_precision="parameter"), {})
+
+
+@pytest.mark.parametrize("sharding", [Sharding(replicas=2), Sharding(shards=2, replicas=2)], ids=str)
+def test_torch(sharding: Sharding) -> None:
+    _check(_torch, sharding.world, sharding, {"weight_decay": 0.1})
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("distribution", [Distribution(root_copies=2), Distribution(reduce_to_owners=True)], ids=str)
+def test_replicas(distribution: Distribution) -> None:
+    """What is reduced in an engine's backward is not seen in a step."""
+    _check(_stage_0, 4, Topology(data=4), distribution, {}, peak=not distribution.reduce_to_owners)
+
+
+@needs_deepspeed
+def test_shards_that_blocks_do_not_match() -> None:
+    _check(_stage_0, 4, Topology(data=2, model=2), Distribution(), {"block_size": 20})
