@@ -170,7 +170,7 @@ def test_an_accelerator_works_on_a_round_at_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(holdings, "CACHED_ELEMENTS", math.inf)
     hp = settings(block_size=64, root_method="minimax")
     whole = check(LAYERS * 2, hp, device="cuda")
-    assert whole.transient > 3 * foreseen(LAYERS * 2, "float32", settings(block_size=64)).transient
+    assert whole.transient > 1.5 * foreseen(LAYERS * 2, "float32", settings(block_size=64)).transient
     assert whole == foreseen(LAYERS * 2, "float32", settings(block_size=64), "cuda")
 
 
@@ -216,12 +216,12 @@ def test_random_models_and_settings(seed: int, monkeypatch: pytest.MonkeyPatch) 
 
 # ---- many processes --------------------------------------------------------------------------------------------------
 
-SHAPE = Shape(width=48, layers=3, batch=8)
+SHAPE = Shape(width=96, layers=3, batch=8)
 DECAY: dict[str, Any] = {"weight_decay": 0.1, "momentum_storage": "bfloat16"}
 
 
 def _make(distribution: Distribution, **rule: Any) -> Any:
-    return partial(Shampoo, lr=0.01, hyperparams=settings(**{"block_size": 24} | rule), distribution=distribution)
+    return partial(Shampoo, lr=0.01, hyperparams=settings(**{"block_size": 48} | rule), distribution=distribution)
 
 
 def _measured(session: Session) -> tuple[Memory, int, int, int]:
@@ -274,7 +274,7 @@ def test_zero(stage: int, world: int, rule: dict[str, Any]) -> None:
 @needs_deepspeed
 def test_zero_in_many_rounds() -> None:
     """Two turns of buffers, and the blocks of two rounds."""
-    _check(_zero, 2, 1, 5000, Distribution(update_precision="parameter"), {})
+    _check(_zero, 2, 1, 20000, Distribution(update_precision="parameter"), {})
 
 
 @pytest.mark.parametrize("sharding", [Sharding(replicas=2), Sharding(shards=2, replicas=2)], ids=str)
@@ -291,4 +291,4 @@ def test_replicas(distribution: Distribution) -> None:
 
 @needs_deepspeed
 def test_shards_that_blocks_do_not_match() -> None:
-    _check(_stage_0, 4, Topology(data=2, model=2), Distribution(), {"block_size": 20})
+    _check(_stage_0, 4, Topology(data=2, model=2), Distribution(), {"block_size": 40})

@@ -87,6 +87,14 @@ def test_huge_and_tiny_statistics(method: str, p: int, size: float) -> None:
     assert torch.allclose(roots[1].double() * size ** (1 / p), roots[0].double(), rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("power", [-140, -128, 127])
+def test_statistics_at_the_ends_of_the_range(method: str, power: int) -> None:
+    root, failed = inverse_roots(torch.eye(4)[None] * 2.0**power, 4, 1e-4, method=method)
+    assert not failed
+    assert torch.allclose(root[0] / 2.0 ** (-power / 4), torch.eye(4), rtol=1e-2)
+
+
 def test_a_root_beyond_the_range_of_its_dtype_fails() -> None:
     tiny = 1e-38 * torch.stack([torch.eye(2), torch.diag(torch.tensor([1.0, 0.0]))])
     roots, failed = inverse_roots(tiny, 1, 1e-6)

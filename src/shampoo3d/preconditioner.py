@@ -1,6 +1,7 @@
 """The mathematics of Shampoo on a stack of equal blocks (Gupta et al. 2018, arXiv 1802.09568, Algorithm 2)."""
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ class Stack:
         kept = kept_dtype("P", hp, dtype)
         self.roots = [torch.eye(d, dtype=kept, device=device).repeat(n, 1, 1) for d in shape]
         self.root_failures = torch.zeros((), dtype=torch.int64, device=device)
+        self._wanted: list[Rows] = []
         self._coming: list[tuple[Background[list[tuple[Tensor, Tensor]]], Rows]] = []
         self._products = reduced_products if hp.computation.products == "bfloat16" else nullcontext
 
@@ -81,12 +83,20 @@ class Stack:
         """``P_i = (L_i + matrix_eps lambda_max(L_i) I)^(-1/p)``; where that fails the previous root stays."""
         self._take(self._new_roots(rows), rows)
 
-    def begin_refresh(self, rows: Rows) -> None:
-        """Start to compute these roots beside what comes next; :meth:`settle` puts them in their place."""
-        self._coming.append((Background(lambda: self._new_roots(rows), self.device), rows))
+    def refresh_later(self, rows: Rows) -> None:
+        """Have these roots computed from the next :meth:`launch` to :meth:`settle`."""
+        self._wanted.append(rows)
+
+    def launch(self) -> None:
+        """Start the computation of what :meth:`refresh_later` asked for, beside what comes next.
+
+        Not before all products of the step are done: PyTorch's switches of their precision are those of the process.
+        """
+        self._coming += ((Background(partial(self._new_roots, rows), self.device), rows) for rows in self._wanted)
+        self._wanted = []
 
     def settle(self) -> None:
-        """Wait for the roots that :meth:`begin_refresh` started; before statistics or roots are touched otherwise."""
+        """Put the roots that were launched in their place, before statistics or roots are touched otherwise."""
         for coming, rows in self._coming:
             self._take(coming.result(), rows)
         self._coming = []

@@ -24,7 +24,7 @@ def take_step(
     Args:
         groups: the settings, by the places' group numbers.
     """
-    settle(teams)
+    settle(teams, steps)
     slabs = [slab for slab in dict.fromkeys(s for team in teams for s in team.slabs) if slab.begin(steps)]
     for team, exchange in zip(teams, exchanges, strict=True):
         if taking_part := {place: t for place, t in steps.items() if place in team.names}:
@@ -36,12 +36,14 @@ def take_step(
         slab.update(groups)
     for exchange in exchanges:
         exchange.copy(steps)
+    for batch in (batch for team in teams for batch in team.batches):
+        batch.stack.launch()
 
 
-def settle(teams: Sequence[Team]) -> None:
-    """Put the roots that were computed in the background in their place."""
-    for team in teams:
-        for batch in team.batches:
+def settle(teams: Sequence[Team], steps: Steps | None = None) -> None:
+    """Put the roots that were computed in the background in their place: those of ``steps``, or all."""
+    for batch in (batch for team in teams for batch in team.batches):
+        if steps is None or any(member.binding.place in steps for member in batch.members):
             batch.stack.settle()
 
 
@@ -51,7 +53,7 @@ def _precondition(unit: Unit) -> None:
     if unit.accumulate:
         stack.accumulate(unit.blocks, rows)
     if unit.due is not None:
-        (stack.begin_refresh if stack.hp.computation.asynchronous else stack.refresh_roots)(unit.due)
+        (stack.refresh_later if stack.hp.computation.asynchronous else stack.refresh_roots)(unit.due)
     if unit.started:
         stack.precondition(unit.blocks, rows, out=unit.blocks)
         if unit.batch.slab is not None and isinstance(rows, torch.Tensor):  # these are a copy
