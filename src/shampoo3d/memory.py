@@ -68,8 +68,8 @@ def memory(
         weights are changed, slab by slab:  S and D of this slab and those to come, and temporaries of this one
 
     S is a number per element at home here, and so is D, where the step needs more of it than its norm and than the
-    gradient that is there. New roots of n matrices, d x d, take ``n d^2`` times ROOT_COPIES; with ``asynchronous``,
-    all of them are there until the next step.
+    gradient that is there. New roots of n matrices, d x d, take ``n d^2`` times ROOT_COPIES; with ``asynchronous`` this
+    is after the step, and all new roots stay until the next.
 
     The state is exact but for the padding of an engine's flat slices. Elements that are stored once count as one slab,
     as under ZeRO; under FSDP2, where each parameter is one, temporaries are smaller. Not counted: what libraries work
@@ -98,13 +98,12 @@ def _transient(
 ) -> int:
     """The most that a step has at any moment, before the start step or from then on."""
     held = [slab.held(hp, started=started) for slab in slabs]
-    coming = sum(share.coming for share in shares) if hp.computation.asynchronous else 0
-    most = coming
+    most = sum(share.beside(device) for share in shares)
     for slab, mine, until in zip(slabs, held, accumulate(held), strict=True):
         taken = until + slab.taking(hp, started=started)
         changed = sum(held) - until + mine + slab.changing(hp, device, started=started)
-        most = max(most, taken, coming + changed)
-    return max([most, *(coming + sum(held) + share.working(device, started=started) for share in shares)])
+        most = max(most, taken, changed)
+    return max([most, *(sum(held) + share.working(device, started=started) for share in shares)])
 
 
 # ---- elements --------------------------------------------------------------------------------------------------------
@@ -115,7 +114,7 @@ class _Slab:
     """Elements at home here that are updated in one go.
 
     Attributes:
-        elements, each: of all, and of one cell.
+        elements, each: of all, and of the matrix that has most of them.
         dtype: of the weights.
         flat: they are updated where they are stored, and not in a stack.
     """
@@ -154,22 +153,22 @@ class _Slab:
         rounded = hp.computation.momentum_storage == "bfloat16"
         momenta = self.size * (copies + (not started)) if rounded else 0
         weights = self.each * STATE_BYTES[self.dtype] * copies if self.mixed else 0
-        stacked = self.elements * ITEM_BYTES[self.dtype] if W and self.mixed else 0
-        return W + max(stacked, D + max(momenta, weights))
+        u = self.size if rounded and not hp.nesterov else 0
+        return W + D + max(momenta, u + weights)
 
 
 def _slabs(shares: Sequence["_Share"]) -> list[_Slab]:
     """In the order of a step: flat slices, all of one dtype as one; whole blocks that are equal; other equal cells."""
     flat: Counter[str] = Counter()
-    cells: Counter[Any] = Counter()
+    cells: defaultdict[Any, Counter[int]] = defaultdict(Counter)
     for number, share in enumerate(shares):
         flat.update(share.sharded)
         homes = [leg for leg in share.legs if leg.home == share.rank and not share.storage(leg).sharded]
         for leg in sorted(homes, key=share.turn):
             kind = number, *share.turn(leg)[:2], leg.cell.piece.box.shape, share.storage(leg).dtype
-            cells[kind] += leg.elements
+            cells[kind][leg.matrix] += leg.elements
     return [_Slab(elements, elements, dtype, True) for dtype, elements in flat.items()] + [
-        _Slab(elements, math.prod(shape), dtype, False) for (*_, shape, dtype), elements in cells.items()
+        _Slab(sum(counts.values()), max(counts.values()), dtype, False) for (*_, dtype), counts in cells.items()
     ]
 
 
@@ -198,11 +197,6 @@ class _Share:
         return sum(d * d * bytes_of("P", self.hp, block.dtype) for block in kept for d in block.factors)
 
     @property
-    def coming(self) -> int:
-        """All new roots, which the first refresh computes in one step."""
-        return sum(_squares(block) for block in self.plan.owned_by(self.rank))
-
-    @property
     def sharded(self) -> Counter[str]:
         """Elements that are stored once, by dtype."""
         found: Counter[str] = Counter()
@@ -220,38 +214,48 @@ class _Share:
         whole = {slot: legs[0] for slot, legs in mine.items() if len(legs) == 1 and legs[0].home == self.rank}
         return {slot for slot, leg in whole.items() if leg.elements == self.plan.blocks[slot].elements}
 
-    def turn(self, leg: Leg) -> tuple[bool, bool, int, int]:
-        """The order of elements at home: those of blocks that are worked on here, by their turns to refresh; others."""
-        block = self.plan.blocks[leg.slot]
-        return leg.slot not in self.settled, block.owner != self.rank, block.offset, leg.slot
+    def turn(self, leg: Leg) -> tuple[bool, bool, int]:
+        """The order of elements at home: those of blocks that are worked on here come first."""
+        return leg.slot not in self.settled, self.plan.blocks[leg.slot].owner != self.rank, leg.slot
 
     def working(self, device: str, *, started: bool) -> int:
         """What the blocks of a round take at most, with those of the round before that are on their way home."""
         most = before = 0
         for slots in self.rounds:
-            batches: defaultdict[Any, list[PlannedBlock]] = defaultdict(list)
-            for slot in slots:
-                block = self.plan.blocks[slot]
-                if self.rank in block.keepers:
-                    batches[slot in self.settled, block.owner == self.rank, block.shape, block.dtype].append(block)
             filled = unit = 0
-            for (settled, *_), blocks in batches.items():
-                cached = CACHED_ELEMENTS if device == "cpu" else math.inf
-                together = max(map(len, packed(blocks, lambda block: block.elements, cached)))
-                unit = max(unit, together * self._block(blocks[0], device, started))
+            for settled, blocks in self._batches(slots):
+                unit = max(unit, _together(blocks, device) * self._block(blocks[0], device, started=started))
                 if not settled:
                     filled += sum(block.elements for block in blocks) * STATE_BYTES[blocks[0].dtype]
             most, before = max(most, before + filled + unit), filled
         return most
 
-    def _block(self, block: PlannedBlock, device: str, started: bool) -> int:
+    def beside(self, device: str) -> int:
+        """Roots that are computed after a step, all of them at the first refresh, and the work on those of a unit."""
+        if not self.hp.computation.asynchronous:
+            return 0
+        owned = [blocks for slots in self.rounds for _, blocks in self._batches(slots) if blocks[0].owner == self.rank]
+        units = [_together(blocks, device) * _refresh(blocks[0], self.hp, device) for blocks in owned]
+        return sum(_squares(block) for blocks in owned for block in blocks) + max(units, default=0)
+
+    def _batches(self, slots: Iterable[int]) -> Iterator[tuple[bool, list[PlannedBlock]]]:
+        """The kept blocks of a round that are worked on together, and whether they are settled."""
+        batches: defaultdict[Any, list[PlannedBlock]] = defaultdict(list)
+        for slot in slots:
+            block = self.plan.blocks[slot]
+            if self.rank in block.keepers:
+                batches[slot in self.settled, block.owner == self.rank, block.shape, block.dtype].append(block)
+        yield from ((settled, blocks) for (settled, *_), blocks in batches.items())
+
+    def _block(self, block: PlannedBlock, device: str, *, started: bool) -> int:
         """What the products or the new roots of a block take at most, beside its gradient."""
         hp, axes, state = self.hp, len(block.shape), STATE_BYTES[block.dtype]
         every, start = hp.preconditioning_compute_steps, hp.start_preconditioning_step
         refresh = unfolded = products = 0
         if block.owner == self.rank:
             unfolded = block.elements * state if axes > 2 else 0  # along a middle axis
-            refresh = _refresh(block, hp, device) if started or (every < start and start % every) else 0
+            due = started or (every < start and start % every)
+            refresh = _refresh(block, hp, device) if due and not hp.computation.asynchronous else 0
         if started:
             computed = ITEM_BYTES["bfloat16"] if hp.computation.products == "bfloat16" else state
             converted = bytes_of("P", hp, block.dtype) != computed
@@ -308,24 +312,30 @@ class _Share:
                 yield ITEM_BYTES[dtype] * sum(largest.values())
 
 
+def _together(blocks: Sequence[PlannedBlock], device: str) -> int:
+    """How many of a batch are worked on at once."""
+    most = CACHED_ELEMENTS if device == "cpu" else math.inf
+    return max(map(len, packed(blocks, lambda block: block.elements, most)))
+
+
 def _squares(block: PlannedBlock) -> int:
     """Bytes of one square matrix per factor, in the state's dtype."""
     return sum(d * d for d in block.factors) * STATE_BYTES[block.dtype]
 
 
 def _refresh(block: PlannedBlock, hp: ShampooHyperParams, device: str) -> int:
-    """What new roots take at most: the work on one axis, and the roots of the axes before unless they are counted."""
-    p = hp.inverse_exponent_override or 2 * len(block.factors)
+    """What new roots take at most: the work on one axis, with the roots of the axes before.
+
+    With ``asynchronous`` the roots themselves are not counted, since all of them stay.
+    """
+    p, asynchronous = hp.inverse_exponent_override or 2 * len(block.factors), hp.computation.asynchronous
+    double = STATE_BYTES[block.dtype] == 8
     found = before = 0
     for d in block.factors:
-        method = choose(
-            hp.computation.root_method, p, hp.pseudo_inverse, d=d, device=device, double=STATE_BYTES[block.dtype] == 8
-        )
+        method = choose(hp.computation.root_method, p, hp.pseudo_inverse, d=d, device=device, double=double)
         copies = 7 + min(3, max(1, p // 2)) if method == "minimax" else ROOT_COPIES[method]
         copies += d >= SMALLEST_SPLIT  # statistics made whole
         copies += bytes_of("P", hp, block.dtype) != STATE_BYTES[block.dtype]  # previous roots
-        if hp.computation.asynchronous:
-            found = max(found, (copies - 1) * d * d)
-        else:
-            found, before = max(found, before + copies * d * d), before + d * d
+        found = max(found, before + (copies - asynchronous) * d * d)
+        before += 0 if asynchronous else d * d
     return found * STATE_BYTES[block.dtype]
