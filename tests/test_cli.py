@@ -19,6 +19,7 @@ import pytest
 from distributed.harness import needs_deepspeed
 from distributed.harness import run as run_ranks
 from shampoo3d import cli
+from shampoo3d.memory import Memory
 from shampoo3d.plan import Plan
 from shampoo3d.train.log import Record, read
 from shampoo3d.train.settings import Settings, log_file
@@ -78,11 +79,12 @@ def test_demo_in_small(tmp_path: Path) -> None:
         assert [step for event, step, _ in losses(tmp_path / "run", name) if event == "validation"] == [1, 3, 6]
     # Both start from the same weights, on the same sequences.
     assert losses(tmp_path / "run", "adamw")[0] == losses(tmp_path / "run", "shampoo")[0]
-    plans = assert_foreseen(Settings.load(tmp_path / "run"))
+    plans, memory = assert_foreseen(Settings.load(tmp_path / "run"))
     assert [plan.ranks for plan in plans] == [(0, 1), (0, 1, 2, 3), (2, 3)]
+    assert [of.state for of in memory.values()] == summary["runs"]["shampoo"]["state_bytes"]
 
 
-def assert_foreseen(run_settings: Settings) -> list[Plan]:
+def assert_foreseen(run_settings: Settings) -> tuple[list[Plan], dict[int, Memory]]:
     """`shampoo3d plan` shows what the run did."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from shampoo3d.train.planning import foresee
@@ -91,8 +93,9 @@ def assert_foreseen(run_settings: Settings) -> list[Plan]:
 
     vocabulary = read_text(run_settings.text, run_settings.context).vocabulary
     plans: list[Plan] = read_plans(run_settings.output)
-    assert [p.digest() for p in foresee(run_settings, len(vocabulary)).plans] == [p.digest() for p in plans]
-    return plans
+    forecast = foresee(run_settings, len(vocabulary))
+    assert [p.digest() for p in forecast.plans] == [p.digest() for p in plans]
+    return plans, forecast.memory
 
 
 SMALL: dict[str, Any] = {
@@ -313,26 +316,58 @@ def test_missing_extras_are_named(capsys: pytest.CaptureFixture[str], monkeypatc
     assert 'needs deepspeed: pip install "3d-shampoo[cli,deepspeed]"' in refusal("train", capsys)
 
 
-def test_plan_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def planned(arguments: str, capsys: pytest.CaptureFixture[str]) -> list[dict[str, str]]:
+    """What `shampoo3d plan` prints for each rank, by the headings of all tables."""
     with pytest.raises(SystemExit) as stop:
-        cli.main(f"plan --layers 6 --pipe 3 --data 3 --picture {tmp_path / 'plan.png'}".split())
+        cli.main(f"plan {arguments}".split())
     assert stop.value.code in (0, None)
-    printed = capsys.readouterr().out
-    assert "load / mean" in printed
-    assert "weights KiB" in printed
+    found: dict[str, dict[str, str]] = {}
+    for line in capsys.readouterr().out.splitlines():
+        cells = [cell.strip() for cell in line.replace("┃", "│").strip("│").split("│")]
+        if line.startswith("┃"):
+            header = cells
+        elif line.startswith("│"):
+            found.setdefault(cells[0], {}).update(
+                (name if name not in found[cells[0]] else f"received {name}", cell)
+                for name, cell in zip(header, cells, strict=True)
+            )
+    return list(found.values())
+
+
+def number(cell: str) -> float:
+    return float(cell.replace(",", ""))
+
+
+def test_plan_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = planned(f"--layers 6 --pipe 3 --data 3 --picture {tmp_path / 'plan.png'}", capsys)
+    assert len(rows) == 9
+    for row in rows:
+        kinds = ("statistics", "roots", "momenta", "buffers", "transient")
+        assert number(row["total"]) == pytest.approx(sum(number(row[kind]) for kind in kinds), abs=0.3)
+        assert number(row["load / mean"]) == pytest.approx(1, abs=0.2)
+        assert number(row["weights"]) > 0
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
+def test_plan_shows_what_an_accelerator_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    """A round at once, by another method; nothing travels."""
+    [cpu], [cuda] = (planned(f"--layers 2 --pipe 1 --data 1 --device {device}", capsys) for device in ("cpu", "cuda"))
+    assert number(cuda["transient"]) > 2 * number(cpu["transient"])
+    assert {name for name in cuda if cuda[name] != cpu[name]} == {"transient", "total"}
+    assert cpu["buffers"] == "0.0"
+    assert "weights" not in cpu
+
+
 def test_plan_shows_what_copies_of_roots_cost(capsys: pytest.CaptureFixture[str]) -> None:
-    found = {}
-    for copies in (1, 2, 4):
-        with pytest.raises(SystemExit):
-            cli.main(f"plan --layers 2 --pipe 1 --data 4 --root-copies {copies}".split())
-        printed = capsys.readouterr().out
-        assert ("roots KiB" in printed) == (copies > 1)
-        assert ("weights KiB" in printed) == (copies < 4)
-        found[copies] = float(printed.splitlines()[-2].replace(",", "").split("│")[2])  # the last rank's state
-    assert found[1] < found[2] < found[4]
+    found = {
+        copies: planned(f"--layers 2 --pipe 1 --data 4 --root-copies {copies}", capsys)[-1] for copies in (1, 2, 4)
+    }
+    for copies, row in found.items():
+        assert ("received roots" in row) == (copies > 1)
+        assert ("weights" in row) == (copies < 4)
+    for kind in ("roots", "momenta"):
+        assert number(found[1][kind]) < number(found[2][kind]) < number(found[4][kind])
+    assert found[1]["statistics"] == found[2]["statistics"] == found[4]["statistics"]
     assert "--root-copies 2 needs replicas" in refusal("plan --pipe 1 --zero-stage 1 --root-copies 2", capsys)
     assert "--data 3 is not a multiple of --root-copies 2" in refusal("plan --data 3 --root-copies 2", capsys)
 

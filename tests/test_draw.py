@@ -1,17 +1,20 @@
 """Drawing: tiles cover matrices exactly, tables and pictures come out for plans of all kinds."""
 
+import io
 import itertools
 import math
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from common import replicated
 from shampoo3d import Plan, ShampooHyperParams
 from shampoo3d.blocks import cut
-from shampoo3d.draw import _matrix, loss_figure, ownership_figure, ownership_table
+from shampoo3d.draw import _matrix, loss_figure, memory_table, ownership_figure, ownership_table, traffic_table
 from shampoo3d.layout import Holder, Part, Storage, describe
+from shampoo3d.memory import Memory
 from shampoo3d.plan import make_plan
 from shampoo3d.train.results import Curve, Run
 
@@ -51,12 +54,28 @@ def test_tiles_cover_the_matrix_without_overlap(name: str, block_size: int, layo
 
 def test_table_counts_what_each_rank_owns_over_all_plans() -> None:
     plans = [plan((0, 1)), plan((0, 1, 2, 3))]
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(ownership_table(plans))
-    text = console.export_text()
+    text = text_of(ownership_table(plans))
     for rank in range(4):
         elements = sum(block.elements for p in plans for block in p.owned_by(rank))
         assert any(f" {rank} " in line and f"{elements:,}" in line for line in text.splitlines())
+
+
+def text_of(table: Table) -> str:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+def test_tables_of_bytes() -> None:
+    table = text_of(memory_table({3: Memory(1024, 2048, 512, 0, 3 * 2**20), 5: Memory(0, 0, 0, 102, 0)}))
+    rows = [line.replace("│", " ").split() for line in table.splitlines() if line.startswith("│")]
+    assert rows == [["3", "1.0", "2.0", "0.5", "0.0", "3,072.0", "3,075.5"], ["5", *["0.0"] * 3, "0.1", "0.0", "0.1"]]
+    table = text_of(traffic_table({0: {"gradients": 0, "weights": 2048}, 1: {"weights": 0, "roots": 512}}))
+    assert [line.replace("│", " ").split() for line in table.splitlines() if line.startswith("│")] == [
+        ["0", "2.0", "0.0"],
+        ["1", "0.0", "0.5"],
+    ]
+    assert "gradients" not in table
 
 
 @pytest.mark.parametrize("ranks", [(0,), (0, 1), tuple(range(40))])

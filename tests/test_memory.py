@@ -1,11 +1,13 @@
 """The bytes that are foreseen, against those that PyTorch's allocator hands out during steps."""
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from common import put_gradients, replicated
+from common import MODELS, put_gradients, replicated
 from distributed.fsdp import Sharding, with_torch
 from distributed.harness import needs_deepspeed, run
 from distributed.models import Shape
@@ -212,6 +214,43 @@ def test_random_models_and_settings(seed: int, monkeypatch: pytest.MonkeyPatch) 
     }
     drawn = {name: chance.choice(values) for name, values in given.items()}
     check(shapes, settings(**drawn), chance.choice(list(ITEM_BYTES)), steps=5)
+
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "distribution.md"
+
+
+def documented(heading: str) -> list[list[str]]:
+    """The rows of a table of the documentation, without its heading, which starts with these words."""
+    table = DOCUMENT.read_text().split(f"\n| {heading}")[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_documented_bytes_per_parameter() -> None:
+    storages = [{}, {"root_storage": "bfloat16"}, LOW]
+    rows = documented("stored ")
+    assert len(rows) == len(storages)
+    for dtype in ("float32", "bfloat16", "float16"):
+        for (_, *cells), given in zip(rows, storages, strict=True):
+            for cell, size in zip(cells, (128, 256), strict=True):
+                found = foreseen([(1024, 2048)], dtype, settings(block_size=size, **given))
+                assert int(cell) == found.state / (1024 * 2048)
+
+
+def test_documented_model() -> None:
+    rows = documented("| statistics")
+    assert len(rows) == 4
+    for (case, *cells), (ranks, device) in zip(rows, itertools.product((1, 8), ("cpu", "cuda")), strict=True):
+        assert case.startswith(f"{ranks} ")
+        assert case.endswith("CPU" if device == "cpu" else "GPU")
+        hp = ShampooHyperParams(block_size=512, ignore_embedding_layer=True)
+        storages = [
+            replicated(f"layer.{k}", shape, range(ranks), excluded="embedding" * (k < 2))
+            for k, shape in enumerate(MODELS["GPT-2 small"])
+        ]
+        matrices = [describe(storage, hp, ranks) for storage in storages]
+        team = make_plan(matrices, range(ranks), hp), matrices
+        largest = max((memory([team], rank, hp, device=device) for rank in range(ranks)), key=lambda of: of.total)
+        assert [int(cell) for cell in cells] == [round(size / 1e6) for size in astuple(largest)]
 
 
 # ---- many processes --------------------------------------------------------------------------------------------------

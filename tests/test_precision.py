@@ -51,6 +51,22 @@ def test_the_switches_are_put_back(context: Context, within: dict[str, str], bef
     assert torch.get_float32_matmul_precision() == before
 
 
+@needs_switches
+def test_switches_that_follow_others_go_on_following() -> None:
+    before = torch.backends.fp32_precision
+    for name in SWITCHES.values():
+        getattr(torch.backends, name).matmul.fp32_precision = "none"
+    try:
+        torch.backends.fp32_precision = "tf32"
+        with full_products():
+            assert set(found().values()) == {"ieee"}
+        assert found()["cuda"] == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert found()["cuda"] == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
+
+
 @pytest.mark.parametrize(("context", "within"), [(reduced_products, "medium"), (full_products, "highest")])
 def test_where_there_is_one_switch_only(context: Context, within: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "backends", SimpleNamespace(mkldnn=SimpleNamespace(), cuda=SimpleNamespace()))

@@ -22,6 +22,7 @@ PURE = (
     "schedule",
     "distribution",
     "cost",
+    "memory",
     "roots/choice",
 )
 COMMUNICATING = ("collectives", "agreement")

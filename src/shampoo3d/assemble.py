@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shampoo3d.agreement import everyones, first_complaint
+from shampoo3d.computation import refusal
 from shampoo3d.cost import within_budget
 from shampoo3d.distribution import Distribution
 from shampoo3d.engines import deepspeed, dtensor, native, zero
@@ -286,6 +287,7 @@ def _matrices(
         mesh.group(ranks), ({"hyperparams": facts.hp, "distribution": distribution}, storages, parts, values)
     )
     matrices: list[Matrix] = []
+    method = facts.hp.computation.root_method
     complaint = _differences(ranks, table)
     if complaint:
         return matrices, complaint
@@ -298,6 +300,8 @@ def _matrices(
         except ValueError as error:
             return matrices, str(error)
         matrix = describe(stored, facts.hp, mesh.everyone.size)
+        if matrix.rank and (why := refusal(method, facts.hp.inverse_exponent_override or 2 * matrix.rank)):
+            return matrices, f"root_method {method!r} cannot be used for {matrix.name!r} of shape {matrix.shape}: {why}"
         if gaps := matrix.gaps():
             return matrices, f"the storage of {matrix.name!r} of shape {matrix.shape} can't be explained: {gaps}"
         matrices.append(matrix)

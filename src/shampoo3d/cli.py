@@ -33,6 +33,7 @@ app = typer.Typer(add_completion=False, help="3D-Shampoo: train with it, see who
 
 ALL = tuple(setting.name for setting in fields(Settings))
 PLANNED = (
+    "device",
     "text",
     "layers",
     "width",
@@ -103,9 +104,9 @@ def plan(
     picture: Annotated[Path | None, typer.Option(help="Also draw it into this file, such as plan.png.")] = None,
     **given: Any,
 ) -> None:
-    """Show which rank would own which block of the GPT, what it would keep, and what would reach it from others in a
-    step (roots only when they are refreshed), without starting any process."""
-    from shampoo3d.draw import bytes_table, ownership_figure, ownership_table
+    """Show which rank would own which block of the GPT, what it would keep and allocate (on CPUs unless --device cuda),
+    and what would reach it from others in a step (roots only when they are refreshed), without starting any process."""
+    from shampoo3d.draw import memory_table, ownership_figure, ownership_table, traffic_table
     from shampoo3d.train.text import read_text
 
     _require("deepspeed", "matplotlib")
@@ -118,7 +119,9 @@ def plan(
     forecast = foresee(settings, len(read_text(settings.text, settings.context).vocabulary))
     table = ownership_table(forecast.plans)
     table.title = settings.topology
-    Console().print(table, bytes_table(forecast.plans, forecast.received))
+    Console().print(table, memory_table(forecast.memory))
+    if any(forecast.received.values()):
+        Console().print(traffic_table(forecast.received))
     if picture:
         try:
             ownership_figure(forecast.plans, picture)

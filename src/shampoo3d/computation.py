@@ -53,3 +53,27 @@ class Computation:
             check_choice(name, getattr(self, name), ("state", "bfloat16"))
         if self.max_root_failures is not None:
             check_integer("max_root_failures", self.max_root_failures, least=0)
+
+
+def refusal(method: RootMethod, p: int, pseudo_inverse: bool = False) -> str | None:
+    """Why ``method`` cannot compute the root, or None."""
+    if pseudo_inverse and method not in ("auto", "eigh"):
+        return "only 'eigh' (or 'auto') can leave directions out, as pseudo_inverse=True asks"
+    if method == "newton_db" and p & (p - 1):
+        return f"repeated square roots need an exponent that is a power of two, got p = {p}"
+    if method == "minimax" and p > 1 and p % 2:
+        return f"the two-sided update needs p = 1 or an even p, got p = {p}"
+    return None
+
+
+def check_method(method: RootMethod, p: int, pseudo_inverse: bool) -> None:
+    """Raise unless ``method`` can compute an inverse p-th root, with or without a pseudo-inverse.
+
+    Raises:
+        ValueError: naming the method, the exponent and the reason.
+    """
+    if p < 1:
+        raise ValueError(f"the exponent p of L^(-1/p) must be >= 1, got {p}")
+    why = refusal(method, p, pseudo_inverse)
+    if why:
+        raise ValueError(f"root_method {method!r} cannot be used: {why}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from shampoo3d.memory import Memory
 from shampoo3d.plan import Plan, PlannedBlock
 
 if TYPE_CHECKING:
@@ -61,21 +62,28 @@ def ownership_table(plans: Sequence[Plan]) -> Table:
     return _table(("rank", "blocks", "factors", "largest", "elements", "load / mean"), rows)
 
 
-def bytes_table(plans: Sequence[Plan], received: Mapping[int, Mapping[str, int]]) -> Table:
-    """One row per rank: the KiB of state that it keeps, and those that it receives from others in a step, by kind."""
+def memory_table(memory: Mapping[int, Memory]) -> Table:
+    """One row per rank: the KiB that it keeps, and those that a step allocates besides."""
+    kinds = [field.name for field in fields(Memory)]
+    rows = [[rank, *(_kib(getattr(of, kind)) for kind in (*kinds, "total"))] for rank, of in memory.items()]
+    return _table(("rank", *kinds, "total"), rows, "KiB on each rank")
+
+
+def traffic_table(received: Mapping[int, Mapping[str, int]]) -> Table:
+    """One row per rank: the KiB that it receives from others in a step, by what they are."""
     kinds = list(dict.fromkeys(what for kind in received.values() for what, count in kind.items() if count))
-    rows = []
-    for rank in _load(plans):
-        kept = sum(plan.bytes().get(rank, 0) for plan in plans)
-        sizes = (kept, *(received[rank].get(what, 0) for what in kinds))
-        rows.append((rank, *(f"{size / 1024:,.1f}" for size in sizes)))
-    return _table(("rank", "state KiB", *(f"{what} KiB" for what in kinds)), rows)
+    rows = [[rank, *(_kib(sizes.get(what, 0)) for what in kinds)] for rank, sizes in received.items()]
+    return _table(("rank", *kinds), rows, "KiB received in a step")
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+def _kib(size: int) -> str:
+    return f"{size / 1024:,.1f}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> Table:
     from rich.table import Table
 
-    table = Table(*header)
+    table = Table(*header, title=title)
     for column in table.columns:
         column.justify = "right"
     for row in rows:

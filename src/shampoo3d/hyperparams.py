@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from shampoo3d.checks import check_bool, check_choice, check_integer, check_number
-from shampoo3d.computation import Computation, Precision
+from shampoo3d.computation import Computation, Precision, check_method
 
 
 class LayerwiseGrafting(enum.IntEnum):
@@ -86,6 +86,8 @@ class ShampooHyperParams:
         check_choice("nonfinite_gradient", self.nonfinite_gradient, ("skip", "raise", "ignore"))
         if not isinstance(self.computation, Computation):
             raise TypeError(f"computation must be a Computation, got {type(self.computation).__name__}")
+        # Twice the rank is known with a parameter only; of a matrix it is 4.
+        check_method(self.computation.root_method, self.inverse_exponent_override or 4, self.pseudo_inverse)
 
 
 def momenta_names(hp: ShampooHyperParams) -> tuple[str, ...]:

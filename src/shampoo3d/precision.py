@@ -26,12 +26,11 @@ def full_products() -> Iterator[None]:
 
 @contextmanager
 def _switched(cpu: str, cuda: str) -> Iterator[None]:
-    wanted = [(torch.backends.mkldnn, cpu), (torch.backends.cuda, cuda)]
-    switches: list[tuple[Any, str, str]] = []
-    for backend, precision in wanted:
+    switches: list[tuple[Any, str]] = []
+    for backend, precision in ((torch.backends.mkldnn, cpu), (torch.backends.cuda, cuda)):
         switch: Any = getattr(backend, "matmul", None)
         if hasattr(switch, "fp32_precision"):
-            switches.append((switch, switch.fp32_precision, precision))
+            switches.append((switch, precision))
     if not switches:  # before PyTorch 2.9 there is one switch for all devices
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest" if cpu == "ieee" else "medium")
@@ -40,10 +39,20 @@ def _switched(cpu: str, cuda: str) -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
+    own = [_own(switch) for switch, _ in switches]
     try:
-        for switch, _, precision in switches:
+        for switch, precision in switches:
             switch.fp32_precision = precision
         yield
     finally:
-        for switch, before, _ in switches:
-            switch.fp32_precision = before
+        for (switch, _), value in zip(switches, own, strict=True):
+            switch.fp32_precision = value
+
+
+def _own(switch: Any) -> str:
+    """What the switch itself says: "none" where it follows the one above it."""
+    value: str = switch.fp32_precision
+    switch.fp32_precision = "none"
+    inherited = switch.fp32_precision
+    switch.fp32_precision = "none" if inherited == value else value
+    return "none" if inherited == value else value

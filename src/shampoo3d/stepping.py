@@ -24,7 +24,8 @@ def take_step(
     Args:
         groups: the settings, by the places' group numbers.
     """
-    settle(teams, steps)
+    # Work in the background may hold PyTorch's switches of precision, which reduced products turn.
+    settle(teams, None if hp.computation.products == "bfloat16" else steps)
     slabs = [slab for slab in dict.fromkeys(s for team in teams for s in team.slabs) if slab.begin(steps)]
     for team, exchange in zip(teams, exchanges, strict=True):
         if taking_part := {place: t for place, t in steps.items() if place in team.names}:

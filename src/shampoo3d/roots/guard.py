@@ -54,7 +54,9 @@ def inverse_roots(
     A, exponent, sound, zero = _scaled(stack)
     with products_for(A, eps, chosen):
         found = _compute(chosen, A, p, eps, pseudo_inverse)
-        accepted = sound & found.converged & _is_root(found.roots, A, p, found.ridge)
+        accepted = sound & found.converged
+        if chosen != "eigh":  # which is stable, whatever the exponent
+            accepted = accepted & _is_root(found.roots, A, p, found.ridge)
         # 2^(-exponent/p), whole powers of two apart from the rest so that they are exact; halved for the sum.
         rest = torch.exp2(exponent.remainder(p).double() / -p - 1)
         factor = torch.ldexp(rest, -exponent.div(p, rounding_mode="floor")).to(A.dtype)
@@ -71,8 +73,7 @@ def _compute(method: Method, A: Tensor, p: int, eps: float, pseudo_inverse: bool
 
 def _largest_entry(stack: Tensor) -> Tensor:
     """The largest absolute value in each matrix, (n,); not finite if any entry is not."""
-    largest: Tensor = torch.linalg.vector_norm(stack, math.inf, dim=(-2, -1))
-    return largest
+    return torch.maximum(stack.amax((-2, -1)), -stack.amin((-2, -1)))
 
 
 def _scaled(stack: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -89,7 +90,7 @@ def _scaled(stack: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Between the powers of two that are normal numbers: the largest entry comes to lie in [1/2, 1), or not far from it.
     bound = round(-math.log2(torch.finfo(stack.dtype).tiny))
     exponent = torch.frexp(torch.where(sound, diagonal, 0.5)).exponent.clamp(-bound, bound)
-    A = torch.ldexp(full, -exponent[:, None, None])
+    A = full * torch.ldexp(torch.ones_like(diagonal), -exponent)[:, None, None]
     eye = torch.eye(d, dtype=stack.dtype, device=stack.device)
     return torch.where(sound[:, None, None], A, eye), exponent, sound, entry == 0
 

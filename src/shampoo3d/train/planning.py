@@ -17,6 +17,7 @@ from shampoo3d.distribution import Distribution
 from shampoo3d.engines.native import embedding_weights
 from shampoo3d.engines.tensor_parallel import shard_of
 from shampoo3d.layout import Holder, Matrix, Part, Storage, describe
+from shampoo3d.memory import Memory, memory
 from shampoo3d.plan import Plan, make_plans
 from shampoo3d.routes import traffic
 
@@ -28,9 +29,10 @@ from .trainer import shampoo_settings
 
 @dataclass(frozen=True)
 class Forecast:
-    """The plans that the ranks of a run will make, and the bytes that each rank will receive in a step, by kind."""
+    """The plans that the ranks of a run will make; what each rank will keep and allocate, and receive in a step."""
 
     plans: list[Plan]
+    memory: dict[int, Memory]
     received: dict[int, dict[str, int]]
 
 
@@ -47,11 +49,15 @@ def foresee(settings: Settings, vocabulary: int) -> Forecast:
         if len(ranks) != settings.data:
             shared.sort(key=lambda matrix: matrix.name)
     plans = make_plans(matrices, hp)
-    received: defaultdict[int, Counter[str]] = defaultdict(Counter)
-    for plan in plans:
-        for rank in plan.ranks:
-            received[rank].update(traffic(plan, matrices[plan.ranks], rank, Distribution()))
-    return Forecast(sorted(plans, key=lambda plan: plan.ranks), {rank: dict(kinds) for rank, kinds in received.items()})
+    distribution = Distribution(root_copies=settings.root_copies)
+    device = "cuda" if settings.device == "cuda" else "cpu"
+    kept, received = {}, {}
+    for rank in range(settings.world):
+        teams = [(plan, matrices[plan.ranks]) for plan in plans if rank in plan.ranks]
+        kept[rank] = memory(teams, rank, hp, distribution, device=device)
+        arriving = (traffic(plan, shared, rank, distribution) for plan, shared in teams)
+        received[rank] = dict(sum(map(Counter, arriving), Counter()))
+    return Forecast(sorted(plans, key=lambda plan: plan.ranks), kept, received)
 
 
 @dataclass(frozen=True)
