@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shampoo3d.computation import check_method
+from shampoo3d.computation import check_method, refusal
 from shampoo3d.roots import choose, interval, inverse_roots
-from shampoo3d.computation import refusal
 from shampoo3d.roots.interval import bounded
 from shampoo3d.roots.measured import COST
 
