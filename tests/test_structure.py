@@ -16,6 +16,7 @@ PURE = (
     "blocks",
     "checks",
     "computation",
+    "hyperparams",
     "layout",
     "plan",
     "routes",
@@ -24,6 +25,7 @@ PURE = (
     "cost",
     "memory",
     "roots/choice",
+    "roots/measured",
 )
 COMMUNICATING = ("collectives", "agreement")
 COMMUNICATING_CALLS = {
