@@ -9,12 +9,17 @@ import torch
 
 @contextmanager
 def reduced_products() -> Iterator[None]:
-    """Operands of float32 products are rounded, to bfloat16 on the CPU and to TF32 on CUDA; sums stay float32.
+    """Operands of float32 products are rounded, to TF32 on CUDA, to bfloat16 on CPUs with AMX; sums stay float32.
 
     The switches are PyTorch's own, of the whole process; they are put back at the end.
     """
-    with _switched("bf16", "tf32"):
+    # Without matrix units the CPU's switch changes nothing but the library, for a slower one.
+    with _switched("bf16" if _has_amx() else None, "tf32"):
         yield
+
+
+def _has_amx() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 @contextmanager
@@ -25,11 +30,11 @@ def full_products() -> Iterator[None]:
 
 
 @contextmanager
-def _switched(cpu: str, cuda: str) -> Iterator[None]:
+def _switched(cpu: str | None, cuda: str) -> Iterator[None]:
     switches: list[tuple[Any, str]] = []
     for backend, precision in ((torch.backends.mkldnn, cpu), (torch.backends.cuda, cuda)):
         switch: Any = getattr(backend, "matmul", None)
-        if hasattr(switch, "fp32_precision"):
+        if precision is not None and hasattr(switch, "fp32_precision"):
             switches.append((switch, precision))
     if not switches:  # before PyTorch 2.9 there is one switch for all devices
         before = torch.get_float32_matmul_precision()
