@@ -18,8 +18,8 @@ from record import setting, write
 from torch import Tensor, nn
 
 from shampoo3d import Shampoo, ShampooHyperParams
-from shampoo3d.roots import inverse_roots
 from shampoo3d.computation import refusal
+from shampoo3d.roots import inverse_roots
 from shampoo3d.train.gpt import Block, Embedding, Position, loss
 from shampoo3d.train.shards import Shards
 from shampoo3d.train.text import read_text

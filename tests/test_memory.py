@@ -30,7 +30,8 @@ from shampoo3d.layout import ITEM_BYTES, describe
 from shampoo3d.memory import Memory, memory
 from shampoo3d.plan import make_plan
 
-TOLERANCE = 0.05
+TOLERANCE, ALONE = 0.05, 0.01
+"""What is promised, and what is reached in one process, where nothing else is allocated."""
 
 
 class Meter:
@@ -99,12 +100,13 @@ def check(
     dtype: str = "float32",
     steps: int = 4,
     device: str = "cpu",
+    within: float = ALONE,
 ) -> Memory:
     found = foreseen(shapes, dtype, hp, device)
     peak, state = measured(shapes, dtype, hp, steps)
     assert found.state == state
     assert found.buffers == 0
-    assert found.total == pytest.approx(peak, rel=TOLERANCE)
+    assert found.total == pytest.approx(peak, rel=within)
     return found
 
 
@@ -121,6 +123,7 @@ LOW: dict[str, Any] = {"root_storage": "bfloat16", "momentum_storage": "bfloat16
 RULES: list[dict[str, Any]] = [
     {},
     {"weight_decay": 0.1},
+    {"graft_type": "ADAGRAD"},
     {"graft_type": "ADAGRAD", "weight_decay": 0.1},
     {"graft_type": "ADAGRAD", "start_preconditioning_step": 3},
     {"start_preconditioning_step": 3, "weight_decay": 0.1},
@@ -132,9 +135,12 @@ RULES: list[dict[str, Any]] = [
     {**LOW, "weight_decay": 0.1, "start_preconditioning_step": 3},
     {"products": "bfloat16", "root_storage": "bfloat16"},
     {"products": "bfloat16"},
-    *({"root_method": method} for method in ("newton", "newton_db", "minimax")),
-    {"root_method": "minimax", "inverse_exponent_override": 2},
-    {"root_method": "minimax", "inverse_exponent_override": 8},
+]
+ROOTS: list[dict[str, Any]] = [
+    *({"root_method": method} for method in ("eigh", "newton", "newton_db", "minimax")),
+    *({"root_method": "minimax", "inverse_exponent_override": p} for p in (1, 2, 6, 8)),
+    *({"root_method": "newton", "inverse_exponent_override": p} for p in (1, 3)),
+    {"root_storage": "bfloat16"},
 ]
 
 
@@ -146,6 +152,22 @@ def ids(rule: object) -> str:
 @pytest.mark.parametrize("rule", RULES, ids=ids)
 def test_one_process(rule: dict[str, Any]) -> None:
     check(LAYERS, settings(block_size=64, **rule))
+
+
+@pytest.mark.parametrize("rule", ROOTS, ids=ids)
+def test_new_roots(rule: dict[str, Any]) -> None:
+    check(LAYERS[:2], settings(block_size=64, **rule), steps=2)
+
+
+@pytest.mark.usefixtures("small_units")
+def test_stacks_leave_one_after_the_other() -> None:
+    check([(512, 192), (512, 256)], settings(block_size=64, weight_decay=0.1))
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_one_matrix_is_most_of_a_model(nesterov: bool) -> None:
+    check([(512, 256)], settings(block_size=64, nesterov=nesterov, **LOW), "float16")
 
 
 @pytest.mark.usefixtures("small_units")
@@ -185,10 +207,9 @@ class AtOnce:
         return done
 
 
-@pytest.mark.usefixtures("small_units")
 def test_roots_that_are_computed_beside_the_step_stay_until_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "_thread", lambda _: AtOnce())
-    check(LAYERS, settings(block_size=64, asynchronous=True))
+    check(LAYERS, settings(block_size=64, asynchronous=True), within=TOLERANCE)
 
 
 @pytest.mark.slow

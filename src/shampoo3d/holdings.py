@@ -15,13 +15,10 @@ from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.momenta import Momenta, Rows
 from shampoo3d.plan import Plan
 from shampoo3d.preconditioner import Stack
-from shampoo3d.routes import BUCKET_ELEMENTS, Leg, Routes, packed, rounds, travels
+from shampoo3d.routes import BUCKET_ELEMENTS, CACHED_ELEMENTS, Leg, Routes, packed, rounds, travels
 from shampoo3d.schedule import phase
 from shampoo3d.slabs import Binding, FlatSlab, Member, Place, StackSlab, Steps, rows_of, state_dtype
 from shampoo3d.topology import Group
-
-CACHED_ELEMENTS = 2**18
-"""On a CPU so many elements are worked on together, from statistics to direction: as many as its cache holds."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,14 +14,8 @@ from shampoo3d.distribution import Distribution
 from shampoo3d.hyperparams import LayerwiseGrafting, ShampooHyperParams
 from shampoo3d.layout import ITEM_BYTES, STATE_BYTES, Matrix, Storage
 from shampoo3d.plan import Plan, PlannedBlock
-from shampoo3d.roots.choice import choose
-from shampoo3d.routes import BUCKET_ELEMENTS, Leg, Routes, buckets, packed, rounds, travels, width
-
-CACHED_ELEMENTS = 2**18
-"""On a CPU so many elements are worked on together, from statistics to direction: as many as its cache holds."""
-
-ROOT_COPIES = {"eigh": 4, "newton_db": 10, "newton": 13}
-"""The d x d matrices that a refresh has at its height for each one, the new root among them; measured for d >= 32."""
+from shampoo3d.roots.choice import Method, choose
+from shampoo3d.routes import BUCKET_ELEMENTS, CACHED_ELEMENTS, Leg, Routes, buckets, packed, rounds, travels, width
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ def memory(
         weights are changed, slab by slab:  S and D of this slab and those to come, and temporaries of this one
 
     S is a number per element at home here, and so is D, where the step needs more of it than its norm and than the
-    gradient that is there. New roots of n matrices, d x d, take ``n d^2`` times ROOT_COPIES; with ``asynchronous`` this
+    gradient that is there. New roots of n matrices, d x d, take ``n d^2`` times 4 to 14; with ``asynchronous`` this
     is after the step, and all new roots stay until the next.
 
     The state is exact but for the padding of an engine's flat slices. Elements that are stored once count as one slab,
@@ -231,17 +225,20 @@ class _Share:
         return most
 
     def beside(self, device: str) -> int:
-        """Roots that are computed after a step, all of them at the first refresh, and the work on those of a unit."""
+        """Roots that are computed after a step, all at the first refresh: those so far, and the work on a unit."""
         if not self.hp.computation.asynchronous:
             return 0
-        owned = [blocks for slots in self.rounds for _, blocks in self._batches(slots) if blocks[0].owner == self.rank]
-        units = [_together(blocks, device) * _refresh(blocks[0], self.hp, device) for blocks in owned]
-        return sum(_squares(block) for blocks in owned for block in blocks) + max(units, default=0)
+        most = before = 0
+        for _, blocks in (batch for slots in self.rounds for batch in self._batches(slots)):
+            if blocks[0].owner == self.rank:
+                before += sum(map(_squares, blocks))
+                most = max(most, before + _together(blocks, device) * _refresh(blocks[0], self.hp, device))
+        return most
 
     def _batches(self, slots: Iterable[int]) -> Iterator[tuple[bool, list[PlannedBlock]]]:
         """The kept blocks of a round that are worked on together, and whether they are settled."""
         batches: defaultdict[Any, list[PlannedBlock]] = defaultdict(list)
-        for slot in slots:
+        for slot in sorted(slots):
             block = self.plan.blocks[slot]
             if self.rank in block.keepers:
                 batches[slot in self.settled, block.owner == self.rank, block.shape, block.dtype].append(block)
@@ -323,6 +320,16 @@ def _squares(block: PlannedBlock) -> int:
     return sum(d * d for d in block.factors) * STATE_BYTES[block.dtype]
 
 
+def _root_copies(method: Method, p: int) -> int:
+    """The d x d matrices that a method has at its height for each one, the new root among them; measured, d >= 32."""
+    if method == "minimax":
+        half = p // 2
+        return 7 + (half > 0) + (half > 1) + (half & (half - 1) > 0)  # q^half, by squaring
+    if method == "newton":
+        return 12 + (p > 1) + (p > 1) * (p % 2)  # T^p, in two halves
+    return {"eigh": 4, "newton_db": 10}[method]
+
+
 def _refresh(block: PlannedBlock, hp: ShampooHyperParams, device: str) -> int:
     """What new roots take at most: the work on one axis, with the roots of the axes before.
 
@@ -333,8 +340,7 @@ def _refresh(block: PlannedBlock, hp: ShampooHyperParams, device: str) -> int:
     found = before = 0
     for d in block.factors:
         method = choose(hp.computation.root_method, p, hp.pseudo_inverse, d=d, device=device, double=double)
-        copies = 7 + min(3, max(1, p // 2)) if method == "minimax" else ROOT_COPIES[method]
-        copies += d >= SMALLEST_SPLIT  # statistics made whole
+        copies = _root_copies(method, p) + (d >= SMALLEST_SPLIT)  # statistics made whole
         copies += bytes_of("P", hp, block.dtype) != STATE_BYTES[block.dtype]  # previous roots
         found = max(found, before + (copies - asynchronous) * d * d)
         before += 0 if asynchronous else d * d

@@ -19,6 +19,9 @@ T = TypeVar("T")
 BUCKET_ELEMENTS = 2**22
 """Elements that a rank receives in one collective: bounds the buffers, whatever the model's size."""
 
+CACHED_ELEMENTS = 2**18
+"""On a CPU so many elements are worked on together, from statistics to direction: as many as its cache holds."""
+
 
 @dataclass(frozen=True, eq=False)
 class Leg:
