@@ -49,8 +49,9 @@ def offsets(blocks: Iterable[tuple[Identity, float]], every: int) -> dict[Identi
     """
     natural = functools.cache(_natural)  # thousands of blocks share a few names and keys
     turns: dict[Identity, int] = {}
-    loads = [(0.0, turn) for turn in range(every)]
-    for identity, cost in sorted(blocks, key=lambda block: (-block[1], *map(natural, block[0]), block[0])):
+    ordered = sorted(blocks, key=lambda block: (-block[1], *map(natural, block[0]), block[0]))
+    loads = [(0.0, turn) for turn in range(min(every, len(ordered)))]  # no more turns than blocks are taken
+    for identity, cost in ordered:
         load, turn = loads[0]
         turns[identity] = turn
         heapq.heapreplace(loads, (load + cost, turn))
