@@ -15,7 +15,7 @@ from torch import nn
 from shampoo3d import Computation, Shampoo, ShampooHyperParams
 
 LR, MOMENTUM, BETA2, MATRIX_EPS = 1e-3, 0.9, 0.95, 1e-6
-OURS, OURS_REDUCED = "3D-Shampoo", "3D-Shampoo, bfloat16 products"
+OURS, OURS_REDUCED = "3D-Shampoo", "3D-Shampoo, bfloat16 products and roots"
 LOOP, PYTORCH_OPTIMIZER = "per-block loop", "pytorch_optimizer Shampoo"
 LOOP_BLOCKS = (64, 128)
 
@@ -66,7 +66,7 @@ def contenders() -> Iterator[Contender]:
     same = f"beta2 {BETA2}, matrix_eps {MATRIX_EPS}, SGD graft, Nesterov momentum {MOMENTUM}, vectors grafted only"
     variants = {
         OURS: Computation(),
-        OURS_REDUCED: Computation(products="bfloat16"),
+        OURS_REDUCED: Computation(products="bfloat16", root_storage="bfloat16"),
         f"{OURS}, refresh together": Computation(refresh="together"),
         f"{OURS}, asynchronous": Computation(asynchronous=True),
     }

@@ -1,7 +1,7 @@
 """Layouts in which a rank's part of a matrix is more than one range of it: AutoTP, Megatron's strides, experts."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo3d import Shampoo
+from shampoo3d import Shampoo, ShampooHyperParams
 
 from .harness import needs_deepspeed
 from .settings import cases, paired, shampoo
@@ -62,7 +62,10 @@ def named(layouts: list[Layout], fast: Collection[Layout]) -> list[Any]:
 def slower(layout: Layout, name: str) -> partial[Shampoo]:
     """At a quarter of the rate: these models multiply rounding errors by more."""
     found = shampoo(name, layout.precision)
-    return partial(found, lr=found.keywords["lr"] / 4)
+    hp: ShampooHyperParams = found.keywords["hyperparams"]
+    if isinstance(layout, Experts):  # DeepSpeed names experts by their place on a rank, and names decide turns
+        hp = replace(hp, computation=replace(hp.computation, refresh="together"))
+    return partial(found, lr=found.keywords["lr"] / 4, hyperparams=hp)
 
 
 @pytest.mark.parametrize("layout", named(LAYOUTS + MORE_LAYOUTS, FAST_MODELS))
