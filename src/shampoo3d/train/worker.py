@@ -39,6 +39,7 @@ def work(settings: Settings, report: Report) -> None:
     text = read_text(settings.text, settings.context)
     for name in settings.optimizers:
         Trainer(name, settings, text, report if rank == 0 else silent).complete()
+    dist.barrier()  # nobody leaves while another may still need the connection
     dist.destroy_process_group()
 
 
