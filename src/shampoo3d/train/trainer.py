@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shampoo3d import Distribution, LayerwiseGrafting, Shampoo, ShampooHyperParams
+from shampoo3d import Computation, Distribution, LayerwiseGrafting, Shampoo, ShampooHyperParams
 
 from .log import Log, Report, finished, read
 from .parallel import WholeModel, make_engine, make_grid, make_module
@@ -45,6 +45,8 @@ def shampoo_settings(settings: Settings) -> ShampooHyperParams:
         ignore_embedding_layer=False,
         # The direction's own length is right for embeddings and matrices alike, with one learning rate.
         graft_type=LayerwiseGrafting.NONE,
+        # Without a graft, blocks of one matrix whose roots differ in age differ in length: in turns it learns far less.
+        computation=Computation(refresh="together"),
     )
 
 
