@@ -15,7 +15,7 @@ from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.momenta import Momenta, Rows
 from shampoo3d.plan import Plan
 from shampoo3d.preconditioner import Stack
-from shampoo3d.routes import BUCKET_ELEMENTS, CACHED_ELEMENTS, Leg, Routes, packed, rounds, travels
+from shampoo3d.routes import BUCKET_ELEMENTS, CACHED_ELEMENTS, Leg, Routes, packed, rounds, settled, travels
 from shampoo3d.schedule import phase
 from shampoo3d.slabs import Binding, FlatSlab, Member, Place, StackSlab, Steps, rows_of, state_dtype
 from shampoo3d.topology import Group
@@ -77,6 +77,7 @@ class Team:
         slots: the block of each slot of the plan.
         legs: the ways of the cells that this rank has to do with.
         travels: whether gradients may have to travel to owners.
+        settled: the kept blocks of which nothing travels, see :func:`shampoo3d.routes.settled`.
         rounds: the slots that are worked on together.
     """
 
@@ -90,6 +91,7 @@ class Team:
     slots: list[tuple[Binding, Block]] = field(init=False)
     legs: list[Leg] = field(init=False)
     travels: bool = field(init=False)
+    settled: dict[int, Leg] = field(init=False)
     rounds: list[list[int]] = field(init=False)
     batches: list[Batch] = field(init=False)
     stack_slabs: list[StackSlab] = field(init=False)
@@ -98,6 +100,7 @@ class Team:
         self.slots = [(binding, block) for binding in self.bindings for block in binding.matrix.blocks]
         matrices = [binding.matrix for binding in self.bindings]
         self.legs, self.travels = list(Routes.of(self.plan, matrices, self.rank).legs), travels(self.plan, matrices)
+        self.settled = settled(self.plan, matrices, self.legs, self.rank)
         self.rounds = rounds(self.plan, BUCKET_ELEMENTS if self.travels else math.inf)
         self._cached: dict[Any, list[Unit]] = {}
         self.batches = self._make_batches()
@@ -178,31 +181,14 @@ class Team:
             guest = self.plan.blocks[slot].owner != self.rank
             kinds[guest, slot in self.settled, block.shape, state_dtype(stored.dtype), stored.device].append(slot)
         batches = []
-        for (guests, settled, shape, dtype, device), slots in kinds.items():
+        for (guests, at_home, shape, dtype, device), slots in kinds.items():
             members = [
                 Kept(slot, *self.slots[slot], row, self.plan.blocks[slot].offset) for row, slot in enumerate(slots)
             ]
             stack = Stack(shape, len(slots), self.hp, dtype, device, guest=guests)
-            cells = [Member(slot, self.slots[slot][0], self.settled[slot].cell) for slot in slots if settled]
-            batches.append(Batch(stack, members, guests, StackSlab(cells, self.hp) if settled else None))
+            cells = [Member(slot, self.slots[slot][0], self.settled[slot].cell) for slot in slots if at_home]
+            batches.append(Batch(stack, members, guests, StackSlab(cells, self.hp) if at_home else None))
         return sorted(batches, key=lambda batch: batch.guests)
-
-    @cached_property
-    def settled(self) -> dict[int, Leg]:
-        """The kept blocks of which all elements are at home here, so that nothing of them travels."""
-        mine: defaultdict[int, list[Leg]] = defaultdict(list)
-        for leg in self.legs:
-            if leg.keeper == self.rank and not self.bindings[leg.matrix].matrix.storage.sharded:
-                mine[leg.slot].append(leg)
-        return {
-            slot: legs[0]
-            for slot, legs in mine.items()
-            if self.plan.blocks[slot].factors
-            and len(legs) == 1
-            and legs[0].home == self.rank
-            and legs[0].gathered
-            and legs[0].cell.piece.box == self.slots[slot][1]
-        }
 
     @cached_property
     def stacked(self) -> dict[int, tuple[Stack, int]]:
@@ -211,10 +197,10 @@ class Team:
 
     def _make_stack_slabs(self) -> list[StackSlab]:
         kinds: defaultdict[Any, list[Member]] = defaultdict(list)
-        settled = set(self.settled.values())
+        in_batches = set(self.settled.values())
         for leg in self.legs:
             binding = self.bindings[leg.matrix]
-            if leg.home == self.rank and not binding.matrix.storage.sharded and leg not in settled:
+            if leg.home == self.rank and not binding.matrix.storage.sharded and leg not in in_batches:
                 flat = binding.place.flat
                 kinds[leg.cell.piece.box.shape, flat.dtype, flat.device].append(Member(leg.slot, binding, leg.cell))
         return [batch.slab for batch in self.batches if batch.slab] + [StackSlab(m, self.hp) for m in kinds.values()]

@@ -4,7 +4,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -15,7 +14,18 @@ from shampoo3d.hyperparams import LayerwiseGrafting, ShampooHyperParams
 from shampoo3d.layout import ITEM_BYTES, STATE_BYTES, Matrix, Storage
 from shampoo3d.plan import Plan, PlannedBlock
 from shampoo3d.roots.choice import Method, choose
-from shampoo3d.routes import BUCKET_ELEMENTS, CACHED_ELEMENTS, Leg, Routes, buckets, packed, rounds, travels, width
+from shampoo3d.routes import (
+    BUCKET_ELEMENTS,
+    CACHED_ELEMENTS,
+    Leg,
+    Routes,
+    buckets,
+    packed,
+    rounds,
+    settled,
+    travels,
+    width,
+)
 
 
 @dataclass(frozen=True)
@@ -175,6 +185,7 @@ class _Share:
     def __init__(self, plan: Plan, matrices: Sequence[Matrix], rank: int, hp: ShampooHyperParams) -> None:
         self.plan, self.matrices, self.rank, self.hp = plan, matrices, rank, hp
         self.legs = Routes.of(plan, matrices, rank).legs
+        self.settled = settled(plan, matrices, self.legs, rank)
         self.travels = travels(plan, matrices)
         self.rounds = rounds(plan, BUCKET_ELEMENTS if self.travels else math.inf)
 
@@ -198,16 +209,6 @@ class _Share:
             found[storage.dtype] += sum(h.part.elements for h in storage.holders if h.rank == self.rank)
         return found
 
-    @cached_property
-    def settled(self) -> set[int]:
-        """The kept blocks of which all elements are at home here: they are rows of a slab."""
-        mine: defaultdict[int, list[Leg]] = defaultdict(list)
-        for leg in self.legs:
-            if leg.keeper == self.rank and self.plan.blocks[leg.slot].factors and not self.storage(leg).sharded:
-                mine[leg.slot].append(leg)
-        whole = {slot: legs[0] for slot, legs in mine.items() if len(legs) == 1 and legs[0].home == self.rank}
-        return {slot for slot, leg in whole.items() if leg.elements == self.plan.blocks[slot].elements}
-
     def turn(self, leg: Leg) -> tuple[bool, bool, int]:
         """The order of elements at home: those of blocks that are worked on here come first."""
         return leg.slot not in self.settled, self.plan.blocks[leg.slot].owner != self.rank, leg.slot
@@ -217,9 +218,9 @@ class _Share:
         most = before = 0
         for slots in self.rounds:
             filled = unit = 0
-            for settled, blocks in self._batches(slots):
+            for at_home, blocks in self._batches(slots):
                 unit = max(unit, _together(blocks, device) * self._block(blocks[0], device, started=started))
-                if not settled:
+                if not at_home:
                     filled += sum(block.elements for block in blocks) * STATE_BYTES[blocks[0].dtype]
             most, before = max(most, before + filled + unit), filled
         return most
@@ -242,7 +243,7 @@ class _Share:
             block = self.plan.blocks[slot]
             if self.rank in block.keepers:
                 batches[slot in self.settled, block.owner == self.rank, block.shape, block.dtype].append(block)
-        yield from ((settled, blocks) for (settled, *_), blocks in batches.items())
+        yield from ((at_home, blocks) for (at_home, *_), blocks in batches.items())
 
     def _block(self, block: PlannedBlock, device: str, *, started: bool) -> int:
         """What the products or the new roots of a block take at most, beside its gradient."""

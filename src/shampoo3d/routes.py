@@ -91,6 +91,16 @@ def _legs(plan: Plan, matrices: Sequence[Matrix], rank: int | None) -> Iterator[
         yield sorted(legs, key=lambda leg: leg.slot)
 
 
+def settled(plan: Plan, matrices: Sequence[Matrix], legs: Iterable[Leg], rank: int) -> dict[int, Leg]:
+    """The blocks kept by a rank of which all elements are at home there, so that nothing of them travels, by slot."""
+    mine: defaultdict[int, list[Leg]] = defaultdict(list)
+    for leg in legs:
+        if leg.keeper == rank and plan.blocks[leg.slot].factors and not matrices[leg.matrix].storage.sharded:
+            mine[leg.slot].append(leg)
+    whole = {slot: legs_[0] for slot, legs_ in mine.items() if len(legs_) == 1 and legs_[0].home == rank}
+    return {slot: leg for slot, leg in whole.items() if leg.elements == plan.blocks[slot].elements}
+
+
 def rounds(plan: Plan, most: float) -> list[list[int]]:
     """The slots of preconditioned blocks in the rounds in which they are worked on: one collective each way per round.
 
