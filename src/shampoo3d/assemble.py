@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from shampoo3d.agreement import everyones, first_complaint
 from shampoo3d.computation import refusal
-from shampoo3d.cost import within_budget
 from shampoo3d.distribution import Distribution
 from shampoo3d.engines import deepspeed, dtensor, native, zero
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Holder, Matrix, Storage, describe
-from shampoo3d.plan import BlockId, Plan, factors_of, in_order, make_plans, refresh_offsets
+from shampoo3d.plan import BlockId, Plan, factors_of, in_order, make_plans, timed
 from shampoo3d.readers import Stored, is_flat, read
 from shampoo3d.slabs import Binding, FlatSlab, Place
 from shampoo3d.topology import Mesh
@@ -224,9 +223,7 @@ def _planned(
         if ranks[0] == mesh.rank
         for block, sizes in factors_of(held).items()
     }
-    factors = dict(ChainMap(*everyones(mesh.everyone, told)))
-    hp = within_budget(factors.values(), hp)
-    offsets = refresh_offsets(factors, hp)
+    hp, offsets = timed(dict(ChainMap(*everyones(mesh.everyone, told))), hp)
     try:
         plans = make_plans(matrices, hp, fixed, memory_bound, offsets)
     except ValueError as error:
@@ -300,7 +297,7 @@ def _matrices(
         except ValueError as error:
             return matrices, str(error)
         matrix = describe(stored, facts.hp, mesh.everyone.size)
-        if matrix.rank and (why := refusal(method, facts.hp.inverse_exponent_override or 2 * matrix.rank)):
+        if matrix.rank and (why := refusal(method, facts.hp.exponent(matrix.rank))):
             return matrices, f"root_method {method!r} cannot be used for {matrix.name!r} of shape {matrix.shape}: {why}"
         if gaps := matrix.gaps():
             return matrices, f"the storage of {matrix.name!r} of shape {matrix.shape} can't be explained: {gaps}"

@@ -64,8 +64,7 @@ class Exchange:
         while those of the current one are worked on, and so do the directions of the one before.
         """
         coming, going = self._gather(0, steps), Trip({}, (), None)
-        for number in range(len(self.team.rounds)):
-            units = self.team.units(number, steps)
+        for number, units in enumerate(self.team.units(steps)):
             _fill(units, coming.arrived())
             coming = self._gather(number + 1, steps)
             yield from (unit for unit in units if not unit.guests)

@@ -102,7 +102,7 @@ class Team:
         self.legs, self.travels = list(Routes.of(self.plan, matrices, self.rank).legs), travels(self.plan, matrices)
         self.settled = settled(self.plan, matrices, self.legs, self.rank)
         self.rounds = rounds(self.plan, BUCKET_ELEMENTS if self.travels else math.inf)
-        self._cached: dict[Any, list[Unit]] = {}
+        self._cached: dict[Any, list[list[Unit]]] = {}
         self.batches = self._make_batches()
         self.stack_slabs = self._make_stack_slabs()
         self._slab_of = {member.cell: slab for slab in self.stack_slabs for member in slab.members}
@@ -143,12 +143,16 @@ class Team:
             return self.flat_slabs[binding.place].direction(binding, leg.cell.piece)
         return self._slab_of[leg.cell].direction(leg.cell)
 
-    def units(self, number: int, steps: Steps) -> list[Unit]:
-        """The kept blocks of a round that take part in the step, batched by phase; those that are owned first."""
-        key = (number, *(_kind(steps.get(place), self.hp) for place in self.places))
+    def units(self, steps: Steps) -> Iterator[list[Unit]]:
+        """For each round the kept blocks that take part in the step, batched by phase; those that are owned first."""
+        key = tuple(_kind(steps.get(place), self.hp) for place in self.places)
         if key not in self._cached:
-            self._cached[key] = list(self._units(number, steps))
-        units = [replace(unit) for unit in self._cached[key]]
+            self._cached[key] = [list(self._units(number, steps)) for number in range(len(self.rounds))]
+        for templates in self._cached[key]:
+            yield self._due([replace(unit) for unit in templates], steps)
+
+    def _due(self, units: list[Unit], steps: Steps) -> list[Unit]:
+        """The same units with the rows whose roots are refreshed at this step."""
         for unit in (unit for unit in units if not unit.guests):
             times = ((member, steps[member.binding.place]) for member in unit.members)
             due = [member.row for member, t in times if phase(t, self.hp, member.offset).refresh]

@@ -86,8 +86,12 @@ class ShampooHyperParams:
         check_choice("nonfinite_gradient", self.nonfinite_gradient, ("skip", "raise", "ignore"))
         if not isinstance(self.computation, Computation):
             raise TypeError(f"computation must be a Computation, got {type(self.computation).__name__}")
-        # Twice the rank is known with a parameter only; of a matrix it is 4.
-        check_method(self.computation.root_method, self.inverse_exponent_override or 4, self.pseudo_inverse)
+        # The rank is known with a parameter only: here that of a matrix.
+        check_method(self.computation.root_method, self.exponent(2), self.pseudo_inverse)
+
+    def exponent(self, rank: int) -> int:
+        """p in ``L^(-1/p)`` for blocks with so many preconditioned axes."""
+        return self.inverse_exponent_override or 2 * rank
 
 
 def momenta_names(hp: ShampooHyperParams) -> tuple[str, ...]:

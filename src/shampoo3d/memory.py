@@ -336,7 +336,7 @@ def _refresh(block: PlannedBlock, hp: ShampooHyperParams, device: str) -> int:
 
     With ``asynchronous`` the roots themselves are not counted, since all of them stay.
     """
-    p, asynchronous = hp.inverse_exponent_override or 2 * len(block.factors), hp.computation.asynchronous
+    p, asynchronous = hp.exponent(len(block.factors)), hp.computation.asynchronous
     double = STATE_BYTES[block.dtype] == 8
     found = before = 0
     for d in block.factors:

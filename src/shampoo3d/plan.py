@@ -143,6 +143,12 @@ def refresh_offsets(factors: Mapping[BlockId, Shape], hp: ShampooHyperParams) ->
     return dealt_out({block: root_cost(sizes) for block, sizes in factors.items()}.items(), every)
 
 
+def timed(factors: Mapping[BlockId, Shape], hp: ShampooHyperParams) -> tuple[ShampooHyperParams, dict[BlockId, int]]:
+    """The settings within their budget, and the turns that the blocks take in the interval that it leaves."""
+    hp = within_budget(factors.values(), hp)
+    return hp, refresh_offsets(factors, hp)
+
+
 def make_plan(
     matrices: Sequence[Matrix],
     ranks: Sequence[int],
@@ -172,9 +178,7 @@ def make_plan(
         ValueError: naming the block, the bytes and the bound, if there is no rank left to take it.
     """
     if offsets is None:
-        factors = factors_of(matrices)
-        hp = within_budget(factors.values(), hp)
-        offsets = refresh_offsets(factors, hp)
+        hp, offsets = timed(factors_of(matrices), hp)
     drafts = [_draft(m, number, hp, fixed or {}, offsets) for m in matrices for number in range(len(m.blocks))]
     storing = _storing(matrices, drafts)
     counterparts = {matrix.name: matrix.storage.counterparts for matrix in matrices}
@@ -366,9 +370,7 @@ def make_plans(
     """
     plans: list[Plan] = []
     if offsets is None:
-        factors = factors_of(itertools.chain.from_iterable(held.values()))
-        hp = within_budget(factors.values(), hp)
-        offsets = refresh_offsets(factors, hp)
+        hp, offsets = timed(factors_of(itertools.chain.from_iterable(held.values())), hp)
     for ranks in in_order(held):
         known = [(plan.load(), plan.bytes()) for plan in plans if set(ranks) <= set(plan.ranks)]
         load = {rank: (sum(cost[rank] for cost, _ in known), sum(size[rank] for _, size in known)) for rank in ranks}

@@ -29,13 +29,25 @@ def full_products() -> Iterator[None]:
         yield
 
 
+def may_lose_digits(kind: str) -> bool:
+    """Whether PyTorch's switches let float32 products on this type of device give up digits."""
+    if switch := _switches().get(kind):
+        return bool(switch.fp32_precision not in ("none", "ieee"))
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def _switches() -> dict[str, Any]:
+    """By type of device, where PyTorch has them, which is from 2.9 on."""
+    backends = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}
+    found = {kind: getattr(backend, "matmul", None) for kind, backend in backends.items()}
+    return {kind: switch for kind, switch in found.items() if hasattr(switch, "fp32_precision")}
+
+
 @contextmanager
 def _switched(cpu: str | None, cuda: str) -> Iterator[None]:
-    switches: list[tuple[Any, str]] = []
-    for backend, precision in ((torch.backends.mkldnn, cpu), (torch.backends.cuda, cuda)):
-        switch: Any = getattr(backend, "matmul", None)
-        if precision is not None and hasattr(switch, "fp32_precision"):
-            switches.append((switch, precision))
+    found = _switches()
+    wanted = ((found.get("cpu"), cpu), (found.get("cuda"), cuda))
+    switches = [(switch, precision) for switch, precision in wanted if switch is not None and precision is not None]
     if not switches:  # before PyTorch 2.9 there is one switch for all devices
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest" if cpu == "ieee" else "medium")

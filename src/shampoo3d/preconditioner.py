@@ -69,7 +69,7 @@ class Stack:
     @property
     def exponent(self) -> int:
         """p in ``L^(-1/p)``."""
-        return self.hp.inverse_exponent_override or 2 * len(self.shape)
+        return self.hp.exponent(len(self.shape))
 
     def accumulate(self, G: Tensor, rows: Rows) -> None:
         """``L_i <- beta2 L_i + w2 G_(i) G_(i)^T``."""

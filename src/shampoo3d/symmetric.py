@@ -27,11 +27,9 @@ class Symmetric:
     def accumulate(self, U: Tensor, rows: Rows, beta: float, weight: float) -> None:
         """``A <- beta A + weight U U^T`` for the given rows, U (rows, d, any)."""
         for name, (i, j) in self._spans.items():
-            tile = self.tiles[name]
-            if isinstance(rows, slice):
-                tile[rows].baddbmm_(U[:, i], U[:, j].mT, beta=beta, alpha=weight)
-            else:
-                tile[rows] = tile[rows].baddbmm_(U[:, i], U[:, j].mT, beta=beta, alpha=weight)
+            advanced = self.tiles[name][rows].baddbmm_(U[:, i], U[:, j].mT, beta=beta, alpha=weight)
+            if isinstance(rows, Tensor):  # that was a copy
+                self.tiles[name][rows] = advanced
 
     def whole(self, rows: Rows) -> Tensor:
         """The given matrices, (rows, d, d); a view where they are stored so."""

@@ -5,12 +5,11 @@ is small these digits are the result.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from shampoo3d.precision import full_products
+from shampoo3d.precision import full_products, may_lose_digits
 from shampoo3d.roots.choice import Method
 
 TOLERANT = ("eigh", "minimax")
@@ -40,9 +39,4 @@ def products_for(A: Tensor, eps: float, method: Method) -> AbstractContextManage
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _lowered(kind: str) -> bool:
-    """Whether products on this type of device may give up digits."""
-    backends: dict[str, Any] = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}
-    precision = getattr(getattr(backends.get(kind), "matmul", None), "fp32_precision", None)
-    if precision is not None:
-        return bool(precision not in ("none", "ieee"))
-    return torch.get_float32_matmul_precision() != "highest"  # before PyTorch 2.9 there is one for all devices
+    return may_lose_digits(kind)
