@@ -29,6 +29,7 @@ from shampoo3d.computation import Computation
 from shampoo3d.layout import ITEM_BYTES, describe
 from shampoo3d.memory import Memory, memory
 from shampoo3d.plan import make_plan
+from shampoo3d.roots import choice
 
 TOLERANCE, ALONE = 0.05, 0.01
 """What is promised, and what is reached in one process, where nothing else is allocated."""
@@ -115,6 +116,7 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several units to a batch, without a model that takes seconds."""
     for module in (holdings, room):
         monkeypatch.setattr(module, "CACHED_ELEMENTS", 2**13)
+    monkeypatch.setitem(choice.AT_ONCE, "cpu", 2**13)
 
 
 LAYERS = [(256, 128), (128, 256), (128,), (384, 128), (1000, 64)]
@@ -219,6 +221,7 @@ def test_random_models_and_settings(seed: int, monkeypatch: pytest.MonkeyPatch) 
     cached = chance.choice([2**12, 2**14, 2**18])
     for module in (holdings, room):
         monkeypatch.setattr(module, "CACHED_ELEMENTS", cached)
+    monkeypatch.setitem(choice.AT_ONCE, "cpu", chance.choice([2**12, 2**14, 2**18]))
     shapes = [*chance.choices([*LAYERS, *CONVOLUTIONS, (64, 96, 40), (256, 200)], k=chance.randint(1, 5)), (256, 128)]
     given = {
         "block_size": [0, 32, 64, 128],

@@ -15,6 +15,7 @@ from shampoo3d.layout import describe
 from shampoo3d.momenta import ALL, Momenta, Rows
 from shampoo3d.plan import make_plan
 from shampoo3d.preconditioner import Stack, factor_shapes, squared_norms, state_shapes, unfold
+from shampoo3d.roots import choice
 
 SHAPES = [(3, 4), (2, 3, 4), (2, 1, 3, 2)]
 
@@ -61,6 +62,30 @@ def test_some_rows_are_computed_like_all_and_leave_the_others_alone(shape: tuple
     for name, tensor in some.tensors().items():
         assert torch.equal(tensor[rows], few.tensors()[name]), name
         assert torch.equal(tensor[others], untouched[name][others]), name
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("rows", [ALL, slice(1, 4), torch.tensor([4, 0, 3])], ids=str)
+@pytest.mark.parametrize("at_once", [1, 2 * 4**2])
+def test_roots_that_are_computed_a_few_at_a_time(
+    at_once: int, rows: Rows, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for most in (2**20, at_once):
+        monkeypatch.setitem(choice.AT_ONCE, "cpu", most)
+        stack = stack_of((3, 4), 5, computation=Computation(asynchronous=asynchronous, root_method="newton"))
+        stack.accumulate(gradient((3, 4), 5), ALL)
+        if asynchronous:
+            stack.refresh_later(rows)
+            stack.launch()
+            stack.settle()
+        else:
+            stack.refresh_roots(rows)
+        found.append(stack.roots)
+    for together, apart in zip(*found, strict=True):
+        torch.testing.assert_close(together, apart, rtol=1e-9, atol=1e-12)
+    renewed = (found[1][0] != torch.eye(3)).flatten(1).any(1).nonzero().flatten().tolist()
+    assert renewed == sorted(torch.arange(5)[rows].tolist())
 
 
 @pytest.mark.parametrize(("override", "exponent"), [(0, 6), (1, 1), (4, 4)])

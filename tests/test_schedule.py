@@ -21,7 +21,7 @@ from shampoo3d.cost import block_cost, root_cost, within_budget
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import describe
 from shampoo3d.plan import Plan, factors_of, make_plan, make_plans, refresh_offsets
-from shampoo3d.schedule import offsets, phase
+from shampoo3d.schedule import like, offsets, phase
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "update-rule.md"
 EXAMPLES = settings(deadline=None, derandomize=True, max_examples=300)
@@ -49,6 +49,17 @@ def named(costs: list[float]) -> list[tuple[tuple[str, str], float]]:
 
 
 # ---- steps ----
+
+
+@EXAMPLES
+@given(EVERY, STARTS, st.integers(1, 200), TURNS)
+def test_steps_that_are_alike_refresh_the_same_blocks(every: int, start: int, t: int, offset: int) -> None:
+    """Whatever the blocks: so what is due need be found for one interval of steps only."""
+    for refresh in ("staggered", "together"):
+        hp = hyperparams(every, start, refresh)
+        same = like(t, hp)
+        assert 0 <= same <= min(t, max(every, start) + every)
+        assert phase(t, hp, offset).refresh == (same > 0 and phase(same, hp, offset).refresh)
 
 
 def test_four_blocks_at_every_third_step() -> None:

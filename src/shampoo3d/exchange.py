@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shampoo3d.collectives import Link, Swap
-from shampoo3d.holdings import Team, Unit
+from shampoo3d.holdings import Due, Team, Unit
 from shampoo3d.layout import Storage
 from shampoo3d.routes import BUCKET_ELEMENTS, Leg, packed
 from shampoo3d.schedule import Phase, phase
@@ -57,19 +57,19 @@ class Exchange:
         """Bytes that came from other ranks so far, by what they were."""
         return sum((link.received for link, *_ in self._copies), self.link.received.copy())
 
-    def collect(self, steps: Steps) -> Iterator[Unit]:
-        """The owned blocks that take part, in units, with their gradients made whole in ``blocks``.
+    def collect(self, steps: Steps) -> Iterator[tuple[list[Unit], list[Due]]]:
+        """The blocks that are worked on together, in units, with their gradients made whole in ``blocks``; which roots.
 
-        What the caller leaves there is sent home as the block's direction. The gradients of the next round travel
-        while those of the current one are worked on, and so do the directions of the one before.
+        What the caller leaves in ``blocks`` is sent home as the block's direction. The gradients of the next round
+        travel while those of the current one are worked on, and so do the directions of the one before.
         """
         coming, going = self._gather(0, steps), Trip({}, (), None)
-        for number, units in enumerate(self.team.units(steps)):
+        for number, (units, due) in enumerate(zip(self.team.units(steps), self.team.due(steps), strict=True)):
             _fill(units, coming.arrived())
             coming = self._gather(number + 1, steps)
-            yield from (unit for unit in units if not unit.guests)
+            yield [unit for unit in units if not unit.guests], due
             self._share_roots(number, steps)
-            yield from (unit for unit in units if unit.guests)
+            yield [unit for unit in units if unit.guests], []
             self._take_home(going)
             going = self._send_home(number, units, steps)
         self._take_home(going)

@@ -16,7 +16,7 @@ from shampoo3d.momenta import Momenta, Rows
 from shampoo3d.plan import Plan
 from shampoo3d.preconditioner import Stack
 from shampoo3d.routes import BUCKET_ELEMENTS, CACHED_ELEMENTS, Leg, Routes, packed, rounds, settled, travels
-from shampoo3d.schedule import phase
+from shampoo3d.schedule import like, phase
 from shampoo3d.slabs import Binding, FlatSlab, Member, Place, StackSlab, Steps, rows_of, state_dtype
 from shampoo3d.topology import Group
 
@@ -50,22 +50,22 @@ class Batch:
 
 @dataclass
 class Unit:
-    """Members of a batch that are in the same phase at this step, with their gradients and then their directions.
-
-    ``due``: the rows whose roots are refreshed; None for none.
-    """
+    """Members of a batch that are in the same phase at this step, with their gradients and then their directions."""
 
     batch: Batch
     members: list[Kept]
     rows: Rows
     accumulate: bool
     started: bool
-    due: Rows | None = None
     blocks: Tensor = field(init=False)
 
     @property
     def guests(self) -> bool:
         return self.batch.guests
+
+
+Due = tuple[Stack, Rows]
+"""Which roots of a stack are refreshed."""
 
 
 @dataclass(eq=False)
@@ -102,7 +102,8 @@ class Team:
         self.legs, self.travels = list(Routes.of(self.plan, matrices, self.rank).legs), travels(self.plan, matrices)
         self.settled = settled(self.plan, matrices, self.legs, self.rank)
         self.rounds = rounds(self.plan, BUCKET_ELEMENTS if self.travels else math.inf)
-        self._cached: dict[Any, list[list[Unit]]] = {}
+        self._units_at: dict[Any, list[list[Unit]]] = {}
+        self._due_at: dict[Any, list[list[Due]]] = {}
         self.batches = self._make_batches()
         self.stack_slabs = self._make_stack_slabs()
         self._slab_of = {member.cell: slab for slab in self.stack_slabs for member in slab.members}
@@ -146,21 +147,27 @@ class Team:
     def units(self, steps: Steps) -> Iterator[list[Unit]]:
         """For each round the kept blocks that take part in the step, batched by phase; those that are owned first."""
         key = tuple(_kind(steps.get(place), self.hp) for place in self.places)
-        if key not in self._cached:
-            self._cached[key] = [list(self._units(number, steps)) for number in range(len(self.rounds))]
-        for templates in self._cached[key]:
-            yield self._due([replace(unit) for unit in templates], steps)
+        if key not in self._units_at:
+            self._units_at[key] = [list(self._units(set(slots), steps)) for slots in self.rounds]
+        for units in self._units_at[key]:
+            yield [replace(unit) for unit in units]
 
-    def _due(self, units: list[Unit], steps: Steps) -> list[Unit]:
-        """The same units with the rows whose roots are refreshed at this step."""
-        for unit in (unit for unit in units if not unit.guests):
-            times = ((member, steps[member.binding.place]) for member in unit.members)
-            due = [member.row for member, t in times if phase(t, self.hp, member.offset).refresh]
-            unit.due = rows_of(due, unit.batch.stack.n, unit.batch.stack.device) if due else None
-        return units
+    def due(self, steps: Steps) -> list[list[Due]]:
+        """For each round the rows of stacks whose roots are refreshed."""
+        turns = {place: like(t, self.hp) for place, t in steps.items()}
+        key = tuple(turns.get(place) for place in self.places)
+        if key not in self._due_at:
+            self._due_at[key] = [list(self._due(set(slots), turns)) for slots in self.rounds]
+        return self._due_at[key]
 
-    def _units(self, number: int, steps: Steps) -> Iterator[Unit]:
-        wanted = set(self.rounds[number])
+    def _due(self, wanted: set[int], steps: Steps) -> Iterator[Due]:
+        for batch in (batch for batch in self.batches if not batch.guests):
+            times = ((member, steps.get(member.binding.place, 0)) for member in batch.members if member.slot in wanted)
+            rows = [member.row for member, t in times if t and phase(t, self.hp, member.offset).refresh]
+            if rows:
+                yield batch.stack, rows_of(rows, batch.stack.n, batch.stack.device)
+
+    def _units(self, wanted: set[int], steps: Steps) -> Iterator[Unit]:
         for batch in self.batches:
             kinds: defaultdict[tuple[bool, bool], list[Kept]] = defaultdict(list)
             for member in batch.members:

@@ -13,7 +13,7 @@ from shampoo3d.distribution import Distribution
 from shampoo3d.hyperparams import LayerwiseGrafting, ShampooHyperParams
 from shampoo3d.layout import ITEM_BYTES, STATE_BYTES, Matrix, Storage
 from shampoo3d.plan import Plan, PlannedBlock
-from shampoo3d.roots.choice import Method, choose
+from shampoo3d.roots.choice import Method, at_once, choose
 from shampoo3d.routes import (
     BUCKET_ELEMENTS,
     CACHED_ELEMENTS,
@@ -68,7 +68,7 @@ def memory(
 
         gradients are taken, slab by slab:  S and D of the slabs so far, and temporaries of this one
         blocks are worked on, by units:     S and D of all; gradients that travelled, of two rounds; and of the unit
-                                            a product per element, or the work on new roots
+                                            a product per element, or the work on roots that are computed at once
         weights are changed, slab by slab:  S and D of this slab and those to come, and temporaries of this one
 
     S is a number per element at home here, and so is D, where the step needs more of it than its norm and than the
@@ -219,21 +219,24 @@ class _Share:
         for slots in self.rounds:
             filled = unit = 0
             for at_home, blocks in self._batches(slots):
-                unit = max(unit, _together(blocks, device) * self._block(blocks[0], device, started=started))
+                unit = max(unit, _together(blocks, device) * self._products(blocks[0], started=started))
+                if blocks[0].owner == self.rank and not self.hp.computation.asynchronous:
+                    unit = max(unit, _refresh(blocks, self.hp, device, started=started))
                 if not at_home:
                     filled += sum(block.elements for block in blocks) * STATE_BYTES[blocks[0].dtype]
             most, before = max(most, before + filled + unit), filled
         return most
 
     def beside(self, device: str) -> int:
-        """Roots that are computed after a step, all at the first refresh: those so far, and the work on a unit."""
+        """Roots that are computed after a step, all at the first refresh: those so far, and the work on some."""
         if not self.hp.computation.asynchronous:
             return 0
         most = before = 0
         for _, blocks in (batch for slots in self.rounds for batch in self._batches(slots)):
             if blocks[0].owner == self.rank:
                 before += sum(map(_squares, blocks))
-                most = max(most, before + _together(blocks, device) * _refresh(blocks[0], self.hp, device))
+                work = max(_refresh(blocks, self.hp, device, started=started) for started in (False, True))
+                most = max(most, before + work)
         return most
 
     def _batches(self, slots: Iterable[int]) -> Iterator[tuple[bool, list[PlannedBlock]]]:
@@ -245,15 +248,11 @@ class _Share:
                 batches[slot in self.settled, block.owner == self.rank, block.shape, block.dtype].append(block)
         yield from ((at_home, blocks) for (at_home, *_), blocks in batches.items())
 
-    def _block(self, block: PlannedBlock, device: str, *, started: bool) -> int:
-        """What the products or the new roots of a block take at most, beside its gradient."""
+    def _products(self, block: PlannedBlock, *, started: bool) -> int:
+        """What the products of a block take at most, beside its gradient."""
         hp, axes, state = self.hp, len(block.shape), STATE_BYTES[block.dtype]
-        every, start = hp.preconditioning_compute_steps, hp.start_preconditioning_step
-        refresh = unfolded = products = 0
-        if block.owner == self.rank:
-            unfolded = block.elements * state if axes > 2 else 0  # along a middle axis
-            due = started or (every < start and start % every)
-            refresh = _refresh(block, hp, device) if due and not hp.computation.asynchronous else 0
+        unfolded = block.elements * state if axes > 2 and block.owner == self.rank else 0  # along a middle axis
+        products = 0
         if started:
             computed = ITEM_BYTES["bfloat16"] if hp.computation.products == "bfloat16" else state
             converted = bytes_of("P", hp, block.dtype) != computed
@@ -261,7 +260,7 @@ class _Share:
             # One after the other, the last in the gradient's place; with one of a middle axis, its unfolded operand.
             each = 2 * computed + state if computed != state else computed * (1 if axes < 3 else 3)
             products = P + block.elements * each
-        return max(unfolded, refresh, products)
+        return max(unfolded, products)
 
     # ---- buffers -----------------------------------------------------------------------------------------------------
 
@@ -331,18 +330,36 @@ def _root_copies(method: Method, p: int) -> int:
     return {"eigh": 4, "newton_db": 10}[method]
 
 
-def _refresh(block: PlannedBlock, hp: ShampooHyperParams, device: str) -> int:
-    """What new roots take at most: the work on one axis, with the roots of the axes before.
+def _due(blocks: Sequence[PlannedBlock], hp: ShampooHyperParams, *, started: bool) -> Iterator[tuple[int, bool]]:
+    """How many are refreshed at once before the start step or from then on, and whether they are picked out of a stack.
 
-    With ``asynchronous`` the roots themselves are not counted, since all of them stay.
+    The first time and "together" all are, else those of a turn.
     """
+    k, start = hp.preconditioning_compute_steps, hp.start_preconditioning_step
+    early = k < start and start % k != 0  # the first time is before the start step
+    in_turns = hp.computation.refresh == "staggered"
+    if started != early or (started and not in_turns):
+        yield len(blocks), False
+    turns: defaultdict[int, list[int]] = defaultdict(list)
+    for row, block in enumerate(blocks):
+        turn = block.offset % k
+        if in_turns and (started or (early and 0 < turn < start % k)):
+            turns[turn].append(row)
+    for rows in turns.values():
+        yield len(rows), rows[-1] - rows[0] >= len(rows)
+
+
+def _refresh(blocks: Sequence[PlannedBlock], hp: ShampooHyperParams, device: str, *, started: bool) -> int:
+    """What new roots of equal blocks take at most; with ``asynchronous`` without themselves, since all of them stay."""
+    block = blocks[0]
     p, asynchronous = hp.exponent(len(block.factors)), hp.computation.asynchronous
     double = STATE_BYTES[block.dtype] == 8
-    found = before = 0
+    found = 0
     for d in block.factors:
         method = choose(hp.computation.root_method, p, hp.pseudo_inverse, d=d, device=device, double=double)
-        copies = _root_copies(method, p) + (d >= SMALLEST_SPLIT)  # statistics made whole
-        copies += bytes_of("P", hp, block.dtype) != STATE_BYTES[block.dtype]  # previous roots
-        found = max(found, before + (copies - asynchronous) * d * d)
-        before += 0 if asynchronous else d * d
+        whole, converted = d >= SMALLEST_SPLIT, bytes_of("P", hp, block.dtype) != STATE_BYTES[block.dtype]
+        for count, picked in _due(blocks, hp, started=started):
+            # Beside the work statistics that are made whole and previous roots that are converted, or both picked.
+            copies = _root_copies(method, p) + (whole or picked) + (converted or picked)
+            found = max(found, (copies - asynchronous) * d * d * min(count, at_once(d, device)))
     return found * STATE_BYTES[block.dtype]

@@ -1,5 +1,6 @@
 """The mathematics of Shampoo on a stack of equal blocks (Gupta et al. 2018, arXiv 1802.09568, Algorithm 2)."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 
@@ -12,6 +13,7 @@ from shampoo3d.hyperparams import ShampooHyperParams, momenta_names
 from shampoo3d.momenta import Rows, kept_dtype
 from shampoo3d.precision import reduced_products
 from shampoo3d.roots import inverse_roots
+from shampoo3d.roots.choice import at_once
 from shampoo3d.symmetric import Symmetric
 
 
@@ -58,7 +60,7 @@ class Stack:
         self.roots = [torch.eye(d, dtype=kept, device=device).repeat(n, 1, 1) for d in shape]
         self.root_failures = torch.zeros((), dtype=torch.int64, device=device)
         self._wanted: list[Rows] = []
-        self._coming: list[tuple[Background[list[tuple[Tensor, Tensor]]], Rows]] = []
+        self._coming: list[tuple[int, Rows, Background[tuple[Tensor, Tensor]]]] = []
         self._products = reduced_products if hp.computation.products == "bfloat16" else nullcontext
 
     def tensors(self) -> dict[str, Tensor]:
@@ -81,7 +83,8 @@ class Stack:
 
     def refresh_roots(self, rows: Rows) -> None:
         """``P_i = (L_i + matrix_eps lambda_max(L_i) I)^(-1/p)``; where that fails the previous root stays."""
-        self._take(self._new_roots(rows), rows)
+        for axis, part in self._parts(rows):
+            self._take(axis, part, *self._new_roots(axis, part))
 
     def refresh_later(self, rows: Rows) -> None:
         """Have these roots computed from the next :meth:`launch` to :meth:`settle`."""
@@ -92,33 +95,41 @@ class Stack:
 
         Not before all products of the step are done: PyTorch's switches of their precision are those of the process.
         """
-        self._coming += ((Background(partial(self._new_roots, rows), self.device), rows) for rows in self._wanted)
+        for axis, part in (found for rows in self._wanted for found in self._parts(rows)):
+            work = Background(partial(self._new_roots, axis, part), self.device)
+            self._coming.append((axis, part, work))
         self._wanted = []
 
     def settle(self) -> None:
         """Put the roots that were launched in their place, before statistics or roots are touched otherwise."""
-        for coming, rows in self._coming:
-            self._take(coming.result(), rows)
+        for axis, part, work in self._coming:
+            self._take(axis, part, *work.result())
         self._coming = []
 
-    def _new_roots(self, rows: Rows) -> list[tuple[Tensor, Tensor]]:
-        """New roots per axis, the previous ones where they fail, and which do."""
-        return [
-            inverse_roots(
-                L.whole(rows),
-                self.exponent,
-                self.hp.matrix_eps,
-                method=self.hp.computation.root_method,
-                pseudo_inverse=self.hp.pseudo_inverse,
-                previous=P[rows].to(self.dtype),
-            )
-            for L, P in zip(self.statistics, self.roots, strict=True)
-        ]
+    def _parts(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
+        """Of each axis the rows whose roots are computed at once."""
+        for axis, d in enumerate(self.shape):
+            most = at_once(d, self.device.type)
+            if isinstance(rows, Tensor):
+                yield from ((axis, part) for part in torch.split(rows, most))
+            else:
+                start, stop, _ = rows.indices(self.n)
+                yield from ((axis, slice(first, min(first + most, stop))) for first in range(start, stop, most))
 
-    def _take(self, found: list[tuple[Tensor, Tensor]], rows: Rows) -> None:
-        for P, (new, failed) in zip(self.roots, found, strict=True):
-            P[rows] = new.to(P.dtype)
-            self.root_failures += failed.sum()
+    def _new_roots(self, axis: int, rows: Rows) -> tuple[Tensor, Tensor]:
+        """New roots, the previous ones where they fail, and which do."""
+        return inverse_roots(
+            self.statistics[axis].whole(rows),
+            self.exponent,
+            self.hp.matrix_eps,
+            method=self.hp.computation.root_method,
+            pseudo_inverse=self.hp.pseudo_inverse,
+            previous=self.roots[axis][rows].to(self.dtype),
+        )
+
+    def _take(self, axis: int, rows: Rows, new: Tensor, failed: Tensor) -> None:
+        self.roots[axis][rows] = new.to(self.roots[axis].dtype)
+        self.root_failures += failed.sum()
 
     def precondition(self, G: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
         """``S = G x_1 P_1 x_2 P_2 ...`` for the blocks G (n, *shape); ``out`` may be G itself."""

@@ -30,14 +30,26 @@ def phase(t: int, hp: ShampooHyperParams, offset: int = 0) -> Phase:
     Args:
         offset: the block's turn among the k steps, see :func:`offsets`; without effect if refreshes are "together".
     """
-    k, start = hp.preconditioning_compute_steps, hp.start_preconditioning_step
-    first = max(k, start) // k * k
+    k, first = hp.preconditioning_compute_steps, _first_refresh(hp)
     turn = offset if hp.computation.refresh == "staggered" else 0
     return Phase(
         accumulate=t % hp.statistics_compute_steps == 0,
         refresh=t == first or (t > first and (t - turn) % k == 0),
-        started=t >= start,
+        started=t >= hp.start_preconditioning_step,
     )
+
+
+def like(t: int, hp: ShampooHyperParams) -> int:
+    """The earliest step that refreshes the same blocks as step t does; 0 where that is none."""
+    k, first = hp.preconditioning_compute_steps, _first_refresh(hp)
+    if t <= first:
+        return t if t == first else 0
+    return first + 1 + (t - first - 1) % k
+
+
+def _first_refresh(hp: ShampooHyperParams) -> int:
+    k = hp.preconditioning_compute_steps
+    return max(k, hp.start_preconditioning_step) // k * k
 
 
 def offsets(blocks: Iterable[tuple[Identity, float]], every: int) -> dict[Identity, int]:

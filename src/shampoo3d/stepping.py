@@ -7,7 +7,7 @@ import torch
 
 from shampoo3d.exchange import Exchange
 from shampoo3d.grafting import graft_scale
-from shampoo3d.holdings import Team, Unit
+from shampoo3d.holdings import Due, Team, Unit
 from shampoo3d.hyperparams import LayerwiseGrafting, ShampooHyperParams
 from shampoo3d.slabs import Steps
 
@@ -29,8 +29,8 @@ def take_step(
     slabs = [slab for slab in dict.fromkeys(s for team in teams for s in team.slabs) if slab.begin(steps)]
     for team, exchange in zip(teams, exchanges, strict=True):
         if taking_part := {place: t for place, t in steps.items() if place in team.names}:
-            for unit in exchange.collect(taking_part):
-                _precondition(unit)
+            for units, due in exchange.collect(taking_part):
+                _precondition(units, due, hp)
             if hp.graft_type is not LayerwiseGrafting.NONE:
                 _graft(team, exchange, hp, taking_part)
     for slab in slabs:
@@ -48,17 +48,18 @@ def settle(teams: Sequence[Team], steps: Steps | None = None) -> None:
             batch.stack.settle()
 
 
-def _precondition(unit: Unit) -> None:
-    """Turn the unit's gradients into directions."""
-    stack, rows = unit.batch.stack, unit.rows
-    if unit.accumulate:
-        stack.accumulate(unit.blocks, rows)
-    if unit.due is not None:
-        (stack.refresh_later if stack.hp.computation.asynchronous else stack.refresh_roots)(unit.due)
-    if unit.started:
-        stack.precondition(unit.blocks, rows, out=unit.blocks)
-        if unit.batch.slab is not None and isinstance(rows, torch.Tensor):  # these are a copy
-            unit.batch.slab.S[rows] = unit.blocks
+def _precondition(units: Sequence[Unit], due: Sequence[Due], hp: ShampooHyperParams) -> None:
+    """Turn the gradients of units into directions, with new roots of all rows that are due in one go."""
+    for unit in units:
+        if unit.accumulate:
+            unit.batch.stack.accumulate(unit.blocks, unit.rows)
+    for stack, rows in due:
+        (stack.refresh_later if hp.computation.asynchronous else stack.refresh_roots)(rows)
+    for unit in units:
+        if unit.started:
+            unit.batch.stack.precondition(unit.blocks, unit.rows, out=unit.blocks)
+            if unit.batch.slab is not None and isinstance(unit.rows, torch.Tensor):  # these are a copy
+                unit.batch.slab.S[unit.rows] = unit.blocks
 
 
 def _graft(team: Team, exchange: Exchange, hp: ShampooHyperParams, steps: Steps) -> None:

@@ -8,6 +8,15 @@ from shampoo3d.roots.measured import COST
 
 Method = Literal["eigh", "newton", "newton_db", "minimax"]
 
+AT_ONCE = {"cpu": 2**18, "other": 2**24}
+"""Elements of the matrices whose roots are computed in one call, by type of device: many enough that what surrounds the
+products is not noticed, and few enough that temporaries stay small, on a CPU in its cache."""
+
+
+def at_once(d: int, device: str) -> int:
+    """How many roots d x d are computed in one call."""
+    return max(1, AT_ONCE.get(device, AT_ONCE["other"]) // d**2)
+
 
 def choose(method: RootMethod, p: int, pseudo_inverse: bool, *, d: int, device: str, double: bool) -> Method:
     """The method that "auto" stands for, for matrices (d, d) on a device of that type; any other is itself.
