@@ -53,7 +53,7 @@ def main() -> None:
         for shape in SHAPES + VECTORS:
             count = max(1, min(32, 2**21 // torch.Size(shape).numel()))
             seconds = step_seconds(shape, count, interval)
-            predicted = block_cost(shape, len(shape) if len(shape) > 1 else 0, hp) * unit
+            predicted = block_cost(torch.Size(shape).numel(), shape if len(shape) > 1 else (), hp) * unit
             rows.append({"shape": shape, "interval": interval, "seconds": seconds, "predicted": predicted})
             print(f"{shape!s:>14} every {interval:2}: {seconds * 1e3:8.3f} ms, predicted {predicted * 1e3:8.3f} ms, "
                   f"ratio {predicted / seconds:5.2f}")  # fmt: skip

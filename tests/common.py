@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from reference import Array, Reference, Settings
-from shampoo3d import Shampoo, ShampooHyperParams
-from shampoo3d.layout import Holder, Matrix, Part, Piece, Span, Storage
+from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams
+from shampoo3d.blocks import Span, Split
+from shampoo3d.layout import Holder, Matrix, Part, Piece, Storage
+from shampoo3d.variant import Variant
 
 HYPERPARAMS = ShampooHyperParams(matrix_eps=1e-4, block_size=4, weight_decay=0.01)
 SETTINGS = Settings(matrix_eps=1e-4, block_size=4, weight_decay=0.01)
@@ -211,7 +213,18 @@ def a_storage(chance: random.Random, ranks: Sequence[int], name: str = "w", copi
     holders.sort(key=lambda holder: holder.rank)
     dtype, excluded = chance.choice(["float32", "float64", "bfloat16"]), "embedding" * (chance.random() < 0.2)
     divided = chance.choice([None, *range(len(shape))])
-    return Storage(name, shape, dtype, tuple(holders), sharded, divided, excluded, "bfloat16")
+    return Storage(name, shape, dtype, tuple(holders), sharded, divided, excluded, "bfloat16", a_split(chance, shape))
+
+
+def a_split(chance: random.Random, shape: Sequence[int]) -> Split:
+    """Several matrices along some axes, told by their number or by their lengths."""
+    split: dict[int, int | tuple[int, ...]] = {}
+    for axis, n in enumerate(shape):
+        edges = sorted({0, n, chance.randint(0, n), chance.randint(0, n)})
+        lengths = tuple(b - a for a, b in itertools.pairwise(edges))
+        if chance.random() < 0.2:
+            split[axis] = chance.choice([lengths, *[k for k in range(1, n + 1) if n % k == 0]])
+    return tuple(split.items())
 
 
 def some_hyperparams(chance: random.Random) -> ShampooHyperParams:
@@ -220,7 +233,16 @@ def some_hyperparams(chance: random.Random) -> ShampooHyperParams:
         best_effort_shape_interpretation=chance.random() < 0.5,
         fair_blocks=chance.random() < 0.3,
         start_preconditioning_step=chance.randint(1, 2),
+        variant=Variant(
+            sides=chance.choice(["all", "all", "first", "last", "shortest"]),
+            largest_dimension=chance.choice([0, 0, 1, 2, 3, 4]),
+        ),
     )
+
+
+def grafted(graft: LayerwiseGrafting) -> dict[str, Any]:
+    """Settings of the graft, with the average that Adam's needs."""
+    return {"graft_type": graft, "variant": Variant(beta1=0.9 if graft is LayerwiseGrafting.ADAM else 0.0)}
 
 
 # ---- comparison ----

@@ -44,6 +44,14 @@ class Settings:
     nesterov: bool = True
     pseudo_inverse: bool = False
     refresh: str = "staggered"
+    sides: str = "all"
+    largest_dimension: int = 0
+    statistics: str = "gradient"
+    beta1: float = 0.0
+    graft_beta2: float = 0.999
+    bias_correction: bool = False
+    vectors: str = "scaled"
+    decoupled_weight_decay: bool = False
     u: float = 2.0**-52
 
 
@@ -66,6 +74,13 @@ def cut(shape: Sequence[int], block_size: int) -> list[tuple[slice, ...]]:
         parts = np.array_split(np.arange(length), count)
         grid = [(*block, slice(part[0], part[-1] + 1)) for block in grid for part in parts]
     return grid
+
+
+def factored_axes(shape: Sequence[int], blocks: Sequence[tuple[slice, ...]], s: Settings) -> list[int]:
+    """The axes that have a factor: those of the chosen sides along which no block is longer than the bound."""
+    sides = {"all": [*range(len(shape))], "first": [0], "last": [len(shape) - 1], "shortest": [int(np.argmin(shape))]}
+    longest = np.max([[w.stop - w.start for w in where] for where in blocks], axis=0)
+    return [i for i in sides[s.sides] if s.largest_dimension == 0 or longest[i] <= s.largest_dimension]
 
 
 def unfolding(G: Array, i: int) -> Array:
@@ -102,11 +117,13 @@ def deal_turns(blocks: Sequence[Block], every: int) -> None:
 class Block:
     """A rectangle of the gradient with factors of its own."""
 
-    def __init__(self, where: tuple[slice, ...], shape: tuple[int, ...], matrix_eps: float) -> None:
+    def __init__(self, where: tuple[slice, ...], axes: Sequence[int], s: Settings) -> None:
         self.where = where
-        self.L = [matrix_eps * np.eye(n) for n in shape]
-        self.P = [np.eye(n) for n in shape]
-        self.cost, self.turn = root_cost(shape), 0
+        sizes = {i: where[i].stop - where[i].start for i in axes}
+        initial = 0.0 if s.bias_correction or s.statistics == "kl" else s.matrix_eps
+        self.L = {i: initial * np.eye(n) for i, n in sizes.items()}
+        self.P = {i: np.eye(n) for i, n in sizes.items()}
+        self.cost, self.turn = root_cost(sizes.values()), 0
 
     def due(self, t: int, s: Settings) -> bool:
         """Whether roots are computed: of all blocks at one step, which the start may put off, then in turns."""
@@ -116,15 +133,26 @@ class Block:
 
     def update(self, G: Array, t: int, s: Settings) -> None:
         w2 = 1.0 if s.beta2 == 1.0 else 1.0 - s.beta2
-        p = s.inverse_exponent_override or 2 * G.ndim
-        for i in range(G.ndim):
+        p = s.inverse_exponent_override or 2 * len(self.L)
+        inverses = {i: np.linalg.matrix_power(P, p) for i, P in self.P.items()}
+        for i in self.L:
             if t % s.statistics_compute_steps == 0:
-                self.L[i] = s.beta2 * self.L[i] + w2 * unfolding(G, i) @ unfolding(G, i).T
-            if self.due(t, s):
-                self.P[i] = inverse_root(self.L[i], p, s.matrix_eps, s.u, s.pseudo_inverse)
+                product = unfolding(G, i) @ unfolding(G, i).T
+                if s.statistics == "kl":
+                    whitened = G
+                    for j, inverse in inverses.items():
+                        whitened = whitened if j == i else mode_product(whitened, inverse, j)
+                    product = unfolding(whitened, i) @ unfolding(G, i).T * G.shape[i] / G.size
+                self.L[i] = s.beta2 * self.L[i] + w2 * product
+                if s.statistics == "kl" and t == s.statistics_compute_steps:
+                    self.L[i] += np.trace(self.L[i]) / (len(self.L[i]) * w2) * np.eye(len(self.L[i]))
+            if self.due(t, s) and self.L[i].any():
+                n = t // s.statistics_compute_steps
+                gathered = 1.0 - s.beta2**n if s.bias_correction and s.beta2 < 1.0 else 1.0
+                self.P[i] = inverse_root(self.L[i] / gathered, p, s.matrix_eps, s.u, s.pseudo_inverse)
 
     def apply(self, G: Array) -> Array:
-        for i, P in enumerate(self.P):
+        for i, P in self.P.items():
             G = mode_product(G, P, i)
         return G
 
@@ -134,41 +162,59 @@ class Parameter:
 
     def __init__(self, W: Array, s: Settings) -> None:
         self.W = np.array(W, dtype=np.float64)
-        self.M, self.N, self.A = np.zeros_like(self.W), np.zeros_like(self.W), np.zeros_like(self.W)
+        self.M, self.N = np.zeros_like(self.W), np.zeros_like(self.W)
+        self.A, self.E = np.zeros_like(self.W), np.zeros_like(self.W)
         self.t = 0
         merge = s.best_effort_shape_interpretation and s.block_size > 0
         self.shape = merged(self.W.shape, s.block_size) if merge else self.W.shape
         self.blocks: list[Block] = []
         if s.precondition and len(self.shape) > 1 and prod(self.shape) > 0:
-            for where in cut(self.shape, s.block_size):
-                self.blocks.append(Block(where, tuple(w.stop - w.start for w in where), s.matrix_eps))
+            pieces = cut(self.shape, s.block_size)
+            if axes := factored_axes(self.shape, pieces, s):
+                self.blocks = [Block(where, axes, s) for where in pieces]
 
-    def preconditioned(self, gradient: Array, s: Settings) -> Array:
-        """S before grafting: G x_1 P_1 x_2 P_2 ... in every block; G where there are no blocks or t is early."""
-        G = gradient.reshape(self.shape)
+    def preconditioned(self, gradient: Array, averaged: Array, s: Settings) -> Array:
+        """S before grafting: E x_1 P_1 x_2 P_2 ... in every block, E the average of G; G where t is early."""
+        G, E = gradient.reshape(self.shape), averaged.reshape(self.shape)
         S = G.copy()
         for block in self.blocks:
             block.update(G[block.where], self.t, s)
             if self.t >= s.start_preconditioning_step:
-                S[block.where] = block.apply(G[block.where])
+                S[block.where] = block.apply(E[block.where])
         return S.reshape(gradient.shape)
+
+    def borrowed(self, G: Array, s: Settings) -> tuple[Array, Array]:
+        """The gradient or its average, and D."""
+        alone = not self.blocks and s.vectors == "diagonal" and s.graft_type == "none"
+        method = "adam" if alone else s.graft_type
+        corrected = s.bias_correction or method == "adam"
+        self.E = s.beta1 * self.E + (1 - s.beta1) * G
+        E = self.E / (1 - s.beta1**self.t) if corrected else self.E
+        if method == "adagrad":
+            self.A = self.A + G**2
+        else:
+            self.A = s.graft_beta2 * self.A + (1 - s.graft_beta2) * G**2
+        A = self.A / (1 - s.graft_beta2**self.t) if corrected and method != "adagrad" else self.A
+        return E, E / (np.sqrt(A) + s.diagonal_eps) if method in ("adagrad", "rmsprop", "adam") else E
 
     def step(self, gradient: Array, s: Settings) -> None:
         self.t += 1
         G = -gradient if s.maximize else gradient
-        S = self.preconditioned(G, s)
-        self.A = self.A + G**2
-        D = G / (np.sqrt(self.A) + s.diagonal_eps) if s.graft_type == "adagrad" else G
+        E, D = self.borrowed(G, s)
+        diagonal = D if s.vectors == "diagonal" else E
+        S = self.preconditioned(G, E, s) if self.blocks else diagonal
         if s.graft_type != "none":
             S = S * np.sqrt((D**2).sum()) / (np.sqrt((S**2).sum()) + 1e-16)
-        S = S + s.weight_decay * self.W
-        D = D + s.weight_decay * self.W
-        self.M = s.momentum * self.M + S
-        self.N = s.momentum * self.N + D
+        decay = s.weight_decay * self.W
+        if not s.decoupled_weight_decay:
+            S, D = S + decay, D + decay
+        momentum = 0.0 if s.beta1 else s.momentum
+        self.M = momentum * self.M + S
+        self.N = momentum * self.N + D
         u, d = (self.M, S) if self.t >= s.start_preconditioning_step else (self.N, D)
         if s.nesterov:
-            u = s.momentum * u + d
-        self.W = self.W - s.lr * u
+            u = momentum * u + d
+        self.W = self.W - s.lr * (u + decay if s.decoupled_weight_decay else u)
 
 
 class Reference:

@@ -21,6 +21,7 @@ from common import (
     assert_equal,
     clones,
     draw,
+    grafted,
     names_of,
     parameters,
     put_gradients,
@@ -39,10 +40,10 @@ from shampoo3d import LayerwiseGrafting, Shampoo
 @pytest.mark.parametrize("graft", list(LayerwiseGrafting))
 def test_empty_tensors(graft: LayerwiseGrafting) -> None:
     params = parameters([(0,), (0, 5), (6, 5), (3, 0, 2)])
-    optimizer = Shampoo(params, hyperparams=replace(HYPERPARAMS, graft_type=graft))
-    settings = replace(SETTINGS, graft_type=graft.name.lower())
+    optimizer = Shampoo(params, hyperparams=replace(HYPERPARAMS, **grafted(graft)))
+    settings = replace(SETTINGS, graft_type=graft.name.lower(), beta1=optimizer.hyperparams.variant.beta1)
     advance(optimizer, Reference(arrays(params), [settings] * 4), range(3))
-    fresh = Shampoo(params, hyperparams=replace(HYPERPARAMS, graft_type=graft))
+    fresh = Shampoo(params, hyperparams=replace(HYPERPARAMS, **grafted(graft)))
     fresh.load_state_dict(saved_and_loaded(optimizer.state_dict()))
 
 
@@ -88,8 +89,8 @@ def test_memory_layouts(
 def test_dtypes(dtype: torch.dtype, graft: LayerwiseGrafting) -> None:
     """Computed and kept in float32 (float64 for float64): one step differs from the reference by one rounding of W."""
     params = parameters(dtype=dtype)
-    optimizer = Shampoo(params, hyperparams=replace(HYPERPARAMS, graft_type=graft))
-    settings = replace(SETTINGS, graft_type=graft.name.lower())
+    optimizer = Shampoo(params, hyperparams=replace(HYPERPARAMS, **grafted(graft)))
+    settings = replace(SETTINGS, graft_type=graft.name.lower(), beta1=optimizer.hyperparams.variant.beta1)
     rounding = max(torch.finfo(dtype).eps, TOLERANCE if dtype == torch.float64 else 1e-4)
     put_gradients(params, 0)
     step_both(optimizer, Reference(arrays(params), [settings] * len(params)), rounding)
@@ -141,7 +142,7 @@ def test_a_complex_parameter_is_refused_by_name_before_anything_changes() -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_gradients_are_never_changed(graft: LayerwiseGrafting, maximize: bool, dtype: torch.dtype) -> None:
     params = parameters(dtype=dtype)
-    hyperparams = replace(HYPERPARAMS, graft_type=graft, weight_decay=0.5, start_preconditioning_step=2)
+    hyperparams = replace(HYPERPARAMS, **grafted(graft), weight_decay=0.5, start_preconditioning_step=2)
     groups = [{"params": params[:2]}, {"params": params[2:], "precondition": False}]
     optimizer = Shampoo(groups, hyperparams=hyperparams, maximize=maximize)
     for t in range(4):

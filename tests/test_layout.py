@@ -3,9 +3,10 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from common import (
 )
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import GRAFTED_BLOCK, Holder, Part, Storage, describe
+from shampoo3d.variant import Variant
 
 STORAGES = RANDOM.map(lambda chance: a_storage(chance, a_team(chance)))
 HYPERPARAMS = RANDOM.map(some_hyperparams)
@@ -35,8 +37,29 @@ WORLD = 3
 Shape = tuple[int, ...]
 
 
-def edges(length: int, parts: int) -> list[slice]:
-    return [slice(int(part[0]), int(part[-1]) + 1) for part in np.array_split(np.arange(length), parts)]
+def edges(length: int, parts: int, start: int) -> list[slice]:
+    return [slice(int(n[0]), int(n[-1]) + 1) for n in np.array_split(np.arange(start, start + length), parts)]
+
+
+def starts(lengths: Sequence[int]) -> list[int]:
+    return [0, *np.cumsum(lengths).tolist()][:-1]
+
+
+def lengths_of(storage: Storage) -> list[list[int]]:
+    """How long the matrices in a parameter are, along each axis."""
+    told = [dict(storage.split).get(axis, 1) for axis in range(len(storage.shape))]
+    return [[n // k] * k if isinstance(k, int) else list(k) for n, k in zip(storage.shape, told, strict=True)]
+
+
+def groups_of(lengths: Sequence[Sequence[int]], limit: int, first: Collection[int]) -> list[list[int]]:
+    """The axes that become one, where no axis in ``first`` joins others."""
+    groups: list[list[int]] = [[]]
+    for axis, side in enumerate(lengths):
+        joins = groups[-1] and axis not in first
+        if not joins or math.prod(max(lengths[i]) for i in groups[-1]) * max(side) > limit:
+            groups.append([])
+        groups[-1].append(axis)
+    return groups[1:] or [[]]
 
 
 def parts_of(storage: Storage, cover: int) -> dict[Part, list[int]]:
@@ -55,19 +78,30 @@ def parts_of(storage: Storage, cover: int) -> dict[Part, list[int]]:
 @given(storage=STORAGES, hp=HYPERPARAMS)
 def test_blocks_are_cut_from_the_logical_matrix(storage: Storage, hp: ShampooHyperParams) -> None:
     matrix = describe(storage, hp, WORLD)
-    merging = hp.best_effort_shape_interpretation
-    merged = reference.merged(storage.shape, hp.block_size) if merging else storage.shape
-    if storage.excluded or len(merged) < 2:
-        assert (matrix.path, matrix.rank) == ("excluded" if storage.excluded else "grafted only", 0)
-        assert matrix.merged == (*storage.shape[:1], *[math.prod(storage.shape[1:])] * (len(storage.shape) > 1)) or (1,)
-        return
-    assert (matrix.path, matrix.rank, matrix.merged, matrix.reason) == ("preconditioned", len(merged), merged, "")
-    counts = [math.ceil(n / hp.block_size) if hp.block_size else 1 for n in merged]
-    if hp.fair_blocks and storage.divided is not None:
-        axis = [i for i, group in enumerate(matrix.groups) if storage.divided in group]
-        counts[axis[0]] = min(WORLD, merged[axis[0]])
-    expected = itertools.product(*(edges(n, count) for n, count in zip(merged, counts, strict=True)))
-    assert [block.slices for block in matrix.blocks] == list(expected)
+    lengths = lengths_of(storage)
+    groups = groups_of(lengths, hp.block_size if hp.best_effort_shape_interpretation else 0, dict(storage.split))
+    sides = []
+    for group in groups:
+        inner = math.prod(storage.shape[axis] for axis in group[1:])
+        matrices = [n * inner for n in lengths[group[0]]] if group else [1]
+        fair = hp.fair_blocks and storage.divided in group
+        counts = [min(WORLD, n) if fair else math.ceil(n / hp.block_size) if hp.block_size else 1 for n in matrices]
+        sides.append(
+            [s for n, count, at in zip(matrices, counts, starts(matrices), strict=True) for s in edges(n, count, at)]
+        )
+    expected = list(itertools.product(*sides))
+    largest = [max(lengths[g[0]]) * math.prod(storage.shape[axis] for axis in g[1:]) for g in groups if g]
+    chosen = reference.Settings(sides=hp.variant.sides, largest_dimension=hp.variant.largest_dimension)
+    axes = reference.factored_axes(largest, expected, chosen) if len(groups) > 1 and not storage.excluded else []
+    assert (matrix.axes, matrix.factored) == (tuple(axes), bool(axes))
+    merged = tuple(math.prod(storage.shape[axis] for axis in group) for group in groups)
+    if not axes:
+        assert matrix.path == ("excluded" if storage.excluded else "grafted only")
+        merged = (*storage.shape[:1], *[math.prod(storage.shape[1:])] * (len(storage.shape) > 1))
+    assert matrix.merged == (merged or (1,))
+    if axes:
+        assert (matrix.path, matrix.reason) == ("preconditioned", "")
+        assert [block.slices for block in matrix.blocks] == expected
 
 
 @EXAMPLES
@@ -104,6 +138,53 @@ def test_every_path_has_its_reason(shape: Shape, excluded: str, path: str, reaso
     matrix = describe(replicated("w", shape, excluded=excluded), hp, 1)
     assert (matrix.path, matrix.reason, matrix.name, matrix.shape) == (path, reason, "w", shape)
     assert sum(block.elements for block in matrix.blocks) == math.prod(shape)
+
+
+@pytest.mark.parametrize(
+    ("variant", "block_size", "axes"),
+    [
+        ({}, 0, (0, 1, 2)),
+        ({"sides": "first"}, 0, (0,)),
+        ({"sides": "last"}, 0, (2,)),
+        ({"sides": "shortest"}, 0, (1,)),
+        ({"sides": "shortest"}, 2, (1,)),  # of the matrix, not of its blocks, which are 2 x 2 x 2
+        ({"largest_dimension": 6}, 0, (0, 1, 2)),
+        ({"largest_dimension": 5}, 0, (1, 2)),
+        ({"largest_dimension": 4}, 0, (1, 2)),
+        ({"largest_dimension": 3}, 4, (0, 1)),  # two blocks of 3 and one of 4
+        ({"largest_dimension": 3}, 3, (0, 1, 2)),
+        ({"sides": "last", "largest_dimension": 4}, 0, (2,)),
+    ],
+)
+def test_which_axes_have_a_factor(variant: dict[str, Any], block_size: int, axes: Shape) -> None:
+    hp = ShampooHyperParams(block_size=block_size, variant=Variant(**variant))
+    assert describe(replicated("w", (6, 2, 4)), hp, 1).axes == axes
+
+
+def test_of_equally_short_axes_the_first_has_a_factor() -> None:
+    hp = ShampooHyperParams(variant=Variant(sides="shortest"))
+    assert describe(replicated("w", (6, 4, 4)), hp, 1).axes == (1,)
+
+
+@pytest.mark.parametrize(
+    ("variant", "reason"),
+    [
+        ({"largest_dimension": 4}, "every axis is longer than largest_dimension=4 in blocks of 9x5"),
+        (
+            {"sides": "first", "largest_dimension": 8},
+            "the first axis is longer than largest_dimension=8 in blocks of 9x5",
+        ),
+        (
+            {"sides": "last", "largest_dimension": 3},
+            "the last axis is longer than largest_dimension=3 in blocks of 9x5",
+        ),
+    ],
+)
+def test_matrices_without_a_short_axis_are_grafted_only(variant: dict[str, Any], reason: str) -> None:
+    hp = ShampooHyperParams(block_size=9, variant=Variant(**variant))
+    matrix = describe(replicated("w", (17, 5)), hp, 1)
+    assert (matrix.path, matrix.axes, matrix.reason) == ("grafted only", (), reason)
+    assert sum(block.elements for block in matrix.blocks) == 17 * 5
 
 
 @pytest.mark.parametrize("axis", [0, 1])

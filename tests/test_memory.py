@@ -2,10 +2,8 @@
 
 import itertools
 import math
-import random
-from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,114 +12,37 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-from common import MODELS, put_gradients, replicated
+from allocations import (
+    CONVOLUTIONS,
+    LAYERS,
+    LOW,
+    TOLERANCE,
+    Meter,
+    check,
+    foreseen,
+    ids,
+    settings,
+    small_units,
+)
+from common import MODELS, replicated
 from distributed.fsdp import Sharding, with_torch
 from distributed.harness import needs_deepspeed, run
 from distributed.models import Shape
 from distributed.training import Session, Topology, with_deepspeed
 from distributed.zero import Recipe, Zero, with_zero
 from shampoo3d import Distribution, Shampoo, ShampooHyperParams, background, holdings
-from shampoo3d import memory as room
-from shampoo3d.computation import Computation
 from shampoo3d.layout import ITEM_BYTES, describe
 from shampoo3d.memory import Memory, memory
 from shampoo3d.plan import make_plan
 from shampoo3d.roots import choice
 
-TOLERANCE, ALONE = 0.05, 0.01
-"""What is promised, and what is reached in one process, where nothing else is allocated."""
-
-
-class Meter:
-    """The most bytes that are live during steps, of those that steps have allocated, and those that stay."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.peak = self.live = 0
-        self.missed = False
-        optimizer.register_step_pre_hook(lambda *_: self._begin())
-        optimizer.register_step_post_hook(lambda *_: self._end())
-
-    def _begin(self) -> None:
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self._profile.start()
-
-    def _end(self) -> None:
-        self._profile.stop()
-        recorded = self._profile.profiler.kineto_results.events()
-        events = sorted((e for e in recorded if e.name() == "[memory]"), key=lambda e: e.start_ns())
-        self.missed |= not events  # on a machine that stands still for seconds, the profiler gives up
-        for event in events:
-            self.live += event.nbytes()
-            self.peak = max(self.peak, self.live)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def settings(**given: Any) -> ShampooHyperParams:
-    """Hyperparameters and settings of the computation."""
-    names = Computation.__dataclass_fields__
-    computation = Computation(**{name: value for name, value in given.items() if name in names})
-    rest = {name: value for name, value in given.items() if name not in names}
-    return ShampooHyperParams(**{"matrix_eps": 1e-4, "computation": computation} | rest)
-
-
-def foreseen(shapes: Sequence[tuple[int, ...]], dtype: str, hp: ShampooHyperParams, device: str = "cpu") -> Memory:
-    """Of one process, before it has an optimizer."""
-    storages = [replicated(f"group0.param{k}", shape, model_dtype=dtype) for k, shape in enumerate(shapes)]
-    matrices = [describe(replace(storage, dtype=dtype), hp, 1) for storage in storages]
-    return memory([(make_plan(matrices, (0,), hp), matrices)], 0, hp, device=device)
-
-
-def measured(shapes: Sequence[tuple[int, ...]], dtype: str, hp: ShampooHyperParams, steps: int) -> tuple[int, int]:
-    """The most bytes of all steps, and those of the state."""
-    for _ in range(3):
-        params = [nn.Parameter(torch.zeros(shape, dtype=getattr(torch, dtype))) for shape in shapes]
-        optimizer = Shampoo(params, lr=1e-3, hyperparams=hp)
-        meter = Meter(optimizer)
-        for t in range(steps):
-            put_gradients(params, t)
-            optimizer.step()
-        if not meter.missed:
-            return meter.peak, optimizer.state_bytes()
-    raise AssertionError("the profiler recorded nothing")
-
-
-def check(
-    shapes: Sequence[tuple[int, ...]],
-    hp: ShampooHyperParams,
-    dtype: str = "float32",
-    steps: int = 4,
-    device: str = "cpu",
-    within: float = ALONE,
-) -> Memory:
-    found = foreseen(shapes, dtype, hp, device)
-    peak, state = measured(shapes, dtype, hp, steps)
-    assert found.state == state
-    assert found.buffers == 0
-    assert found.total == pytest.approx(peak, rel=within)
-    return found
-
 
 @pytest.fixture
-def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several units to a batch, without a model that takes seconds."""
-    for module in (holdings, room):
-        monkeypatch.setattr(module, "CACHED_ELEMENTS", 2**13)
-    monkeypatch.setitem(choice.AT_ONCE, "cpu", 2**13)
+def in_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_units(monkeypatch)
 
 
-LAYERS = [(256, 128), (128, 256), (128,), (384, 128), (1000, 64)]
-CONVOLUTIONS = [(64, 32, 3, 3), (64,), (96, 64, 3, 3), (10, 96)]
-LOW: dict[str, Any] = {"root_storage": "bfloat16", "momentum_storage": "bfloat16"}
 RULES: list[dict[str, Any]] = [
     {},
     {"weight_decay": 0.1},
@@ -137,6 +58,10 @@ RULES: list[dict[str, Any]] = [
     {**LOW, "weight_decay": 0.1, "start_preconditioning_step": 3},
     {"products": "bfloat16", "root_storage": "bfloat16"},
     {"products": "bfloat16"},
+    {"sides": "first", "weight_decay": 0.1},
+    {"sides": "shortest"},
+    {"sides": "last", "products": "bfloat16", "preconditioning_compute_steps": 3},
+    {"largest_dimension": 63},
 ]
 ROOTS: list[dict[str, Any]] = [
     *({"root_method": method} for method in ("eigh", "newton", "newton_db", "minimax")),
@@ -146,11 +71,7 @@ ROOTS: list[dict[str, Any]] = [
 ]
 
 
-def ids(rule: object) -> str:
-    return "-".join(f"{name}={value}" for name, value in rule.items()) or "default" if isinstance(rule, dict) else ""
-
-
-@pytest.mark.usefixtures("small_units")
+@pytest.mark.usefixtures("in_units")
 @pytest.mark.parametrize("rule", RULES, ids=ids)
 def test_one_process(rule: dict[str, Any]) -> None:
     check(LAYERS, settings(block_size=64, **rule))
@@ -161,29 +82,55 @@ def test_new_roots(rule: dict[str, Any]) -> None:
     check(LAYERS[:2], settings(block_size=64, **rule), steps=2)
 
 
-@pytest.mark.usefixtures("small_units")
+@pytest.mark.usefixtures("in_units")
 def test_stacks_leave_one_after_the_other() -> None:
     check([(512, 192), (512, 256)], settings(block_size=64, weight_decay=0.1))
 
 
-@pytest.mark.usefixtures("small_units")
+@pytest.mark.usefixtures("in_units")
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_one_matrix_is_most_of_a_model(nesterov: bool) -> None:
     check([(512, 256)], settings(block_size=64, nesterov=nesterov, **LOW), "float16")
 
 
-@pytest.mark.usefixtures("small_units")
+@pytest.mark.usefixtures("in_units")
 @pytest.mark.parametrize("dtype", ITEM_BYTES)
 @pytest.mark.parametrize("rule", [{"weight_decay": 0.1}, {**LOW, "weight_decay": 0.1}], ids=ids)
 def test_every_dtype(dtype: str, rule: dict[str, Any]) -> None:
     check(LAYERS, settings(block_size=64, **rule), dtype)
 
 
-@pytest.mark.usefixtures("small_units")
+@pytest.mark.usefixtures("in_units")
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("block_size", [32, 64])
 def test_convolutions(merged: bool, block_size: int) -> None:
     check(CONVOLUTIONS, settings(block_size=block_size, best_effort_shape_interpretation=merged, weight_decay=0.1))
+
+
+@pytest.mark.usefixtures("in_units")
+@pytest.mark.parametrize(
+    "rule", [{"sides": side} for side in ("first", "last", "shortest")] + [{"largest_dimension": 31}], ids=ids
+)
+@pytest.mark.parametrize("shape", [(64, 32, 40), (32, 40, 64), (64, 16, 40), (40, 64, 16), (4, 64, 8, 40)], ids=str)
+def test_products_along_some_axes(shape: tuple[int, ...], rule: dict[str, Any]) -> None:
+    """Products along a middle axis have operands of their own; with few axes less is kept beside them."""
+    check([shape] * 2, settings(root_method="eigh", matrix_eps=1e-2, **rule), steps=2)
+
+
+@pytest.mark.parametrize("sides", ["all", "first", "last"])
+def test_products_of_many_blocks(sides: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of several takes the place of the gradient."""
+    monkeypatch.setitem(choice.AT_ONCE, "cpu", 2**12)
+    check([(512, 512)], settings(block_size=64, root_method="eigh", matrix_eps=1e-2, sides=sides), steps=2)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_blocks_of_one_shape_with_factors_for_other_axes(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in other stacks and slabs, so less of them is worked on at once; and of slabs, where units are small."""
+    if small:
+        small_units(monkeypatch)
+    hp = settings(block_size=64, sides="shortest", weight_decay=0.1, root_method="eigh", matrix_eps=1e-2)
+    check([(512, 64), (64, 512)] * 2, hp, steps=2)
 
 
 @pytest.mark.parametrize("block_size", [0, 128, 256])
@@ -212,32 +159,6 @@ class AtOnce:
 def test_roots_that_are_computed_beside_the_step_stay_until_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "_thread", lambda _: AtOnce())
     check(LAYERS, settings(block_size=64, asynchronous=True), within=TOLERANCE)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(40))
-def test_random_models_and_settings(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    chance = random.Random(seed)
-    cached = chance.choice([2**12, 2**14, 2**18])
-    for module in (holdings, room):
-        monkeypatch.setattr(module, "CACHED_ELEMENTS", cached)
-    monkeypatch.setitem(choice.AT_ONCE, "cpu", chance.choice([2**12, 2**14, 2**18]))
-    shapes = [*chance.choices([*LAYERS, *CONVOLUTIONS, (64, 96, 40), (256, 200)], k=chance.randint(1, 5)), (256, 128)]
-    given = {
-        "block_size": [0, 32, 64, 128],
-        "weight_decay": [0, 0.1],
-        "graft_type": ["NONE", "SGD", "ADAGRAD"],
-        "start_preconditioning_step": [1, 2, 3],
-        "preconditioning_compute_steps": [1, 2, 3],
-        "nesterov": [False, True],
-        "best_effort_shape_interpretation": [False, True],
-        "root_method": ["auto", "minimax", "newton"],
-        "refresh": ["staggered", "together"],
-        "root_storage": ["state", "bfloat16"],
-        "momentum_storage": ["state", "bfloat16"],
-    }
-    drawn = {name: chance.choice(values) for name, values in given.items()}
-    check(shapes, settings(**drawn), chance.choice(list(ITEM_BYTES)), steps=5)
 
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "distribution.md"
@@ -281,10 +202,13 @@ def test_documented_model() -> None:
 
 SHAPE = Shape(width=96, layers=3, batch=8)
 DECAY: dict[str, Any] = {"weight_decay": 0.1, "momentum_storage": "bfloat16"}
+SOAP: dict[str, Any] = {"direction": "adam", "beta1": 0.9, "beta2": 0.9, "graft_type": "ADAM", "vectors": "diagonal"}
+KL: dict[str, Any] = {"statistics": "kl", "graft_type": "RMSPROP", "decoupled_weight_decay": True, **DECAY}
 
 
 def _make(distribution: Distribution, **rule: Any) -> Any:
-    return partial(Shampoo, lr=0.01, hyperparams=settings(**{"block_size": 48} | rule), distribution=distribution)
+    hp = settings(**{"block_size": 48} | rule)
+    return partial(Shampoo, lr=0.01, momentum=0.0 if hp.averaged else 0.9, hyperparams=hp, distribution=distribution)
 
 
 def _measured(session: Session) -> tuple[Memory, int, int, int]:
@@ -328,7 +252,9 @@ def _check(case: Any, world: int, *args: Any, padding: int = 0, peak: bool = Tru
 
 
 @needs_deepspeed
-@pytest.mark.parametrize(("stage", "world", "rule"), [(1, 2, DECAY), (3, 2, {}), (3, 4, DECAY)], ids=str)
+@pytest.mark.parametrize(
+    ("stage", "world", "rule"), [(1, 2, DECAY), (3, 2, {}), (3, 4, DECAY), (1, 2, SOAP), (3, 4, SOAP)], ids=str
+)
 def test_zero(stage: int, world: int, rule: dict[str, Any]) -> None:
     """The engine pads slices, of stage 3 each parameter's: by less than an element per rank."""
     _check(_zero, world, stage, 2**22, Distribution(), rule, padding=100)
@@ -346,10 +272,19 @@ def test_torch(sharding: Sharding) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("distribution", [Distribution(root_copies=2), Distribution(reduce_to_owners=True)], ids=str)
-def test_replicas(distribution: Distribution) -> None:
+@pytest.mark.parametrize(
+    ("distribution", "rule"),
+    [
+        (Distribution(root_copies=2), {}),
+        (Distribution(root_copies=2), SOAP),
+        (Distribution(root_copies=2), KL),
+        (Distribution(reduce_to_owners=True), {}),
+    ],
+    ids=str,
+)
+def test_replicas(distribution: Distribution, rule: dict[str, Any]) -> None:
     """What is reduced in an engine's backward is not seen in a step."""
-    _check(_stage_0, 4, Topology(data=4), distribution, {}, peak=not distribution.reduce_to_owners)
+    _check(_stage_0, 4, Topology(data=4), distribution, rule, peak=not distribution.reduce_to_owners)
 
 
 @needs_deepspeed

@@ -24,6 +24,7 @@ from common import (
     clones,
     draw,
     gradients,
+    grafted,
     names_of,
     parameters,
     params_of,
@@ -280,7 +281,7 @@ def test_a_new_optimizer_has_done_nothing() -> None:
 def test_zero_gradients_with_lr_0_allocate_and_change_nothing(graft: LayerwiseGrafting) -> None:
     """What `torch.distributed.checkpoint` does to a fresh optimizer to learn its state."""
     params = parameters()
-    optimizer = Shampoo(params, lr=0.0, hyperparams=replace(HYPERPARAMS, weight_decay=0.0, graft_type=graft))
+    optimizer = Shampoo(params, lr=0.0, hyperparams=replace(HYPERPARAMS, weight_decay=0.0, **grafted(graft)))
     before = clones(params)
     for p in params:
         p.grad = torch.zeros_like(p)

@@ -25,7 +25,6 @@ from common import (
     stored,
     transformer,
 )
-from shampoo3d.cost import block_cost
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Holder, Matrix, Part, Storage, describe
 from shampoo3d.plan import Plan, PlannedBlock, make_plan, make_plans
@@ -256,7 +255,8 @@ def test_owners_and_keepers(chance: Random) -> None:
         assert planned.id == (matrix.name, block.key)
         assert (planned.shape, planned.dtype) == (block.shape, matrix.storage.dtype)
         assert planned.elements == numbers_of(matrix)[block.slices].size
-        assert planned.factors == block.shape[: matrix.rank]
+        assert planned.axes == matrix.axes
+        assert planned.factors == tuple(block.shape[axis] for axis in matrix.axes)
         assert planned.owner in planned.keepers
         covers = [[planned.owner]] if matrix.storage.sharded else matrix.storage.covers.values()
         assert all(keeper in cover for keeper, cover in zip(planned.keepers, covers, strict=True))
@@ -372,18 +372,8 @@ def test_json_and_digest(chance: Random) -> None:
     if plan.blocks:
         place = chance.randrange(len(plan.blocks))
         block = plan.blocks[place]
-        for change in ({"owner": 21}, {"keepers": (*block.keepers, 21)}, {"key": ""}, {"offset": 21}):
+        for change in ({"owner": 21}, {"keepers": (*block.keepers, 21)}, {"key": ""}, {"offset": 21}, {"axes": (7,)}):
             other = replace(block, **change)  # type: ignore[arg-type]
             changed = (*plan.blocks[:place], other, *plan.blocks[place + 1 :])
             assert replace(plan, blocks=changed).digest() != plan.digest()
     assert replace(plan, ranks=(*ranks, 21)).digest() != plan.digest()
-
-
-def test_cost_grows_with_size_and_falls_with_the_refresh_interval() -> None:
-    for small, large in itertools.pairwise([(32, 32), (64, 64), (128, 128), (512, 512)]):
-        assert block_cost(small, 2, HP) < block_cost(large, 2, HP)
-    lazy = ShampooHyperParams(preconditioning_compute_steps=10)
-    assert block_cost((512, 512), 2, lazy) < block_cost((512, 512), 2, HP) / 3
-    assert block_cost((512, 512), 0, HP) < block_cost((512, 512), 2, lazy)
-    rare = ShampooHyperParams(statistics_compute_steps=10)
-    assert block_cost((512, 512), 2, rare) < block_cost((512, 512), 2, HP)

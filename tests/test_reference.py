@@ -25,10 +25,15 @@ from common import params_of, step_both
 from reference import Array, Reference, Settings
 from shampoo3d import Shampoo, ShampooHyperParams
 from shampoo3d.computation import Computation
+from shampoo3d.variant import Variant
 
 STEPS = 20
 GROUP_KEYS = {"lr", "momentum", "maximize", "precondition"}
-ELSEWHERE = {*GROUP_KEYS, "refresh", "u"}
+VARIANT_KEYS = {
+    *("sides", "largest_dimension", "statistics", "beta1", "graft_beta2"),
+    *("bias_correction", "vectors", "decoupled_weight_decay"),
+}
+ELSEWHERE = {*GROUP_KEYS, *VARIANT_KEYS, "refresh", "u"}
 
 common = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("reference-quick", common, max_examples=60)
@@ -55,6 +60,7 @@ def optimizer_for(shapes: list[tuple[int, ...]], own: list[Settings]) -> Shampoo
     """One group per parameter; what is not a group key is common to all."""
     common = {k: v for k, v in vars(own[0]).items() if k not in ELSEWHERE}
     common["computation"] = Computation(refresh=own[0].refresh)  # type: ignore[arg-type]
+    common["variant"] = Variant(**{k: getattr(own[0], k) for k in VARIANT_KEYS})
     groups = [
         {"params": [p], "weight_decay": s.weight_decay, **{k: getattr(s, k) for k in sorted(GROUP_KEYS)}}
         for p, s in zip(parameters_of(shapes), own, strict=True)
@@ -117,6 +123,17 @@ CASES: dict[str, dict[str, Any]] = {
     "graft none": {"graft_type": "none"},
     "graft adagrad": {"graft_type": "adagrad"},
     "no nesterov": {"nesterov": False},
+    "first side": {"sides": "first"},
+    "last side": {"sides": "last"},
+    "shortest side": {"sides": "shortest"},
+    "bound 1": {"largest_dimension": 1},
+    "bound 2": {"largest_dimension": 2},
+    "bound 5": {"largest_dimension": 5},
+    "graft rmsprop": {"graft_type": "rmsprop"},
+    "diagonal vectors": {"graft_type": "none", "vectors": "diagonal"},
+    "averaged gradient": {"beta1": 0.9, "momentum": 0.0},
+    "statistics of kl": {"statistics": "kl", "matrix_eps": 1e-1},
+    "decoupled decay": {"decoupled_weight_decay": True},
 }
 
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -136,6 +153,33 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "staggered, p = 2": ({"preconditioning_compute_steps": 5, "block_size": 2}, {"inverse_exponent_override": 2}),
     "pseudo-inverse": ({"matrix_eps": 1e-20, "statistics_compute_steps": 11}, {"pseudo_inverse": True}),
+    "graft adam": ({"beta1": 0.8, "momentum": 0.0}, {"graft_type": "adam"}),
+    "graft_beta2": ({"graft_type": "rmsprop"}, {"graft_beta2": 0.5}),
+    "bias correction of the graft": ({"graft_type": "rmsprop"}, {"bias_correction": True}),
+    "bias correction of statistics": ({"graft_type": "none", "beta2": 0.9}, {"bias_correction": True}),
+    "bias correction before there are statistics": (
+        {"beta2": 0.9, "statistics_compute_steps": 3},
+        {"bias_correction": True},
+    ),
+    "bias correction of the average": (
+        {"graft_type": "none", "beta1": 0.9, "momentum": 0.0},
+        {"bias_correction": True},
+    ),
+    "average before the start": ({"start_preconditioning_step": 6}, {"beta1": 0.9, "momentum": 0.0}),
+    "diagonal vectors with a graft": (
+        {"graft_type": "rmsprop", "beta1": 0.9, "momentum": 0.0},
+        {"vectors": "diagonal"},
+    ),
+    "decoupled decay of a plain sum": ({"nesterov": False}, {"decoupled_weight_decay": True}),
+    "kl, p = 2": ({"statistics": "kl", "matrix_eps": 1e-1, "beta2": 0.9}, {"inverse_exponent_override": 2}),
+    "kl of blocks": ({"statistics": "kl", "matrix_eps": 1e-1}, {"block_size": 3}),
+    "kl in turns": ({"statistics": "kl", "matrix_eps": 1e-1, "block_size": 3}, {"preconditioning_compute_steps": 4}),
+    "one side of blocks": ({"block_size": 2}, {"sides": "shortest"}),
+    "one side of merged axes": ({"block_size": 6, "best_effort_shape_interpretation": True}, {"sides": "first"}),
+    "one side, p = 1": ({"inverse_exponent_override": 1}, {"sides": "last"}),
+    "bound of blocks": ({"block_size": 3}, {"largest_dimension": 2}),
+    "bound of one side": ({"sides": "first"}, {"largest_dimension": 3}),
+    "one side in turns": ({"sides": "first", "block_size": 3}, {"preconditioning_compute_steps": 4}),
     "no nesterov before the start": ({"start_preconditioning_step": 30}, {"nesterov": False}),
 }
 
@@ -206,12 +250,20 @@ def hyperparams(draw: st.DrawFn) -> dict[str, Any]:
         "statistics_compute_steps": draw(st.sampled_from([1, 1, 2, 3])),
         "block_size": draw(st.sampled_from([0, 2, 3, 4, 5, 8, 30])),
         "best_effort_shape_interpretation": draw(st.booleans()),
-        "graft_type": draw(st.sampled_from(["none", "sgd", "adagrad"])),
+        "graft_type": draw(st.sampled_from(["none", "sgd", "adagrad", "rmsprop", "adam"])),
+        "graft_beta2": draw(st.sampled_from([0.9, 0.999])),
+        "bias_correction": draw(st.booleans()),
+        "vectors": draw(st.sampled_from(["scaled", "diagonal"])),
+        "decoupled_weight_decay": draw(st.booleans()),
         "nesterov": draw(st.booleans()),
         "refresh": draw(st.sampled_from(["staggered", "staggered", "together"])),
+        "sides": draw(st.sampled_from(["all", "all", "all", "first", "last", "shortest"])),
+        "largest_dimension": draw(st.sampled_from([0, 0, 0, 1, 2, 3, 5])),
     }
+    chosen["beta1"] = 0.9 if chosen["graft_type"] == "adam" else draw(st.sampled_from([0.0, 0.0, 0.5]))
     stale = chosen["preconditioning_compute_steps"] > 1 or chosen["statistics_compute_steps"] > 1
-    singular = stale or chosen["inverse_exponent_override"] == 1
+    few = chosen["sides"] != "all" or chosen["largest_dimension"] > 0  # so that p may be 2
+    singular = stale or few or chosen["inverse_exponent_override"] == 1
     return {**chosen, "matrix_eps": 1e-4 if singular else draw(st.sampled_from([1e-6, 1e-4]))}
 
 
@@ -233,6 +285,7 @@ def test_any_shapes_with_any_settings(data: st.DataObject) -> None:
     shapes = data.draw(st.lists(shapes_up_to_5d, min_size=1, max_size=3), label="shapes")
     common = data.draw(hyperparams(), label="hyperparams")
     own = [Settings(**common, **data.draw(group_options(), label="group")) for _ in shapes]
+    own = [replace(s, momentum=0.0) if s.beta1 else s for s in own]
     cells = st.tuples(st.integers(1, STEPS), st.integers(0, len(shapes) - 1))
     absent = data.draw(st.sets(cells, max_size=8), label="steps without a gradient")
     follow(shapes, own, absent)

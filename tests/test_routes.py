@@ -207,7 +207,7 @@ def test_bytes_are_those_of_the_elements_that_are_not_where_they_are_needed(
         assert Counter(found) == expected[rank]
     away = any(found["gradients"] or found["updates"] for found in expected.values())
     assert case.routes.travels == away
-    slices = any(matrix.rank and matrix.storage.sharded for matrix in case.matrices)
+    slices = any(matrix.axes and matrix.storage.sharded for matrix in case.matrices)
     assert travels(case.plan, case.matrices) or not away
     assert away or slices or not travels(case.plan, case.matrices)
 

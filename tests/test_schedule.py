@@ -7,7 +7,7 @@ import re
 import time
 from collections import Counter, defaultdict
 from dataclasses import replace
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from random import Random
 
@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 from common import MODELS, RANDOM, a_storage, replicated
 from shampoo3d.computation import Computation
-from shampoo3d.cost import block_cost, root_cost, within_budget
+from shampoo3d.cost import Factored, block_cost, root_cost, within_budget
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import describe
-from shampoo3d.plan import Plan, factors_of, make_plan, make_plans, refresh_offsets
+from shampoo3d.plan import Plan, factored_blocks, make_plan, make_plans, refresh_offsets
 from shampoo3d.schedule import like, offsets, phase
+from shampoo3d.variant import Variant
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "update-rule.md"
 EXAMPLES = settings(deadline=None, derandomize=True, max_examples=300)
@@ -51,14 +52,32 @@ def named(costs: list[float]) -> list[tuple[tuple[str, str], float]]:
 # ---- steps ----
 
 
+def test_eigenbases_are_found_at_the_first_step_and_followed_in_turns() -> None:
+    """By hand, with k = 3; roots that are fresh until step 4 have their turns from there on."""
+    hp = replace(hyperparams(3), beta2=0.9, variant=Variant(direction="adam"))
+    assert refreshes(hp, 0, 10) == [1, 4, 7, 10]
+    assert refreshes(hp, 2, 10) == [1, 3, 6, 9]
+    assert [phase(t, hp).started for t in (1, 2, 3)] == [False, True, True]
+    every_other = replace(hp, statistics_compute_steps=2)
+    assert [t for t in range(1, 8) if phase(t, every_other).accumulate] == [1, 3, 5, 7]
+    fresh = replace(hyperparams(3), computation=Computation(fresh_steps=4))
+    assert refreshes(fresh, 0, 10) == [1, 2, 3, 4, 6, 9]
+    assert refreshes(fresh, 2, 10) == [1, 2, 3, 4, 5, 8]
+
+
 @EXAMPLES
 @given(EVERY, STARTS, st.integers(1, 200), TURNS)
 def test_steps_that_are_alike_refresh_the_same_blocks(every: int, start: int, t: int, offset: int) -> None:
     """Whatever the blocks: so what is due need be found for one interval of steps only."""
-    for refresh in ("staggered", "together"):
+    settings = itertools.product(("staggered", "together"), (0, 3, 30), ("root", "adam"))
+    for refresh, fresh, direction in settings:
+        if direction == "adam" and start > 1:
+            continue
         hp = hyperparams(every, start, refresh)
+        computation, variant = replace(hp.computation, fresh_steps=fresh), Variant(direction=direction)  # type: ignore[arg-type]
+        hp = replace(hp, beta2=0.9, computation=computation, variant=variant)
         same = like(t, hp)
-        assert 0 <= same <= min(t, max(every, start) + every)
+        assert 0 <= same <= min(t, max(every, start, fresh) + every)
         assert phase(t, hp, offset).refresh == (same > 0 and phase(same, hp, offset).refresh)
 
 
@@ -232,16 +251,17 @@ def test_the_document_says_what_turns_cost_where_ranks_have_few_blocks() -> None
 def test_turns_do_not_depend_on_who_stores_what(chance: Random, every: int) -> None:
     hp = replace(hyperparams(every), block_size=3)
     held = [describe(a_storage(chance, range(4), f"w{i}"), hp, 4) for i in range(5)]
-    turns = refresh_offsets(factors_of(held), hp)
-    alone = [describe(replicated(m.name, m.shape, excluded=m.storage.excluded), hp, 1) for m in held]
-    assert refresh_offsets(factors_of(chance.sample(alone, 5)), hp) == turns
+    turns = refresh_offsets(factored_blocks(held), hp)
+    storages = (replicated(m.name, m.shape, excluded=m.storage.excluded, split=m.storage.split) for m in held)
+    alone = [describe(storage, hp, 1) for storage in storages]
+    assert refresh_offsets(factored_blocks(chance.sample(alone, 5)), hp) == turns
     planned = make_plan(held, range(4), hp).blocks
     assert {block.id: block.offset for block in planned if block.factors} == turns
     assert all(block.offset == 0 for block in planned if not block.factors)
     costs = {block.id: root_cost(block.factors) for block in planned if block.factors}
     assert turns == offsets(costs.items(), every)
     together = replace(hp, computation=Computation(refresh="together"))
-    assert set(refresh_offsets(factors_of(held), together).values()) <= {0}
+    assert set(refresh_offsets(factored_blocks(held), together).values()) <= {0}
 
 
 def test_turns_are_dealt_out_over_all_teams_or_given() -> None:
@@ -267,19 +287,19 @@ def test_turns_are_dealt_out_over_all_teams_or_given() -> None:
 def test_roots_take_at_most_their_budget_and_are_no_older_than_they_must(
     chance: Random, budget: float, every: int
 ) -> None:
-    shapes = [tuple(chance.choice([3, 17, 130]) for _ in range(chance.choice([2, 3]))) for _ in range(5)]
+    factors = [tuple(chance.choice([3, 17, 130]) for _ in range(chance.choice([1, 2, 3]))) for _ in range(5)]
+    blocks = [Factored(prod(sizes) * chance.choice([1, 4]), sizes) for sizes in factors]
 
     def share(k: int) -> float:
         hp = replace(hyperparams(every), preconditioning_compute_steps=k)
-        roots = sum(map(root_cost, shapes)) / k
-        return roots / sum(block_cost(shape, len(shape), hp) for shape in shapes)
+        return sum(map(root_cost, factors)) / k / sum(block_cost(*block, hp) for block in blocks)
 
     hp = replace(hyperparams(every), computation=Computation(refresh_budget=budget))
-    found = within_budget(shapes, hp).preconditioning_compute_steps
+    found = within_budget(blocks, hp).preconditioning_compute_steps
     assert found == every or share(found) <= budget * (1 + 1e-9) < share(found - 1) * (1 + 1e-6)
     assert share(found) <= budget * (1 + 1e-9)
-    assert replace(within_budget(shapes, hp), preconditioning_compute_steps=every) == hp
-    assert within_budget(shapes, hyperparams(every)) == hyperparams(every)
+    assert replace(within_budget(blocks, hp), preconditioning_compute_steps=every) == hp
+    assert within_budget(blocks, hyperparams(every)) == hyperparams(every)
 
 
 def test_the_budget_is_that_of_the_whole_run() -> None:
@@ -288,6 +308,7 @@ def test_the_budget_is_that_of_the_whole_run() -> None:
         (0, 1): [describe(replicated("a", (300, 300), (0, 1)), hp, 4)],
         (2, 3): [describe(replicated("b", (40, 7), (2, 3)), hp, 4)],
     }
-    every = within_budget([(300, 300), (40, 7)], hp).preconditioning_compute_steps
+    blocks = [Factored(300 * 300, (300, 300)), Factored(40 * 7, (40, 7))]
+    every = within_budget(blocks, hp).preconditioning_compute_steps
     assert every > 1
     assert [plan.every for plan in make_plans(held, hp)] == [every, every]

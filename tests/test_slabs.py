@@ -9,7 +9,8 @@ from torch import nn
 from common import replicated
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Matrix, describe
-from shampoo3d.slabs import Binding, Member, Place, patches
+from shampoo3d.places import Binding, Place
+from shampoo3d.slabs import Member, patches
 
 Rows = list[list[Member]]
 
@@ -58,7 +59,7 @@ def test_patches_hold_the_elements_of_their_members_in_order(
         ([(12, 8), (8, 20)], 4, 2),  # one each
         ([(10, 4)] * 3, 4, 6),  # rows of 4 and of 3: two shapes in each
         ([(24,)], 4, 1),
-        ([(4, 6, 8)], 2, 2),  # the third axis makes as many as its blocks
+        ([(4, 6, 8)], 2, 1),  # a wall of three axes
     ],
 )
 def test_a_matrix_takes_few_patches(shapes: list[tuple[int, ...]], block_size: int, count: int) -> None:

@@ -32,7 +32,7 @@ from common import (
     snapshot,
     train,
 )
-from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams
+from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams, Variant
 
 STATES: dict[str, ShampooHyperParams] = {
     "sgd": HYPERPARAMS,
@@ -40,6 +40,8 @@ STATES: dict[str, ShampooHyperParams] = {
     "adagrad, late": replace(HYPERPARAMS, graft_type=LayerwiseGrafting.ADAGRAD, start_preconditioning_step=7),
     "intervals": replace(HYPERPARAMS, preconditioning_compute_steps=3, statistics_compute_steps=2, beta2=0.9),
     "whole": replace(HYPERPARAMS, block_size=0),
+    "last side": replace(HYPERPARAMS, variant=Variant(sides="last")),
+    "short sides": replace(HYPERPARAMS, block_size=0, variant=Variant(largest_dimension=5)),
 }
 
 

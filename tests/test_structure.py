@@ -9,13 +9,15 @@ import shampoo3d
 
 SOURCE = Path(shampoo3d.__file__).parent
 MATHEMATICS = [
-    *("background", "blocks", "grafting", "hyperparams", "momenta", "precision", "preconditioner", "symmetric"),
+    *("background", "blocks", "eigenbasis", "grafting", "hyperparams", "momenta", "precision", "preconditioner"),
+    *("soap", "symmetric", "variant"),
     *(f"roots/{path.stem}" for path in SOURCE.glob("roots/*.py")),
 ]
 PURE = (
     "blocks",
     "checks",
     "computation",
+    "variant",
     "hyperparams",
     "layout",
     "plan",
@@ -24,6 +26,7 @@ PURE = (
     "distribution",
     "cost",
     "memory",
+    "transients",
     "roots/choice",
     "roots/measured",
 )

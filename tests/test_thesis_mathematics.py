@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from common import train
+from common import grafted, train
 from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams
 
 SGD, NONE, ADAGRAD = LayerwiseGrafting.SGD, LayerwiseGrafting.NONE, LayerwiseGrafting.ADAGRAD
@@ -117,7 +117,7 @@ HUGE = [(torch.float32, 1e18), (torch.float32, 1e19), (torch.float32, 1e30), (to
 def test_nor_does_a_gradient_whose_square_overflows(dtype: torch.dtype, huge: float, graft: LayerwiseGrafting) -> None:
     """It is finite, its square is not: neither the weights nor the statistics may keep an Inf or NaN."""
     params = [nn.Parameter(torch.ones(3, 2, dtype=dtype)), nn.Parameter(torch.ones(3, dtype=dtype))]
-    optimizer = Shampoo(params, hyperparams=ShampooHyperParams(graft_type=graft))
+    optimizer = Shampoo(params, hyperparams=ShampooHyperParams(**grafted(graft)))
     train(optimizer)
     for p in params:
         p.grad = torch.full_like(p, huge)
@@ -149,7 +149,7 @@ def test_zero_gradients_give_no_nan() -> None:
     """Zero-initialised layers and unused experts have zero statistics."""
     for graft in LayerwiseGrafting:
         for shape in [(3, 2), (4,), (), (2, 2, 2)]:
-            for moved in moves([torch.zeros(shape)] * 3, ShampooHyperParams(graft_type=graft)):
+            for moved in moves([torch.zeros(shape)] * 3, ShampooHyperParams(**grafted(graft))):
                 assert not moved.any()
 
 
@@ -200,7 +200,7 @@ def test_weight_decay_is_added_once(
     """With a zero gradient only the decay is left: W goes from 1 to 1 - lr * decay in every path, and p.grad stays."""
     p = nn.Parameter(torch.ones(shape, dtype=torch.float64))
     hyperparams = ShampooHyperParams(
-        weight_decay=0.25, nesterov=False, graft_type=graft, start_preconditioning_step=start
+        weight_decay=0.25, nesterov=False, start_preconditioning_step=start, **grafted(graft)
     )
     optimizer = Shampoo([{"params": [p], **options}], lr=0.5, momentum=0.0, hyperparams=hyperparams)
     for t in range(1, 4):

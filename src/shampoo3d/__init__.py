@@ -8,6 +8,7 @@ from shampoo3d.optimizer import Shampoo
 from shampoo3d.plan import Plan, PlannedBlock
 from shampoo3d.report import Report
 from shampoo3d.topology import Topology
+from shampoo3d.variant import Variant
 
 __all__ = [
     "Computation",
@@ -20,4 +21,5 @@ __all__ = [
     "ShampooHyperParams",
     "StepRefusedError",
     "Topology",
+    "Variant",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from shampoo3d.collectives import all_gather, communicating_device
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams
-from shampoo3d.slabs import Place, state_dtype
+from shampoo3d.places import Place, state_dtype
 from shampoo3d.topology import Group, Mesh
 
 T = TypeVar("T")

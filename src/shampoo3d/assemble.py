@@ -2,121 +2,28 @@
 
 import math
 from collections import ChainMap, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shampoo3d.agreement import everyones, first_complaint
 from shampoo3d.computation import refusal
 from shampoo3d.distribution import Distribution
 from shampoo3d.engines import deepspeed, dtensor, native, zero
+from shampoo3d.facts import Facts
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Holder, Matrix, Storage, describe
-from shampoo3d.plan import BlockId, Plan, factors_of, in_order, make_plans, timed
+from shampoo3d.places import Binding, Place
+from shampoo3d.plan import BlockId, Plan, factored_blocks, in_order, make_plans, timed
 from shampoo3d.readers import Stored, is_flat, read
-from shampoo3d.slabs import Binding, FlatSlab, Place
+from shampoo3d.slabs import FlatSlab
 from shampoo3d.topology import Mesh
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-Embeddings = Iterable[Tensor | str] | Callable[[str, Tensor], bool]
 Ranks = tuple[int, ...]
 Checksum = tuple[float, float]
-
-
-@dataclass
-class Facts:
-    """What is known of the parameters beside their groups.
-
-    Attributes:
-        names: of every parameter, unique.
-        embeddings: those that ``ignore_embedding_layer`` leaves without preconditioner.
-        given: the embeddings that the user named.
-        models: the modules that the parameters came from, as far as they could be found.
-        originals: the model's parameters, by group. These are the lists that the groups were made with: an engine puts
-            other tensors into the groups, but where it replaces a parameter of the model it does so in these lists.
-    """
-
-    hp: ShampooHyperParams
-    names: dict[Tensor, str] = field(default_factory=dict)
-    embeddings: set[Tensor] = field(default_factory=set)
-    given: Embeddings | None = None
-    models: list[nn.Module] = field(default_factory=list)
-    originals: list[list[Tensor]] = field(default_factory=list)
-
-    def learn(self, params: list[Tensor], names: Sequence[str] | None) -> None:
-        """Take in a new group of parameters; where that raises, nothing has been learned.
-
-        Raises:
-            ValueError: naming a parameter that is not supported, or what is wrong with the embeddings.
-        """
-        fresh = self._names_of(len(self.originals), params, names)
-        for param, name in fresh.items():
-            if param.dtype not in _DTYPES:
-                kind = "complex" if param.is_complex() else "not supported"
-                supported = ", ".join(map(str, _DTYPES))
-                raise ValueError(f"parameter {name!r} is {kind} ({param.dtype}); supported: {supported}")
-        self.embeddings |= self._embeddings_of(fresh)
-        self.names |= fresh
-        self.originals.append(params)
-
-    def learn_replaced(self) -> None:
-        """Take in parameters that an engine has put in the place of others since the optimizer was made."""
-        for group, params in enumerate(self.originals):
-            if fresh := [param for param in params if param not in self.names]:
-                names = self._names_of(group, fresh, None)
-                self.embeddings |= self._embeddings_of(names)
-                self.names |= names
-        current = {param for params in self.originals for param in params}
-        self.names = {param: name for param, name in self.names.items() if param in current}
-        self.embeddings &= current
-
-    def _names_of(self, group: int, params: Sequence[Tensor], given: Sequence[str] | None) -> dict[Tensor, str]:
-        """Names as given, as in the model, or by place; unique."""
-        named = (item for model in reversed(self.models) for item in model.named_parameters())
-        in_model: dict[Tensor, str] = {param: name for name, param in named}
-        taken = {
-            name
-            for param, name in self.names.items()
-            if not in_model or param in in_model or name not in in_model.values()
-        }
-        fresh: dict[Tensor, str] = {}
-        for place, param in enumerate(params):
-            name = given[place] if given else in_model.get(param, f"group{group}.param{place}")
-            fresh[param] = name if name not in taken else f"group{group}.{name}"
-            taken.add(fresh[param])
-        return fresh
-
-    def _embeddings_of(self, fresh: Mapping[Tensor, str]) -> set[Tensor]:
-        """The embeddings that ``ignore_embedding_layer`` is about: by module type, and those that are given."""
-        given = self.given
-        if not self.hp.ignore_embedding_layer:
-            if given is not None:
-                raise ValueError("embeddings was given, but hyperparams.ignore_embedding_layer is False")
-            return set()
-        if given is None and not self.models:
-            raise ValueError(
-                "ignore_embedding_layer=True needs to know the embeddings: pass model.parameters() itself, not a list, "
-                "or model=, or embeddings= (names, parameters, or a function of name and parameter)"
-            )
-        found = {weight for model in self.models for weight in native.embedding_weights(model)}
-        if callable(given):
-            return found | {param for param, name in fresh.items() if given(name, param)}
-        wanted = set(given or ())
-        return found | {param for param, name in fresh.items() if name in wanted or param in wanted}
-
-    def check_embeddings(self) -> None:
-        """Raise ValueError if an embedding was given that is not among the parameters, once all groups are known."""
-        if self.given is None or callable(self.given):
-            return
-        names = set(self.names.values())
-        for item in self.given:
-            if (item not in names) if isinstance(item, str) else (item not in self.names):
-                what = repr(item) if isinstance(item, str) else f"a tensor of shape {tuple(item.shape)}"
-                raise ValueError(f"embeddings contains {what}, which is not a parameter of this optimizer")
 
 
 def is_trainable(param: Tensor) -> bool:
@@ -171,6 +78,9 @@ def assemble(
         ]
         beyond = bool(set(plan.ranks) - set(mesh.data.ranks)) and any(s.original in tied for s in members)
         flat = {b.place: slabs[b.place] for b in bindings if b.matrix.storage.sharded}
+        for b in bindings:
+            if b.place in flat and b.elements and not b.matrix.factored:
+                flat[b.place].unfactored.append(b)
         teams.append(Team(mesh.group(plan.ranks), mesh.rank, plan, bindings, hp, beyond, flat))
     return teams
 
@@ -218,10 +128,10 @@ def _planned(
     complaint = ""
     # Turns are dealt out over the whole run; the first rank of each team speaks for it.
     told = {
-        block: sizes
+        id_: block
         for ranks, held in matrices.items()
         if ranks[0] == mesh.rank
-        for block, sizes in factors_of(held).items()
+        for id_, block in factored_blocks(held).items()
     }
     hp, offsets = timed(dict(ChainMap(*everyones(mesh.everyone, told))), hp)
     try:
@@ -276,7 +186,8 @@ def _matrices(
             excluded = "its parameter group has precondition=False"
         dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in (s.tensor, s.original)]
         name = facts.names[s.original]
-        storages.append(Storage(name, s.shape, dtypes[0], (), s.sharded, s.divided, excluded, dtypes[1]))
+        split = facts.split.get(s.original, ())
+        storages.append(Storage(name, s.shape, dtypes[0], (), s.sharded, s.divided, excluded, dtypes[1], split))
         parts.append((cover, s.part))
         flat = dtensor.local(s.tensor).reshape(-1)
         values.append(native.checksum(flat[s.offset : s.offset + s.part.elements]))
@@ -294,10 +205,10 @@ def _matrices(
         )
         try:
             stored = replace(storage, holders=holders).with_covers(distribution.root_copies)
+            matrix = describe(stored, facts.hp, mesh.everyone.size)
         except ValueError as error:
             return matrices, str(error)
-        matrix = describe(stored, facts.hp, mesh.everyone.size)
-        if matrix.rank and (why := refusal(method, facts.hp.exponent(matrix.rank))):
+        if matrix.axes and (why := refusal(method, facts.hp.exponent(len(matrix.axes)))):
             return matrices, f"root_method {method!r} cannot be used for {matrix.name!r} of shape {matrix.shape}: {why}"
         if gaps := matrix.gaps():
             return matrices, f"the storage of {matrix.name!r} of shape {matrix.shape} can't be explained: {gaps}"
@@ -344,7 +255,10 @@ def _differ(what: str, first_rank: int, first: Any, rank: int, other: Any) -> st
 
 
 def _shown(value: Any) -> str:
-    return f"{value.name} {value.shape} {value.dtype}" if isinstance(value, Storage) else str(value)
+    if not isinstance(value, Storage):
+        return str(value)
+    split = f" splits {dict(value.split)}" if value.split else ""
+    return f"{value.name} {value.shape} {value.dtype}{split}"
 
 
 def _different_plans(plans: Sequence[Plan], mesh: Mesh) -> str:

@@ -17,14 +17,19 @@ from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams, check_group, momenta_names
 from shampoo3d.layout import Holder, Matrix, Part, Piece, describe
 from shampoo3d.momenta import kept_dtype
+from shampoo3d.places import Binding, state_dtype
 from shampoo3d.preconditioner import factor_shapes, state_shapes
 from shampoo3d.routes import BUCKET_ELEMENTS, Routes
-from shampoo3d.slabs import Binding, state_dtype
 
 ParamState = dict[str, Any]
 """``{"step": t, "<start>:<stop>,...": {"momentum": ..., "L0": ..., "P0": ...}}``, one entry per block."""
 
-FLAT_NAMES = {"momentum": "exp_avg", "graft_accumulator": "exp_avg_sq", "graft_momentum": "graft_momentum"}
+FLAT_NAMES = {
+    "momentum": "exp_avg",
+    "gradient_average": "exp_avg",
+    "graft_accumulator": "exp_avg_sq",
+    "graft_momentum": "graft_momentum",
+}
 """The state of flat slices has the names under which DeepSpeed looks for such state."""
 
 
@@ -91,12 +96,12 @@ def complete_state(team: Team, steps: Mapping[Tensor, int]) -> dict[Tensor, Para
 
 def canonical_blocks(matrix: Matrix, hp: ShampooHyperParams) -> tuple[Block, ...]:
     """The blocks in a checkpoint: of a preconditioned matrix its own, else those that one process would have."""
-    return matrix.blocks if matrix.rank else logical(matrix, hp).blocks
+    return matrix.blocks if matrix.axes else logical(matrix, hp).blocks
 
 
 def _whole_momenta(team: Team, link: Link) -> dict[int, dict[str, Tensor]]:
     """Momenta of each logical matrix, merged, put together from the homes of its elements."""
-    names = momenta_names(team.hp)
+    names = [momenta_names(team.hp, binding.matrix.factored) for binding in team.bindings]
     items: list[tuple[int, int, Piece]] = []  # home, matrix, piece
     for binding in team.bindings:
         if binding.matrix.storage.sharded:
@@ -117,15 +122,15 @@ def _whole_momenta(team: Team, link: Link) -> dict[int, dict[str, Tensor]]:
         _, matrix, piece = items[number]
         binding = team.bindings[matrix]
         if binding.matrix.storage.sharded:
-            tensors = team.flat_slabs[binding.place].momenta.tensors().values()
-            return torch.stack([binding.view(tensor, piece) for tensor in tensors])
+            tensors = team.flat_slabs[binding.place].momenta.tensors()
+            return torch.stack([binding.view(tensors[name], piece) for name in names[matrix]])
         return torch.stack(kept[matrix, piece.box.key])
 
     whole = {binding.number: _merged_zeros(binding, team.hp) for binding in team.bindings}
-    sizes = [(home, piece.box.elements * len(names)) for home, _, piece in items]
+    sizes = [(home, piece.box.elements * len(names[matrix])) for home, matrix, piece in items]
     for n, flat in _shared(team, link, [matrix for _, matrix, _ in items], sizes, mine):
         _, matrix, piece = items[n]
-        for name, values in zip(names, flat.view(len(names), *piece.box.shape), strict=True):
+        for name, values in zip(names[matrix], flat.view(len(names[matrix]), *piece.box.shape), strict=True):
             whole[matrix][name][piece.box.slices] = values
     return whole
 
@@ -135,15 +140,16 @@ def _merged_zeros(binding: Binding, hp: ShampooHyperParams) -> dict[str, Tensor]
     stored = binding.place.stored
     shape, dtype = binding.matrix.merged, state_dtype(stored.dtype)
     return {
-        name: torch.zeros(shape, dtype=kept_dtype(name, hp, dtype), device=stored.device) for name in momenta_names(hp)
+        name: torch.zeros(shape, dtype=kept_dtype(name, hp, dtype), device=stored.device)
+        for name in momenta_names(hp, binding.matrix.factored)
     }
 
 
 def _all_factors(team: Team, link: Link) -> dict[tuple[int, str], dict[str, Tensor]]:
     """All factors, by matrix and block."""
-    kept = {(binding.number, key): views for binding, key, views in _factors(team) if "L0" in views}  # by the owner
+    kept = {(binding.number, key): views for binding, key, views in _factors(team)}
     planned = [(team.slots[slot][0].number, block) for slot, block in enumerate(team.plan.blocks) if block.factors]
-    shapes = [factor_shapes(block.factors, len(block.factors)) for _, block in planned]
+    shapes = [factor_shapes(block.shape, block.axes, team.hp) for _, block in planned]
 
     def mine(n: int) -> Tensor:
         matrix, block = planned[n]
@@ -193,13 +199,13 @@ def check_loadable(binding: Binding, saved: ParamState, hp: ShampooHyperParams) 
         missing, extra = sorted(set(blocks) - found), sorted(found - set(blocks))
         raise ValueError(
             f"the loaded state of {matrix.name!r} has {len(found)} blocks where the optimizer has {len(blocks)}: "
-            f"missing {missing[:3]}, unknown {extra[:3]}; it was saved with another block_size or shape, or not by all "
-            "ranks"
+            f"missing {missing[:3]}, unknown {extra[:3]}; it was saved with another block_size or shape, other splits, "
+            "or not by all ranks"
         )
     if not isinstance(saved.get("step"), int):
         raise ValueError(f"the loaded state of {matrix.name!r} has no step count: 'step' is {saved.get('step')!r}")
     for key, block in blocks.items():
-        wanted = {field: tuple(shape) for field, shape in state_shapes(block.shape, matrix.rank, hp).items()}
+        wanted = {field: tuple(shape) for field, shape in state_shapes(block.shape, matrix.axes, hp).items()}
         given = {field: tuple(tensor.shape) for field, tensor in saved[key].items()}
         if given != wanted:
             raise ValueError(
@@ -257,8 +263,8 @@ def _load_momenta(team: Team, saved: Mapping[Tensor, ParamState]) -> None:
             slab_ = team.flat_slabs[binding.place]
             part = next(h.part for h in binding.matrix.storage.holders if h.rank == team.rank)
             for piece in binding.matrix.pieces(part):
-                for name, tensor in slab_.momenta.tensors().items():
-                    binding.view(tensor, piece).copy_(whole[binding.number][name][piece.box.slices])
+                for name, values in whole[binding.number].items():
+                    binding.view(slab_.momenta.tensors()[name], piece).copy_(values[piece.box.slices])
 
 
 def _copy(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -312,7 +318,9 @@ def load_own(teams: Sequence[Team], live: dict[Tensor, ParamState], saved: Mappi
             _copy(views, saved["factors"][name][key])
 
 
-def loaded_groups(current: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def loaded_groups(
+    current: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]], hp: ShampooHyperParams
+) -> list[dict[str, Any]]:
     """The current parameters with the saved settings.
 
     Raises:
@@ -329,6 +337,6 @@ def loaded_groups(current: Sequence[dict[str, Any]], saved: Sequence[dict[str, A
             )
         kept: dict[str, Any] = {name: ours[name] for name in ("params", "param_names") if name in ours}
         group: dict[str, Any] = {**ours, **theirs, **kept}
-        check_group(group)
+        check_group(group, hp)
         groups.append(group)
     return groups

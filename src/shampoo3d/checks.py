@@ -4,14 +4,20 @@ import math
 
 
 def check_number(
-    name: str, value: object, *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
 ) -> None:
-    """Raise unless ``value`` is a finite real number with ``least <= value <= most`` and ``value > above``."""
+    """Raise unless ``value`` is a finite real number with ``least <= value <= most`` and ``above < value < below``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not (math.isfinite(value) and least <= value <= most and value > above):
+    if not (math.isfinite(value) and least <= value <= most and above < value < below):
         bounds = [f"> {above:g}"] * (above > -math.inf) + [f">= {least:g}"] * (least > -math.inf)
-        bounds += [f"<= {most:g}"] * (most < math.inf)
+        bounds += [f"<= {most:g}"] * (most < math.inf) + [f"< {below:g}"] * (below < math.inf)
         raise ValueError(f"{name} must be finite{''.join(' and ' + b for b in bounds)}, got {value!r}")
 
 

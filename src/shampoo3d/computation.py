@@ -21,6 +21,8 @@ class Computation:
         refresh_budget: the part of the optimizer's own work that roots may take, between 0 and 1; where they would take
             more, ``preconditioning_compute_steps`` is lengthened until they do not. By the cost model, so it is the
             same in every run. None for no bound.
+        fresh_steps: up to this step all roots are computed at every step, while gradients still turn quickly; in turns
+            or together from there on.
         asynchronous: roots are computed beside the next forward and backward, on a thread or a side stream, and used
             one step later.
         products: in which precision the operands of the products of statistics and of preconditioning enter: that of
@@ -37,6 +39,7 @@ class Computation:
     root_method: RootMethod = "auto"
     refresh: Literal["staggered", "together"] = "staggered"
     refresh_budget: float | None = None
+    fresh_steps: int = 0
     asynchronous: bool = False
     products: Precision = "state"
     root_storage: Precision = "state"
@@ -48,6 +51,7 @@ class Computation:
         check_choice("refresh", self.refresh, ("staggered", "together"))
         if self.refresh_budget is not None:
             check_number("refresh_budget", self.refresh_budget, above=0.0, most=1.0)
+        check_integer("fresh_steps", self.fresh_steps, least=0)
         check_bool("asynchronous", self.asynchronous)
         for name in ("products", "root_storage", "momentum_storage"):
             check_choice(name, getattr(self, name), ("state", "bfloat16"))

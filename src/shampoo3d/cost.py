@@ -3,15 +3,25 @@
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 from shampoo3d.blocks import Shape, tile_shapes
-from shampoo3d.hyperparams import ShampooHyperParams, momenta_names, storage_of
+from shampoo3d.hyperparams import ShampooHyperParams, momenta_names, owned_names, storage_of
 from shampoo3d.layout import STATE_BYTES
 
 # Measured by benchmarks/cost_model.py (CPU, float32), in multiply-adds of a large matrix product: a root by
 # eigen-decomposition takes 6.5 d^3 + 2000 d^2, memory traffic and calls the rest.
 _ROOT_CUBIC, _ROOT_SQUARE = 6.5, 2000.0
 _PER_ELEMENT, _PER_BLOCK = 250.0, 1.5e6
+_BASIS = 0.7
+"""A new eigenbasis, by a QR decomposition, in roots."""
+
+
+class Factored(NamedTuple):
+    """A block that is preconditioned: its elements, and the sizes of its factors."""
+
+    elements: int
+    factors: Shape
 
 
 def root_cost(factors: Iterable[int]) -> float:
@@ -19,34 +29,45 @@ def root_cost(factors: Iterable[int]) -> float:
     return sum(_ROOT_CUBIC * d**3 + _ROOT_SQUARE * d**2 for d in factors)
 
 
-def applied_cost(elements: int, factors: Iterable[int]) -> float:
-    """Estimated work of preconditioning with roots that are there, in multiply-adds."""
-    return _PER_BLOCK + _PER_ELEMENT * elements + sum(elements * d for d in factors)
+def refresh_cost(factors: Iterable[int], hp: ShampooHyperParams) -> float:
+    """Estimated work of a refresh of roots or eigenbases, in multiply-adds."""
+    return root_cost(factors) * (_BASIS if hp.variant.direction == "adam" else 1.0)
 
 
-def block_cost(shape: Shape, rank: int, hp: ShampooHyperParams) -> float:
-    """Estimated work of a step on a block with ``rank`` preconditioned axes, in multiply-adds, refreshes spread out."""
-    elements, factors = math.prod(shape), shape[:rank]
-    products = elements * sum(factors) * (1 + 1 / hp.statistics_compute_steps)
-    roots = root_cost(factors) / hp.preconditioning_compute_steps
-    return _PER_BLOCK + _PER_ELEMENT * elements + products + roots
+def applied_cost(elements: int, factors: Iterable[int], hp: ShampooHyperParams) -> float:
+    """Estimated work of preconditioning with roots that are there, in multiply-adds.
+
+    Eigenbases are applied two or three times: to the gradient, to its average if there is one, and back.
+    """
+    times = 2 + hp.averaged if hp.variant.direction == "adam" else 1
+    return _PER_BLOCK + _PER_ELEMENT * elements + times * elements * sum(factors)
 
 
-def within_budget(blocks: Iterable[Shape], hp: ShampooHyperParams) -> ShampooHyperParams:
+def block_cost(elements: int, factors: Shape, hp: ShampooHyperParams) -> float:
+    """Estimated work of a step on a block with factors of these sizes, in multiply-adds, refreshes spread out.
+
+    For "kl" each axis is preconditioned along all others, which takes as much as the statistics of those.
+    """
+    products = elements * sum(factors) * (len(factors) if hp.variant.statistics == "kl" else 1)
+    roots = refresh_cost(factors, hp) / hp.preconditioning_compute_steps
+    return applied_cost(elements, factors, hp) + products / hp.statistics_compute_steps + roots
+
+
+def within_budget(blocks: Iterable[Factored], hp: ShampooHyperParams) -> ShampooHyperParams:
     """The settings with ``preconditioning_compute_steps`` long enough for ``refresh_budget``, if there is one.
 
     With R the work of all roots, and W that of the rest of a step, ``R / k <= budget (R / k + W)``.
 
     Args:
-        blocks: the shapes of all blocks that the run preconditions.
+        blocks: all that the run preconditions.
     """
     budget = hp.computation.refresh_budget
     if budget is None:
         return hp
-    shapes = list(blocks)
-    roots = sum(map(root_cost, shapes))
+    factored = list(blocks)
+    roots = sum(refresh_cost(block.factors, hp) for block in factored)
     every = hp.preconditioning_compute_steps
-    rest = sum(block_cost(shape, len(shape), hp) for shape in shapes) - roots / every
+    rest = sum(block_cost(*block, hp) for block in factored) - roots / every
     needed = math.ceil(roots * (1 - budget) / (budget * rest)) if rest else 1
     return replace(hp, preconditioning_compute_steps=max(every, needed))
 
@@ -61,13 +82,18 @@ def statistics_bytes(factors: Iterable[int], dtype: str) -> int:
     return sum(math.prod(tile) for d in factors for tile in tile_shapes(d).values()) * STATE_BYTES[dtype]
 
 
-def element_bytes(hp: ShampooHyperParams, dtype: str) -> int:
-    """Of the momenta of one element."""
-    return sum(bytes_of(name, hp, dtype) for name in momenta_names(hp))
+def element_bytes(hp: ShampooHyperParams, dtype: str, *, factored: bool) -> int:
+    """Of the momenta of one element, in matrices with or without factors, where it lives."""
+    return sum(bytes_of(name, hp, dtype) for name in momenta_names(hp, factored))
 
 
-def block_bytes(shape: Shape, rank: int, hp: ShampooHyperParams, dtype: str, *, momenta: bool) -> int:
-    """Bytes of state of a block with ``rank`` preconditioned axes: statistics, roots and, if asked, its momenta."""
-    roots = sum(d * d for d in shape[:rank]) * bytes_of("P", hp, dtype)
-    kept = math.prod(shape) * element_bytes(hp, dtype) if momenta else 0
-    return statistics_bytes(shape[:rank], dtype) + roots + kept
+def owned_bytes(hp: ShampooHyperParams, dtype: str) -> int:
+    """Of what a keeper of a block with factors keeps for one of its elements."""
+    return sum(bytes_of(name, hp, dtype) for name in owned_names(hp))
+
+
+def block_bytes(elements: int, factors: Shape, hp: ShampooHyperParams, dtype: str, *, momenta: bool) -> int:
+    """Bytes of state of a block with factors of these sizes: statistics, roots and, if asked, its momenta."""
+    kept = sum(d * d for d in factors) * bytes_of("P", hp, dtype) + statistics_bytes(factors, dtype)
+    kept += elements * owned_bytes(hp, dtype) if factors else 0
+    return kept + (elements * element_bytes(hp, dtype, factored=bool(factors)) if momenta else 0)

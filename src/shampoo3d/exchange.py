@@ -11,9 +11,10 @@ from torch import Tensor
 from shampoo3d.collectives import Link, Swap
 from shampoo3d.holdings import Due, Team, Unit
 from shampoo3d.layout import Storage
+from shampoo3d.places import Binding, Place, Steps
 from shampoo3d.routes import BUCKET_ELEMENTS, Leg, packed
 from shampoo3d.schedule import Phase, phase
-from shampoo3d.slabs import Binding, Place, Steps, write
+from shampoo3d.slabs import write
 from shampoo3d.topology import Mesh
 
 
@@ -67,9 +68,12 @@ class Exchange:
         for number, (units, due) in enumerate(zip(self.team.units(steps), self.team.due(steps), strict=True)):
             _fill(units, coming.arrived())
             coming = self._gather(number + 1, steps)
+            moment = self._moment
+            self._share_roots(number, steps, when=moment == "before")
             yield [unit for unit in units if not unit.guests], due
-            self._share_roots(number, steps)
+            self._share_roots(number, steps, when=moment == "between")
             yield [unit for unit in units if unit.guests], []
+            self._share_roots(number, steps, when=moment == "after")
             self._take_home(going)
             going = self._send_home(number, units, steps)
         self._take_home(going)
@@ -123,7 +127,8 @@ class Exchange:
             return Trip({}, (), None)
 
         views = _Views(self.team.bindings, _gradient)
-        due_legs, anyone = self._due(number, steps, lambda now: now.accumulate or now.started)
+        averaged = self.team.hp.averaged
+        due_legs, anyone = self._due(number, steps, lambda now: now.accumulate or now.started or averaged)
         legs = [leg for leg in due_legs if leg.gathered]
         pieces = {leg: views.of(leg) for leg in legs if leg.home == self.rank}
         dtype = getattr(torch, self._storage(number).dtype)
@@ -149,8 +154,21 @@ class Exchange:
         ends = [(leg, leg.keeper, leg.home) for leg in legs]
         return self._trip("updates", number, dtype, pieces, ends, anyone)
 
-    def _share_roots(self, number: int, steps: Steps) -> None:
-        """Bring new roots from the owners to the other keepers."""
+    @property
+    def _moment(self) -> Literal["before", "between", "after"]:
+        """When new roots are brought to other keepers, so that they have the same at their directions as the owner.
+
+        What was computed in the background is there before; what is computed in a step comes before its directions,
+        or, where these do not use it yet, after them.
+        """
+        if self.team.hp.computation.asynchronous:
+            return "before"
+        return "between" if self.team.hp.variant.direction == "root" else "after"
+
+    def _share_roots(self, number: int, steps: Steps, *, when: bool) -> None:
+        """Bring new roots from the owners to the other keepers, if it is time."""
+        if not when:
+            return
         planned, late = self.team.plan.blocks, int(self.team.hp.computation.asynchronous)
 
         def renewed(slot: int) -> bool:
@@ -165,7 +183,7 @@ class Exchange:
         roots: list[Tensor] = []
         for slot in (slot for slot in due if self.rank in planned[slot].keepers):
             stack, row = self.team.stacked[slot]
-            for P in (P[row] for P in stack.roots):
+            for P in (P[row] for P in stack.shared):
                 if planned[slot].owner == self.rank:
                     out += ((peer, P) for peer in planned[slot].keepers if peer != self.rank)
                 else:

@@ -1,4 +1,4 @@
-"""Step lengths borrowed from SGD and AdaGrad (Agarwal et al. 2020, arXiv 2002.11803)."""
+"""Step lengths borrowed from other methods (Agarwal et al. 2020, arXiv 2002.11803)."""
 
 import torch
 from torch import Tensor
@@ -6,18 +6,23 @@ from torch import Tensor
 from shampoo3d.hyperparams import LayerwiseGrafting, ShampooHyperParams
 
 
-def graft_direction(G: Tensor, accumulator: Tensor | None, hp: ShampooHyperParams) -> Tensor:
-    """D, the direction whose length is borrowed: ``G`` or ``G / (sqrt(sum G^2) + diagonal_eps)``.
+def graft_direction(G: Tensor, squares: Tensor | None, hp: ShampooHyperParams, correction: float = 1.0) -> Tensor:
+    """D, the direction whose length is borrowed: ``G``, or ``G / (sqrt(A / correction) + diagonal_eps)``.
 
     Args:
-        G: gradient, any shape.
-        accumulator: the sum of ``G^2`` up to and including this step, of G's shape; for ADAGRAD only.
-        hp: ``graft_type`` and ``diagonal_eps`` are used.
+        G: the gradient or its average, any shape.
+        squares: A, the sum or average of the squares of gradients up to and including this step, of G's shape; None
+            for the methods that do without.
+        hp: ``diagonal_eps`` is used.
+        correction: the weight that the average has gathered.
+
+    Returns:
+        G itself, or a new tensor.
     """
-    if hp.graft_type is not LayerwiseGrafting.ADAGRAD:
+    if squares is None:
         return G
-    assert accumulator is not None
-    return G / (accumulator.sqrt() + hp.diagonal_eps)
+    root = torch.sqrt(squares) if correction == 1.0 else torch.div(squares, correction).sqrt_()
+    return torch.div(G, root.add_(hp.diagonal_eps), out=root)
 
 
 def graft_scale(squared_norms: Tensor, hp: ShampooHyperParams) -> Tensor:

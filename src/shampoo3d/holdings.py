@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,11 +13,13 @@ from torch import Tensor
 from shampoo3d.blocks import Block
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.momenta import Momenta, Rows
+from shampoo3d.places import Binding, Place, Steps, alike, rows_of, state_dtype
 from shampoo3d.plan import Plan
 from shampoo3d.preconditioner import Stack
 from shampoo3d.routes import BUCKET_ELEMENTS, CACHED_ELEMENTS, Leg, Routes, packed, rounds, settled, travels
 from shampoo3d.schedule import like, phase
-from shampoo3d.slabs import Binding, FlatSlab, Member, Place, StackSlab, Steps, rows_of, state_dtype
+from shampoo3d.slabs import FlatSlab, Member, StackSlab
+from shampoo3d.soap import EigenStack
 from shampoo3d.topology import Group
 
 
@@ -34,7 +36,7 @@ class Kept:
 
 @dataclass(eq=False)
 class Batch:
-    """Kept blocks of one shape, with the stack of their factors; those of one round are next to each other.
+    """Kept blocks of one kind, with the stack of their factors; those of one round are next to each other.
 
     Attributes:
         guests: other ranks own them and send their roots.
@@ -50,13 +52,14 @@ class Batch:
 
 @dataclass
 class Unit:
-    """Members of a batch that are in the same phase at this step, with their gradients and then their directions."""
+    """Members of a batch that are at the same step t, with their gradients and then their directions."""
 
     batch: Batch
     members: list[Kept]
     rows: Rows
     accumulate: bool
     started: bool
+    t: int = 0
     blocks: Tensor = field(init=False)
 
     @property
@@ -64,8 +67,8 @@ class Unit:
         return self.batch.guests
 
 
-Due = tuple[Stack, Rows]
-"""Which roots of a stack are refreshed."""
+Due = tuple[Stack, Rows, int]
+"""Which roots of a stack are refreshed, and their step."""
 
 
 @dataclass(eq=False)
@@ -103,7 +106,7 @@ class Team:
         self.settled = settled(self.plan, matrices, self.legs, self.rank)
         self.rounds = rounds(self.plan, BUCKET_ELEMENTS if self.travels else math.inf)
         self._units_at: dict[Any, list[list[Unit]]] = {}
-        self._due_at: dict[Any, list[list[Due]]] = {}
+        self._due_at: dict[Any, list[list[tuple[Stack, Rows, Place]]]] = {}
         self.batches = self._make_batches()
         self.stack_slabs = self._make_stack_slabs()
         self._slab_of = {member.cell: slab for slab in self.stack_slabs for member in slab.members}
@@ -146,36 +149,44 @@ class Team:
 
     def units(self, steps: Steps) -> Iterator[list[Unit]]:
         """For each round the kept blocks that take part in the step, batched by phase; those that are owned first."""
-        key = tuple(_kind(steps.get(place), self.hp) for place in self.places)
+        key = alike(self.places, steps, lambda t: _kind(t, self.hp))
         if key not in self._units_at:
-            self._units_at[key] = [list(self._units(set(slots), steps)) for slots in self.rounds]
+            kinds = dict(zip(self.places, key, strict=True))
+            self._units_at[key] = [list(self._units(set(slots), kinds)) for slots in self.rounds]
         for units in self._units_at[key]:
-            yield [replace(unit) for unit in units]
+            yield [replace(unit, t=steps[unit.members[0].binding.place]) for unit in units]
 
     def due(self, steps: Steps) -> list[list[Due]]:
         """For each round the rows of stacks whose roots are refreshed."""
-        turns = {place: like(t, self.hp) for place, t in steps.items()}
-        key = tuple(turns.get(place) for place in self.places)
+        key = alike(self.places, steps, lambda t: like(t, self.hp))
         if key not in self._due_at:
+            turns = dict(zip(self.places, key, strict=True))
             self._due_at[key] = [list(self._due(set(slots), turns)) for slots in self.rounds]
-        return self._due_at[key]
+        return [[(stack, rows, steps[place]) for stack, rows, place in due] for due in self._due_at[key]]
 
-    def _due(self, wanted: set[int], steps: Steps) -> Iterator[Due]:
+    def _due(
+        self, wanted: set[int], turns: Mapping[Place, tuple[int, int] | None]
+    ) -> Iterator[tuple[Stack, Rows, Place]]:
         for batch in (batch for batch in self.batches if not batch.guests):
-            times = ((member, steps.get(member.binding.place, 0)) for member in batch.members if member.slot in wanted)
-            rows = [member.row for member, t in times if t and phase(t, self.hp, member.offset).refresh]
-            if rows:
-                yield batch.stack, rows_of(rows, batch.stack.n, batch.stack.device)
+            found: defaultdict[int, list[Kept]] = defaultdict(list)
+            for member in (member for member in batch.members if member.slot in wanted):
+                number, t = turns[member.binding.place] or (0, 0)
+                if t and phase(t, self.hp, member.offset).refresh:
+                    found[number].append(member)
+            for members in found.values():
+                rows = rows_of([member.row for member in members], batch.stack.n, batch.stack.device)
+                yield batch.stack, rows, members[0].binding.place
 
-    def _units(self, wanted: set[int], steps: Steps) -> Iterator[Unit]:
+    def _units(self, wanted: set[int], kinds: Mapping[Place, tuple[int, tuple[bool, bool]] | None]) -> Iterator[Unit]:
         for batch in self.batches:
-            kinds: defaultdict[tuple[bool, bool], list[Kept]] = defaultdict(list)
+            found: defaultdict[tuple[int, tuple[bool, bool]], list[Kept]] = defaultdict(list)
             for member in batch.members:
-                if member.slot in wanted and member.binding.place in steps:
-                    kinds[_kind(steps[member.binding.place], self.hp) or (False, False)].append(member)
+                kind = kinds[member.binding.place]
+                if member.slot in wanted and kind is not None:
+                    found[kind].append(member)
             most = CACHED_ELEMENTS if batch.stack.device.type == "cpu" else math.inf
-            for (accumulate, started), found in kinds.items():
-                for members in packed(found, lambda member: member.block.elements, most):
+            for (_, (accumulate, started)), alike_ in found.items():
+                for members in packed(alike_, lambda member: member.block.elements, most):
                     rows = rows_of([member.row for member in members], batch.stack.n, batch.stack.device)
                     yield Unit(batch, members, rows, accumulate and not batch.guests, started)
 
@@ -188,15 +199,17 @@ class Team:
             if self.rank in self.plan.blocks[slot].keepers
         ]
         for *_, slot in sorted(kept):  # what is worked on together is next to each other
-            stored, block = self.slots[slot][0].place.stored, self.slots[slot][1]
-            guest = self.plan.blocks[slot].owner != self.rank
-            kinds[guest, slot in self.settled, block.shape, state_dtype(stored.dtype), stored.device].append(slot)
+            stored, block = self.slots[slot][0].place.stored, self.plan.blocks[slot]
+            guest = block.owner != self.rank
+            kind = (guest, slot in self.settled, *block.kind, state_dtype(stored.dtype), stored.device)
+            kinds[kind].append(slot)
         batches = []
-        for (guests, at_home, shape, dtype, device), slots in kinds.items():
+        for (guests, at_home, shape, axes, dtype, device), slots in kinds.items():
             members = [
                 Kept(slot, *self.slots[slot], row, self.plan.blocks[slot].offset) for row, slot in enumerate(slots)
             ]
-            stack = Stack(shape, len(slots), self.hp, dtype, device, guest=guests)
+            make = EigenStack if self.hp.variant.direction == "adam" else Stack
+            stack = make(shape, axes, len(slots), self.hp, dtype, device, guest=guests)
             cells = [Member(slot, self.slots[slot][0], self.settled[slot].cell) for slot in slots if at_home]
             batches.append(Batch(stack, members, guests, StackSlab(cells, self.hp) if at_home else None))
         return sorted(batches, key=lambda batch: batch.guests)
@@ -213,14 +226,13 @@ class Team:
             binding = self.bindings[leg.matrix]
             if leg.home == self.rank and not binding.matrix.storage.sharded and leg not in in_batches:
                 flat = binding.place.flat
-                kinds[leg.cell.piece.box.shape, flat.dtype, flat.device].append(Member(leg.slot, binding, leg.cell))
+                kind = leg.cell.piece.box.shape, flat.dtype, flat.device, binding.matrix.factored
+                kinds[kind].append(Member(leg.slot, binding, leg.cell))
         return [batch.slab for batch in self.batches if batch.slab] + [StackSlab(m, self.hp) for m in kinds.values()]
 
 
-def _kind(t: int | None, hp: ShampooHyperParams) -> tuple[bool, bool] | None:
-    """Whether step t accumulates statistics and uses the preconditioned direction; None for no step."""
-    if t is None:
-        return None
+def _kind(t: int, hp: ShampooHyperParams) -> tuple[bool, bool]:
+    """Whether step t accumulates statistics and uses the preconditioned direction."""
     now = phase(t, hp)
     return now.accumulate, now.started
 

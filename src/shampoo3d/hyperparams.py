@@ -2,11 +2,12 @@
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from shampoo3d.checks import check_bool, check_choice, check_integer, check_number
 from shampoo3d.computation import Computation, Precision, check_method
+from shampoo3d.variant import Variant
 
 
 class LayerwiseGrafting(enum.IntEnum):
@@ -15,6 +16,18 @@ class LayerwiseGrafting(enum.IntEnum):
     NONE = 0
     SGD = 1
     ADAGRAD = 2
+    RMSPROP = 3
+    ADAM = 4
+
+
+_AVERAGED: dict[str, Any] = {
+    "beta2": 0.95,
+    "diagonal_eps": 1e-8,
+    "matrix_eps": 1e-6,
+    "block_size": 256,
+    "preconditioning_compute_steps": 10,
+}
+"""What the presets of today have in common."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +39,7 @@ class ShampooHyperParams:
         diagonal_eps: added to the square root in the AdaGrad graft.
         matrix_eps: L starts at ``matrix_eps * I`` and each root is taken of ``L + matrix_eps * lambda_max(L) * I``.
         weight_decay: the default of every parameter group; added to the direction as ``weight_decay * W``.
-        inverse_exponent_override: p in ``L^(-1/p)``; 0 means ``2 * rank`` of the (merged) parameter.
+        inverse_exponent_override: p in ``L^(-1/p)``; 0 means twice the number of axes that have a factor.
         start_preconditioning_step: the first step t (counted from 1) that uses the preconditioned direction.
         preconditioning_compute_steps: the roots of a block are computed every so many steps; ``computation.refresh``
             says at which.
@@ -41,6 +54,7 @@ class ShampooHyperParams:
         nonfinite_gradient: what a gradient on any rank that is NaN or infinite, or whose squares are, does: "skip" the
             step on all ranks, or "raise"; "ignore" does not look, which spares the host to wait for the GPU.
         pseudo_inverse: leave out the directions in which L is zero up to rounding, instead of giving them the ridge.
+        variant: which Shampoo: choices beyond the thesis.
         computation: how all this is computed.
 
     Raises:
@@ -63,6 +77,7 @@ class ShampooHyperParams:
     fair_blocks: bool = False
     nonfinite_gradient: Literal["skip", "raise", "ignore"] = "skip"
     pseudo_inverse: bool = False
+    variant: Variant = Variant()
     computation: Computation = Computation()
 
     def __post_init__(self) -> None:
@@ -84,30 +99,137 @@ class ShampooHyperParams:
             check_bool(name, getattr(self, name))
         object.__setattr__(self, "graft_type", _graft_type(self.graft_type))
         check_choice("nonfinite_gradient", self.nonfinite_gradient, ("skip", "raise", "ignore"))
-        if not isinstance(self.computation, Computation):
-            raise TypeError(f"computation must be a Computation, got {type(self.computation).__name__}")
-        # The rank is known with a parameter only: here that of a matrix.
-        check_method(self.computation.root_method, self.exponent(2), self.pseudo_inverse)
+        for name, kind in (("variant", Variant), ("computation", Computation)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {type(getattr(self, name)).__name__}")
+        if self.graft_type is LayerwiseGrafting.ADAM and not self.variant.beta1:
+            raise ValueError("graft_type ADAM averages the gradient: it needs variant.beta1 > 0, got 0 (or is RMSPROP)")
+        if self.variant.direction == "adam" and self.beta2 == 1.0:
+            raise ValueError("variant.direction='adam' averages squares: it needs beta2 < 1, got 1.0")
+        if self.variant.statistics == "kl" and self.variant.direction == "root" and self.inverse_exponent_override % 2:
+            raise ValueError(
+                f"variant.statistics='kl' inverts L by powers of its root, which needs an even exponent; got "
+                f"inverse_exponent_override={self.inverse_exponent_override}"
+            )
+        if self.variant.direction == "adam" and self.start_preconditioning_step > 1:
+            raise ValueError(
+                f"start_preconditioning_step={self.start_preconditioning_step} cannot be combined with "
+                "variant.direction='adam', whose first step only finds the eigenbasis; take 1"
+            )
+        # How many axes have a factor is known with a parameter only: here those of a matrix.
+        axes = 2 if self.variant.sides == "all" else 1
+        check_method(self.computation.root_method, self.exponent(axes), self.pseudo_inverse)
 
-    def exponent(self, rank: int) -> int:
-        """p in ``L^(-1/p)`` for blocks with so many preconditioned axes."""
-        return self.inverse_exponent_override or 2 * rank
+    @classmethod
+    def classic(cls, **changes: Any) -> "ShampooHyperParams":
+        """The thesis's Shampoo: sums, roots at every step, whole matrices, the length of the gradient."""
+        return cls(**changes)
+
+    @classmethod
+    def default(cls, **changes: Any) -> "ShampooHyperParams":
+        """What has done best for its cost, see ``docs/variants.md``: Shampoo with exponent -1/2 and Adam's step length.
+
+        Learning rates, warm-up and weight decay of an AdamW script carry over.
+
+        Args:
+            changes: settings that are to be others.
+        """
+        variant = Variant(
+            beta1=0.9, graft_beta2=0.95, bias_correction=True, vectors="diagonal", decoupled_weight_decay=True
+        )
+        return replace(
+            cls(**_AVERAGED, inverse_exponent_override=2, graft_type=LayerwiseGrafting.ADAM, variant=variant), **changes
+        )
+
+    @classmethod
+    def soap(cls, **changes: Any) -> "ShampooHyperParams":
+        """Adam in the eigenbases of the factors, with the settings of its paper (Vyas et al. 2024, arXiv 2409.11321).
+
+        Args:
+            changes: settings that are to be others.
+        """
+        variant = Variant(
+            direction="adam",
+            beta1=0.95,
+            graft_beta2=0.95,
+            bias_correction=True,
+            vectors="diagonal",
+            decoupled_weight_decay=True,
+        )
+        return replace(cls(**_AVERAGED, graft_type=LayerwiseGrafting.NONE, variant=variant), **changes)
+
+    def exponent(self, axes: int) -> int:
+        """p in ``L^(-1/p)`` for blocks of which so many axes have a factor."""
+        return self.inverse_exponent_override or 2 * axes
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the gradient is averaged before it is preconditioned, which leaves no room for other momentum."""
+        return self.variant.beta1 > 0.0
+
+    @property
+    def initial(self) -> float:
+        """c in ``L = c I`` before the first gradient: ``matrix_eps``, or 0 where L is nothing but gradients."""
+        v = self.variant
+        return 0.0 if v.bias_correction or v.direction == "adam" or v.statistics == "kl" else self.matrix_eps
+
+    def diagonal(self, factored: bool) -> LayerwiseGrafting:
+        """The method of the direction D, of matrices with or without factors."""
+        alone = not factored and self.variant.vectors == "diagonal" and self.graft_type is LayerwiseGrafting.NONE
+        return LayerwiseGrafting.ADAM if alone else self.graft_type
+
+    def correction(self, beta: float, t: int, method: LayerwiseGrafting = LayerwiseGrafting.NONE) -> float:
+        """By what an average of t terms is divided: the weight that it has gathered, if that is corrected for."""
+        return 1.0 - beta**t if self.variant.bias_correction or method is LayerwiseGrafting.ADAM else 1.0
+
+    def terms(self, t: int) -> int:
+        """How many gradients are in the statistics after step t."""
+        every = self.statistics_compute_steps
+        return 1 + (t - 1) // every if self.variant.direction == "adam" else t // every
+
+    @property
+    def moves_at_once(self) -> bool:
+        """Whether the first step moves the weights."""
+        return self.age(1) > 0
+
+    def age(self, t: int) -> int:
+        """How many steps up to step t have moved the weights: the first with ``direction="adam"`` does not."""
+        return t - 1 if self.variant.direction == "adam" else t
 
 
-def momenta_names(hp: ShampooHyperParams) -> tuple[str, ...]:
-    """The state that is kept for each element: M and, where the settings need them, N and the sum of G^2."""
-    names = ["momentum"]
-    names += ["graft_momentum"] * (hp.start_preconditioning_step > 1)
-    names += ["graft_accumulator"] * (hp.graft_type is LayerwiseGrafting.ADAGRAD)
+AVERAGED_SQUARES = (LayerwiseGrafting.RMSPROP, LayerwiseGrafting.ADAM)
+
+
+def momenta_names(hp: ShampooHyperParams, factored: bool) -> tuple[str, ...]:
+    """The state that is kept for each element where it lives, of matrices with or without factors.
+
+    M and, where the settings need them, N, the average of G, and the sum or average of G^2. What matrices with factors
+    have, those without have, too.
+    """
+    method = hp.diagonal(factored)
+    borrows = not factored or method is not LayerwiseGrafting.NONE or hp.start_preconditioning_step > 1
+    squares = method is LayerwiseGrafting.ADAGRAD or method in AVERAGED_SQUARES
+    names = ["momentum"] * (not hp.averaged)
+    names += ["graft_momentum"] * (not hp.averaged and hp.start_preconditioning_step > 1)
+    names += ["gradient_average"] * (hp.averaged and borrows)
+    names += ["graft_accumulator"] * squares
     return tuple(names)
+
+
+def owned_names(hp: ShampooHyperParams) -> tuple[str, ...]:
+    """The state that the owner of a block with factors keeps for each of its elements."""
+    return ("exp_avg",) * hp.averaged + ("exp_avg_sq",) * (hp.variant.direction == "adam")
 
 
 def storage_of(name: str, hp: ShampooHyperParams) -> Precision:
     """In which dtype a part of the state is kept, by its name in a checkpoint."""
-    if name.startswith("P"):
+    if name.startswith(("P", "Q")):
         return hp.computation.root_storage
     # Sums of squares grow by less than bfloat16 resolves, and would stop; statistics lose their small eigenvalues.
-    return hp.computation.momentum_storage if name in ("momentum", "graft_momentum") else "state"
+    return hp.computation.momentum_storage if name in _MOMENTA else "state"
+
+
+_MOMENTA = ("momentum", "graft_momentum", "gradient_average", "exp_avg")
 
 
 def _graft_type(value: object) -> LayerwiseGrafting:
@@ -121,13 +243,14 @@ def _graft_type(value: object) -> LayerwiseGrafting:
 
 # Settings of other optimizers that would be silently ignored, were they let into a parameter group.
 _FOREIGN_OPTIONS = {
-    *("alpha", "amsgrad", "betas", "capturable", "centered", "dampening", "decoupled_weight_decay", "differentiable"),
-    *("eps", "etas", "foreach", "fused", "lambd", "lr_decay", "ns_steps", "rho", "t0"),
+    *("alpha", "amsgrad", "betas", "capturable", "centered", "dampening", "differentiable", "eps", "etas", "foreach"),
+    *("fused", "lambd", "lr_decay", "ns_steps", "rho", "t0"),
     *(ShampooHyperParams.__dataclass_fields__.keys() - {"weight_decay"}),
+    *(Variant.__dataclass_fields__ | Computation.__dataclass_fields__),
 }
 
 
-def check_group(group: Mapping[str, Any]) -> None:
+def check_group(group: Mapping[str, Any], hp: ShampooHyperParams) -> None:
     """Raise unless the settings of a parameter group are valid and its own (foreign options are refused by name)."""
     foreign = sorted(_FOREIGN_OPTIONS.intersection(group))
     if foreign:
@@ -137,6 +260,11 @@ def check_group(group: Mapping[str, Any]) -> None:
         )
     check_number("lr", group["lr"], least=0.0)
     check_number("momentum", group["momentum"], least=0.0)
+    if hp.averaged and group["momentum"]:
+        raise ValueError(
+            f"momentum={group['momentum']} cannot be combined with variant.beta1={hp.variant.beta1}, which averages "
+            "the gradient in its place; take 0"
+        )
     check_number("weight_decay", group["weight_decay"], least=0.0)
     check_bool("precondition", group["precondition"])
     check_bool("maximize", group["maximize"])

@@ -11,14 +11,29 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from shampoo3d.blocks import Block, Cuts, Shape, cut, grid, merge_dims, parts_at_most, rectangles, strides_of
+from shampoo3d.blocks import (
+    Block,
+    Cuts,
+    Shape,
+    Span,
+    Split,
+    cut,
+    grid,
+    joined,
+    lengths_of,
+    located,
+    merge_dims,
+    merged_spans,
+    overlap,
+    parts_at_most,
+    rectangles,
+    strides_of,
+)
 from shampoo3d.hyperparams import ShampooHyperParams
+from shampoo3d.variant import Variant
 
 GRAFTED_BLOCK = 2**18
 """Elements in a block without factors: small enough that the rows of a large embedding spread over the ranks."""
-
-Span = tuple[int, int]
-"""A range of an axis: from, to (exclusive)."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,7 @@ class Storage:
         divided: the axis along which tensor parallelism divides it.
         excluded: why it must not be preconditioned; empty if it may.
         model_dtype: of the model's own parameter: lower than ``dtype`` where that is of a master copy.
+        split: the axes along which it is several matrices in one; no block has elements of two of them.
     """
 
     name: str
@@ -119,6 +135,21 @@ class Storage:
     divided: int | None = None
     excluded: str = ""
     model_dtype: str = ""
+    split: Split = ()
+
+    def lengths(self, axis: int) -> Shape:
+        """How long the matrices are that it is made of along an axis.
+
+        Raises:
+            ValueError: naming the parameter and the numbers, if the split does not fit its shape.
+        """
+        parts = dict(self.split).get(axis, 1)
+        if axis >= len(self.shape):
+            raise ValueError(f"splits cuts {self.name!r} along axis {axis}, but its shape is {self.shape}")
+        try:
+            return lengths_of(self.shape[axis], parts)
+        except ValueError as error:
+            raise ValueError(f"splits cuts axis {axis} of {self.name!r} into {parts}: {error}") from None
 
     @property
     def state_dtype(self) -> str:
@@ -200,7 +231,7 @@ class Matrix:
         cuts: the boundaries of the blocks along each merged axis; empty for a matrix that is grafted only.
         blocks: in coordinates of the merged matrix. None of a sharded matrix that is grafted only: its elements are
             updated where they live.
-        rank: how many axes are preconditioned; 0 for a matrix that is grafted only.
+        axes: of the merged matrix, those that have a factor; none for a matrix that is grafted only.
         path: "preconditioned", "grafted only" or "excluded".
         reason: why it took that path, where that is not plain.
     """
@@ -209,7 +240,7 @@ class Matrix:
     groups: tuple[tuple[int, ...], ...]
     cuts: tuple[Cuts, ...]
     blocks: tuple[Block, ...]
-    rank: int
+    axes: tuple[int, ...]
     path: str
     reason: str
 
@@ -222,17 +253,22 @@ class Matrix:
         return self.storage.shape
 
     @property
+    def factored(self) -> bool:
+        """Whether its blocks have factors."""
+        return bool(self.axes)
+
+    @property
     def merged(self) -> Shape:
         """The shape of the merged matrix."""
         return tuple(math.prod(self.shape[axis] for axis in group) for group in self.groups)
 
     def pieces(self, part: Part) -> Iterator[Piece]:
         """The rectangles of the merged matrix that a part is made of."""
-        spans = [_merged_spans(part.spans, self.shape, group) for group in self.groups]
+        spans = [merged_spans(part.spans, self.shape, group) for group in self.groups]
         lengths = tuple(sum(b - a for a, b in axis) for axis in spans)
         strides = strides_of(lengths)
         for stored in rectangles(lengths, part.first, part.last):
-            sides = (_logical(axis, a, a + n) for axis, a, n in zip(spans, stored.start, stored.shape, strict=True))
+            sides = (located(axis, a, a + n) for axis, a, n in zip(spans, stored.start, stored.shape, strict=True))
             for corner in itertools.product(*sides):
                 box = Block(tuple(a for _, a, _ in corner), tuple(n for _, _, n in corner))
                 offset = sum(place * stride for (place, _, _), stride in zip(corner, strides, strict=True))
@@ -273,7 +309,7 @@ class Matrix:
                         return f"ranges {spans} of axis {axis}, which is {n} long"
             stored = sum(part.elements for part in parts)
             boxes = sorted((piece.box for part in parts for piece in self.pieces(part)), key=lambda box: box.start)
-            if stored != total or _overlap(boxes):
+            if stored != total or overlap(boxes):
                 return f"its holders store {stored} elements of {total}" + ", some twice" * (stored >= total)
         if self.storage.sharded and any(len(ranks) > 1 for ranks in self.storage.classes.values()):
             return "elements that should be stored once are stored by several ranks"
@@ -284,38 +320,63 @@ def describe(storage: Storage, hp: ShampooHyperParams, world_size: int) -> Matri
     """Cut the logical matrix into blocks.
 
     ``world_size`` is the number of pieces that ``fair_blocks`` cuts a tensor-parallel matrix into.
+
+    Raises:
+        ValueError: naming the parameter and the numbers, if its split does not fit its shape.
     """
-    groups, path, reason = _interpret(storage, hp)
-    if path == "preconditioned":
-        merged = [math.prod(storage.shape[axis] for axis in group) for group in groups]
-        parts = [parts_at_most(length, hp.block_size) for length in merged]
-        if hp.fair_blocks and storage.divided is not None:
-            axis = next(i for i, group in enumerate(groups) if storage.divided in group)
-            parts[axis] = min(world_size, merged[axis])
-        cuts = tuple(itertools.starmap(cut, zip(merged, parts, strict=True)))
-        return Matrix(storage, groups, cuts, grid(cuts), len(groups), path, reason)
-    matrix = Matrix(storage, groups, (), (), 0, path, reason)
+    split = [axis for axis, _ in storage.split if storage.lengths(axis)]
+    if storage.excluded:
+        return _without_factors(storage, "excluded", storage.excluded)
+    shape = tuple(max(storage.lengths(axis)) for axis in range(len(storage.shape)))  # of the largest matrix in it
+    groups = merge_dims(shape, hp.block_size if hp.best_effort_shape_interpretation else 0, split)
+    if len(groups) < 2:
+        kind = ("scalar", "vector")[min(1, len(shape))]
+        merged = f"{shape} merged into a vector: at most block_size={hp.block_size} elements"
+        return _without_factors(storage, "grafted only", kind if len(shape) < 2 else merged)
+    cuts = tuple(_cuts(storage, group, hp, world_size) for group in groups)
+    axes, reason = _axes(cuts, [max(_lengths(storage, group)) for group in groups], hp.variant)
+    if not axes:
+        return _without_factors(storage, "grafted only", reason)
+    return Matrix(storage, groups, cuts, grid(cuts), axes, "preconditioned", "")
+
+
+def _lengths(storage: Storage, group: Sequence[int]) -> list[int]:
+    """How long the matrices in a parameter are along a merged axis; only its first axis may be split."""
+    inner = math.prod(storage.shape[axis] for axis in group[1:])
+    return [length * inner for length in storage.lengths(group[0])]
+
+
+def _cuts(storage: Storage, group: Sequence[int], hp: ShampooHyperParams, world_size: int) -> Cuts:
+    """The boundaries of the blocks along a merged axis: each matrix in it is cut like one of its own."""
+    fair = hp.fair_blocks and storage.divided in group
+    return joined(
+        cut(length, min(world_size, length) if fair else parts_at_most(length, hp.block_size))
+        for length in _lengths(storage, group)
+    )
+
+
+def _axes(cuts: Sequence[Cuts], lengths: Sequence[int], variant: Variant) -> tuple[tuple[int, ...], str]:
+    """The merged axes that have a factor, and the reason if there are none."""
+    sides = [max(b - a for a, b in itertools.pairwise(axis)) for axis in cuts]
+    every = tuple(range(len(cuts)))
+    chosen = {"all": every, "first": every[:1], "last": every[-1:], "shortest": (lengths.index(min(lengths)),)}
+    bound = variant.largest_dimension or math.inf
+    axes = tuple(axis for axis in chosen[variant.sides] if sides[axis] <= bound)
+    which = "every axis" if variant.sides == "all" else f"the {variant.sides} axis"
+    reason = f"{which} is longer than largest_dimension={bound} in blocks of {'x'.join(map(str, sides))}"
+    return axes, "" if axes else reason
+
+
+def _without_factors(storage: Storage, path: str, reason: str) -> Matrix:
+    """A matrix that is grafted only."""
+    axes = tuple(range(len(storage.shape)))
+    rows_and_rest = tuple(group for group in (axes[:1], axes[1:]) if group) or ((),)
+    matrix = Matrix(storage, rows_and_rest, (), (), (), path, reason)
     if storage.sharded:
         return matrix
     # Nothing but the balance depends on these blocks. They do not cross shards, so that each has one class of holders.
     pieces = [piece.box for _, part in storage.classes for piece in matrix.pieces(part)]
-    blocks = tuple(block for box in dict.fromkeys(pieces) for block in _by_rows(box))
-    return Matrix(storage, groups, (), blocks, 0, path, reason)
-
-
-def _interpret(storage: Storage, hp: ShampooHyperParams) -> tuple[tuple[tuple[int, ...], ...], str, str]:
-    """The groups of axes that become one, the path, and the reason for the path."""
-    shape = storage.shape
-    rows_and_rest = tuple(axes for axes in (tuple(range(len(shape)))[:1], tuple(range(1, len(shape)))) if axes)
-    if storage.excluded:
-        return rows_and_rest or ((),), "excluded", storage.excluded
-    merging = hp.best_effort_shape_interpretation
-    groups = merge_dims(shape, hp.block_size) if merging else tuple((axis,) for axis in range(len(shape)))
-    if len(groups) > 1:
-        return groups, "preconditioned", ""
-    kind = ("scalar", "vector")[min(1, len(shape))]
-    reason = kind if len(shape) < 2 else f"{shape} merged into a vector: at most block_size={hp.block_size} elements"
-    return rows_and_rest or ((),), "grafted only", reason
+    return replace(matrix, blocks=tuple(block for box in dict.fromkeys(pieces) for block in _by_rows(box)))
 
 
 def _by_rows(box: Block) -> Iterator[Block]:
@@ -323,43 +384,3 @@ def _by_rows(box: Block) -> Iterator[Block]:
     at_most = max(1, GRAFTED_BLOCK // max(1, math.prod(box.shape[1:])))
     for a, b in itertools.pairwise(cut(rows, parts_at_most(rows, at_most))):
         yield Block((box.start[0] + a, *box.start[1:]), (b - a, *box.shape[1:]))
-
-
-def _merged_spans(spans: Sequence[Sequence[Span]], shape: Shape, group: Sequence[int]) -> list[Span]:
-    """The ranges of a merged axis that are stored, in the order of storage."""
-    merged = [(0, 1)]
-    for axis in group:
-        n = shape[axis]
-        if tuple(spans[axis]) == ((0, n),):
-            merged = [(a * n, b * n) for a, b in merged]
-        else:
-            merged = [(i * n + c, i * n + d) for a, b in merged for i in range(a, b) for c, d in spans[axis] if c < d]
-    joined: list[Span] = []
-    for a, b in merged:
-        if joined and joined[-1][1] == a:
-            joined[-1] = joined[-1][0], b
-        else:
-            joined.append((a, b))
-    return joined
-
-
-def _logical(spans: Sequence[Span], low: int, high: int) -> list[tuple[int, int, int]]:
-    """Where the stored range [low, high) of an axis belongs: (place in storage, place in the matrix, length) each."""
-    found, place = [], 0
-    for a, b in spans:
-        start, stop = max(low, place), min(high, place + b - a)
-        if start < stop:
-            found.append((start, a + start - place, stop - start))
-        place += b - a
-    return found
-
-
-def _overlap(boxes: Sequence[Block]) -> bool:
-    """Whether two of these rectangles, sorted by their first corner, have an element in common."""
-    for i, box in enumerate(boxes):
-        for other in itertools.islice(boxes, i + 1, None):
-            if other.start and other.start[0] >= box.stop[0]:
-                break
-            if box.intersect(other):
-                return True
-    return False

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from shampoo3d.blocks import SMALLEST_SPLIT
-from shampoo3d.cost import bytes_of, element_bytes, statistics_bytes
+from shampoo3d.cost import bytes_of, element_bytes, owned_bytes, statistics_bytes
 from shampoo3d.distribution import Distribution
-from shampoo3d.hyperparams import LayerwiseGrafting, ShampooHyperParams
+from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import ITEM_BYTES, STATE_BYTES, Matrix, Storage
 from shampoo3d.plan import Plan, PlannedBlock
-from shampoo3d.roots.choice import Method, at_once, choose
 from shampoo3d.routes import (
     BUCKET_ELEMENTS,
     CACHED_ELEMENTS,
@@ -26,6 +24,7 @@ from shampoo3d.routes import (
     travels,
     width,
 )
+from shampoo3d.transients import Slab, accumulating, preconditioning, refreshing, squares
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,8 @@ def memory(
 
         gradients are taken, slab by slab:  S and D of the slabs so far, and temporaries of this one
         blocks are worked on, by units:     S and D of all; gradients that travelled, of two rounds; and of the unit
-                                            a product per element, or the work on roots that are computed at once
+                                            one or two products per element, the whiteners of "kl" and what they
+                                            multiply, or the work on roots that are computed at once
         weights are changed, slab by slab:  S and D of this slab and those to come, and temporaries of this one
 
     S is a number per element at home here, and so is D, where the step needs more of it than its norm and than the
@@ -87,24 +87,25 @@ def memory(
     """
     shares = [_Share(plan, matrices, rank, hp) for plan, matrices in teams if rank in plan.ranks]
     slabs = _slabs(shares)
-    phases = (True,) if hp.start_preconditioning_step == 1 else (False, True)
+    phases = (True,) if hp.start_preconditioning_step == 1 and hp.moves_at_once else (False, True)
     return Memory(
         sum(share.statistics for share in shares),
         sum(share.roots for share in shares),
-        sum(slab.elements * element_bytes(hp, slab.dtype) for slab in slabs),
+        sum(slab.elements * element_bytes(hp, slab.dtype, factored=slab.factored) for slab in slabs)
+        + sum(share.elements for share in shares),
         sum(share.buffers(distribution) for share in shares),
         max(_transient(shares, slabs, hp, device, started=started) for started in phases),
     )
 
 
 def _transient(
-    shares: Sequence["_Share"], slabs: Sequence["_Slab"], hp: ShampooHyperParams, device: str, *, started: bool
+    shares: Sequence["_Share"], slabs: Sequence[Slab], hp: ShampooHyperParams, device: str, *, started: bool
 ) -> int:
     """The most that a step has at any moment, before the start step or from then on."""
     held = [slab.held(hp, started=started) for slab in slabs]
     most = sum(share.beside(device) for share in shares)
     for slab, mine, until in zip(slabs, held, accumulate(held), strict=True):
-        taken = until + slab.taking(hp, started=started)
+        taken = until + slab.taking(hp, device, started=started)
         changed = sum(held) - until + mine + slab.changing(hp, device, started=started)
         most = max(most, taken, changed)
     return max([most, *(sum(held) + share.working(device, started=started) for share in shares)])
@@ -113,55 +114,7 @@ def _transient(
 # ---- elements --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Slab:
-    """Elements at home here that are updated in one go.
-
-    Attributes:
-        elements, each: of all, and of the matrix that has most of them.
-        dtype: of the weights.
-        flat: they are updated where they are stored, and not in a stack.
-    """
-
-    elements: int
-    each: int
-    dtype: str
-    flat: bool
-
-    @property
-    def size(self) -> int:
-        """Of S, and of each temporary."""
-        return self.elements * STATE_BYTES[self.dtype]
-
-    @property
-    def mixed(self) -> bool:
-        """Whether weights and state differ in dtype."""
-        return ITEM_BYTES[self.dtype] != STATE_BYTES[self.dtype]
-
-    def held(self, hp: ShampooHyperParams, *, started: bool) -> int:
-        """S and D."""
-        adagrad = hp.graft_type is LayerwiseGrafting.ADAGRAD
-        keeps_D = (adagrad or self.mixed) if self.flat else not started
-        return self.size * (1 + keeps_D)
-
-    def taking(self, hp: ShampooHyperParams, *, started: bool) -> int:
-        """AdaGrad's root and quotient, one of which may become D; a flat slab has no S yet."""
-        adagrad = hp.graft_type is LayerwiseGrafting.ADAGRAD
-        return self.size * (1 + started) if adagrad and not self.flat else 0
-
-    def changing(self, hp: ShampooHyperParams, device: str, *, started: bool) -> int:
-        """Weights in a stack, momenta before they are rounded, a copy of a D that may be the user's gradient."""
-        copies = 2 if device == "cpu" else 1  # there, an operand of another dtype is copied first
-        W = self.size if hp.weight_decay and not self.flat else 0
-        D = self.size if self.flat and not started else 0
-        rounded = hp.computation.momentum_storage == "bfloat16"
-        momenta = self.size * (copies + (not started)) if rounded else 0
-        weights = self.each * STATE_BYTES[self.dtype] * copies if self.mixed else 0
-        u = self.size if rounded and not hp.nesterov else 0
-        return W + D + max(momenta, u + weights)
-
-
-def _slabs(shares: Sequence["_Share"]) -> list[_Slab]:
+def _slabs(shares: Sequence["_Share"]) -> list[Slab]:
     """In the order of a step: flat slices, all of one dtype as one; whole blocks that are equal; other equal cells."""
     flat: Counter[str] = Counter()
     cells: defaultdict[Any, Counter[int]] = defaultdict(Counter)
@@ -169,10 +122,13 @@ def _slabs(shares: Sequence["_Share"]) -> list[_Slab]:
         flat.update(share.sharded)
         homes = [leg for leg in share.legs if leg.home == share.rank and not share.storage(leg).sharded]
         for leg in sorted(homes, key=share.turn):
-            kind = number, *share.turn(leg)[:2], leg.cell.piece.box.shape, share.storage(leg).dtype
+            axes = share.block(leg).axes if leg.slot in share.settled else ()  # stacks are of one kind
+            shape, dtype, factored = leg.cell.piece.box.shape, share.storage(leg).dtype, bool(share.block(leg).factors)
+            kind = number, *share.turn(leg)[:2], axes, shape, dtype, factored
             cells[kind][leg.matrix] += leg.elements
-    return [_Slab(elements, elements, dtype, True) for dtype, elements in flat.items()] + [
-        _Slab(sum(counts.values()), max(counts.values()), dtype, False) for (*_, dtype), counts in cells.items()
+    return [Slab(elements, elements, dtype, False, True) for dtype, elements in flat.items()] + [
+        Slab(sum(counts.values()), max(counts.values()), dtype, factored, False)
+        for (*_, dtype, factored), counts in cells.items()
     ]
 
 
@@ -191,6 +147,15 @@ class _Share:
 
     def storage(self, leg: Leg) -> Storage:
         return self.matrices[leg.matrix].storage
+
+    def block(self, leg: Leg) -> PlannedBlock:
+        return self.plan.blocks[leg.slot]
+
+    @property
+    def elements(self) -> int:
+        """What is kept of the elements of blocks with factors by whoever keeps their roots."""
+        kept = (block for block in self.plan.blocks if block.factors and self.rank in block.keepers)
+        return sum(block.elements * owned_bytes(self.hp, block.dtype) for block in kept)
 
     @property
     def statistics(self) -> int:
@@ -219,9 +184,9 @@ class _Share:
         for slots in self.rounds:
             filled = unit = 0
             for at_home, blocks in self._batches(slots):
-                unit = max(unit, _together(blocks, device) * self._products(blocks[0], started=started))
+                unit = max(unit, _together(blocks, device) * self._products(blocks[0], device, started=started))
                 if blocks[0].owner == self.rank and not self.hp.computation.asynchronous:
-                    unit = max(unit, _refresh(blocks, self.hp, device, started=started))
+                    unit = max(unit, refreshing(blocks, self.hp, device, started=started))
                 if not at_home:
                     filled += sum(block.elements for block in blocks) * STATE_BYTES[blocks[0].dtype]
             most, before = max(most, before + filled + unit), filled
@@ -234,8 +199,8 @@ class _Share:
         most = before = 0
         for _, blocks in (batch for slots in self.rounds for batch in self._batches(slots)):
             if blocks[0].owner == self.rank:
-                before += sum(map(_squares, blocks))
-                work = max(_refresh(blocks, self.hp, device, started=started) for started in (False, True))
+                before += sum(map(squares, blocks))
+                work = max(refreshing(blocks, self.hp, device, started=started) for started in (False, True))
                 most = max(most, before + work)
         return most
 
@@ -245,22 +210,13 @@ class _Share:
         for slot in sorted(slots):
             block = self.plan.blocks[slot]
             if self.rank in block.keepers:
-                batches[slot in self.settled, block.owner == self.rank, block.shape, block.dtype].append(block)
+                batches[slot in self.settled, block.owner == self.rank, block.kind, block.dtype].append(block)
         yield from ((at_home, blocks) for (at_home, *_), blocks in batches.items())
 
-    def _products(self, block: PlannedBlock, *, started: bool) -> int:
+    def _products(self, block: PlannedBlock, device: str, *, started: bool) -> int:
         """What the products of a block take at most, beside its gradient."""
-        hp, axes, state = self.hp, len(block.shape), STATE_BYTES[block.dtype]
-        unfolded = block.elements * state if axes > 2 and block.owner == self.rank else 0  # along a middle axis
-        products = 0
-        if started:
-            computed = ITEM_BYTES["bfloat16"] if hp.computation.products == "bfloat16" else state
-            converted = bytes_of("P", hp, block.dtype) != computed
-            P = _squares(block) // state * computed if converted else 0
-            # One after the other, the last in the gradient's place; with one of a middle axis, its unfolded operand.
-            each = 2 * computed + state if computed != state else computed * (1 if axes < 3 else 3)
-            products = P + block.elements * each
-        return max(unfolded, products)
+        direction = preconditioning(block, self.hp, device, started=started)
+        return max(direction, accumulating(block, self.hp) if block.owner == self.rank else 0)
 
     # ---- buffers -----------------------------------------------------------------------------------------------------
 
@@ -286,7 +242,9 @@ class _Share:
         for block in (self.plan.blocks[slot] for slot in slots):
             if self.rank in block.keepers and len(block.keepers) > 1:
                 owned = block.owner == self.rank
-                found["roots", not owned] += _squares(block) * (len(block.keepers) - 1 if owned else 1)
+                moments = block.elements * STATE_BYTES[block.dtype] if self.hp.variant.direction == "adam" else 0
+                each = squares(block) + moments
+                found["roots", not owned] += each * (len(block.keepers) - 1 if owned else 1)
         return found
 
     def _copied(self, distribution: Distribution) -> Iterator[int]:
@@ -313,53 +271,3 @@ def _together(blocks: Sequence[PlannedBlock], device: str) -> int:
     """How many of a batch are worked on at once."""
     most = CACHED_ELEMENTS if device == "cpu" else math.inf
     return max(map(len, packed(blocks, lambda block: block.elements, most)))
-
-
-def _squares(block: PlannedBlock) -> int:
-    """Bytes of one square matrix per factor, in the state's dtype."""
-    return sum(d * d for d in block.factors) * STATE_BYTES[block.dtype]
-
-
-def _root_copies(method: Method, p: int) -> int:
-    """The d x d matrices that a method has at its height for each one, the new root among them; measured, d >= 32."""
-    if method == "minimax":
-        half = p // 2
-        return 7 + (half > 0) + (half > 1) + (half & (half - 1) > 0)  # q^half, by squaring
-    if method == "newton":
-        return 12 + (p > 1) + (p > 1) * (p % 2)  # T^p, in two halves
-    return {"eigh": 4, "newton_db": 10}[method]
-
-
-def _due(blocks: Sequence[PlannedBlock], hp: ShampooHyperParams, *, started: bool) -> Iterator[tuple[int, bool]]:
-    """How many are refreshed at once before the start step or from then on, and whether they are picked out of a stack.
-
-    The first time and "together" all are, else those of a turn.
-    """
-    k, start = hp.preconditioning_compute_steps, hp.start_preconditioning_step
-    early = k < start and start % k != 0  # the first time is before the start step
-    in_turns = hp.computation.refresh == "staggered"
-    if started != early or (started and not in_turns):
-        yield len(blocks), False
-    turns: defaultdict[int, list[int]] = defaultdict(list)
-    for row, block in enumerate(blocks):
-        turn = block.offset % k
-        if in_turns and (started or (early and 0 < turn < start % k)):
-            turns[turn].append(row)
-    for rows in turns.values():
-        yield len(rows), rows[-1] - rows[0] >= len(rows)
-
-
-def _refresh(blocks: Sequence[PlannedBlock], hp: ShampooHyperParams, device: str, *, started: bool) -> int:
-    """What new roots of equal blocks take at most; with ``asynchronous`` without themselves, since all of them stay."""
-    block = blocks[0]
-    p, asynchronous = hp.exponent(len(block.factors)), hp.computation.asynchronous
-    double = STATE_BYTES[block.dtype] == 8
-    found = 0
-    for d in block.factors:
-        method = choose(hp.computation.root_method, p, hp.pseudo_inverse, d=d, device=device, double=double)
-        whole, converted = d >= SMALLEST_SPLIT, bytes_of("P", hp, block.dtype) != STATE_BYTES[block.dtype]
-        for count, picked in _due(blocks, hp, started=started):
-            # Beside the work statistics that are made whole and previous roots that are converted, or both picked.
-            copies = _root_copies(method, p) + (whole or picked) + (converted or picked)
-            found = max(found, (copies - asynchronous) * d * d * min(count, at_once(d, device)))
-    return found * STATE_BYTES[block.dtype]

@@ -14,8 +14,6 @@ from shampoo3d import checkpoint
 from shampoo3d.agreement import StepRefusedError, Verdict, agree
 from shampoo3d.assemble import (
     DisagreementError,
-    Embeddings,
-    Facts,
     assemble,
     check_shapes,
     flat_groups,
@@ -25,13 +23,15 @@ from shampoo3d.checkpoint import ParamState
 from shampoo3d.distribution import Distribution
 from shampoo3d.engines import deepspeed, native
 from shampoo3d.exchange import Exchange
+from shampoo3d.facts import Embeddings, Facts
+from shampoo3d.fused import Splits, copied
 from shampoo3d.holdings import Team, state_bytes
 from shampoo3d.hyperparams import ShampooHyperParams, check_group
+from shampoo3d.places import Place
 from shampoo3d.plan import Plan
 from shampoo3d.readers import locate, unwrapped
 from shampoo3d.reduction import OwnerReduction
 from shampoo3d.report import Report
-from shampoo3d.slabs import Place
 from shampoo3d.stepping import settle, take_step
 from shampoo3d.topology import Claims, Mesh, Topology
 
@@ -47,13 +47,17 @@ class Shampoo(Optimizer):
         params: parameters, named parameters or groups. A group may set lr, momentum, weight_decay, maximize, and
             ``precondition=False`` to leave its parameters without preconditioner.
         lr: learning rate.
-        momentum: of both directions; Nesterov's if ``hyperparams.nesterov``.
+        momentum: of both directions; Nesterov's if ``hyperparams.nesterov``. 0.9 if not given, or 0 with
+            ``variant.beta1``, which averages the gradient in its place.
         hyperparams: everything else.
         maximize: ascend instead of descend.
         model: the module that the parameters belong to, for their names, embeddings and tied layers; found by itself
             when ``params`` is ``model.parameters()`` or ``model.named_parameters()``.
         embeddings: names or parameters of embeddings, or a function of name and parameter, for
             ``hyperparams.ignore_embedding_layer``; embedding modules of the model are found by themselves.
+        splits: which parameters are several matrices in one, such as fused queries, keys and values: by name or
+            parameter the number of equal ones along axis 0, their lengths, or by axis either of these; or a function of
+            name and parameter that returns one of these or None. See ``docs/update-rule.md``.
         world_rank, world_size, topology, shapes: what is known of the ranks (``topology`` is DeepSpeed's, as from
             ``model.topology()``) and the trainable parameters' shapes. All are found out if not given.
         distribution: how the work is shared; it changes where things are kept and computed, not the result.
@@ -67,12 +71,13 @@ class Shampoo(Optimizer):
         self,
         params: Iterable[Any],
         lr: float = 1e-1,
-        momentum: float = 0.9,
+        momentum: float | None = None,
         hyperparams: ShampooHyperParams = ShampooHyperParams(),
         *,
         maximize: bool = False,
         model: nn.Module | None = None,
         embeddings: Embeddings | None = None,
+        splits: Splits | None = None,
         world_rank: int | None = None,
         world_size: int | None = None,
         topology: Any = None,
@@ -91,7 +96,8 @@ class Shampoo(Optimizer):
         if dist.is_available() and dist.is_initialized():
             self._claims.check_ranks(dist.get_rank(), dist.get_world_size(), "torch.distributed")
         given = embeddings if embeddings is None or callable(embeddings) else tuple(embeddings)
-        self._facts = Facts(hyperparams, given=given, models=[] if model is None else [model])
+        models = [] if model is None else [model]
+        self._facts = Facts(hyperparams, given=given, splits=copied(splits), models=models)
         self._mesh: Mesh | None = None
         self._teams: list[Team] = []
         self._exchanges: list[Exchange] = []
@@ -103,9 +109,11 @@ class Shampoo(Optimizer):
         if self._reduction is not None:  # DeepSpeed's engine looks for this method, and obeys it where it is there
             self.get_grads_for_reduction = self._grads_for_reduction
         self._learn_model(params)
+        if momentum is None:
+            momentum = 0.0 if hyperparams.averaged else 0.9
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": hyperparams.weight_decay}
         super().__init__(params, defaults | {"precondition": True, "maximize": maximize})
-        self._facts.check_embeddings()
+        self._facts.check_given()
         check_shapes(shapes, [param for group in self.param_groups for param in group["params"]])
 
     def _learn_model(self, params: Any) -> None:
@@ -123,7 +131,7 @@ class Shampoo(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_group(group)
+            check_group(group, self.hyperparams)
             self._facts.learn(group["params"], group.get("param_names"))
         except Exception:
             self.param_groups.pop()
@@ -329,7 +337,7 @@ class Shampoo(Optimizer):
         """
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        groups = checkpoint.loaded_groups(self.param_groups, state_dict["param_groups"])
+        groups = checkpoint.loaded_groups(self.param_groups, state_dict["param_groups"], self.hyperparams)
         numbers = {
             number: param
             for old, now in zip(state_dict["param_groups"], groups, strict=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from shampoo3d.blocks import Shape
 from shampoo3d.cost import (
+    Factored,
     applied_cost,
     block_bytes,
     block_cost,
@@ -36,13 +37,14 @@ class PlannedBlock:
         matrix, key: the parameter's name and the block's place in it, such as ``"0:128,0:64"``.
         dtype: of the parameter.
         shape, elements: of the block.
-        factors: the sizes of its Kronecker factors; empty for a block that is grafted only.
+        axes: those that have a Kronecker factor; none for a block that is grafted only.
         bytes: of its state: statistics and roots and, where its holders are replicas, momenta.
         cost: estimated work of a step, in multiply-adds of a matrix product.
         owner: the global rank that keeps its statistics and computes its roots.
         keepers: the ranks that keep its roots and precondition with them, the owner included; see ``root_copies``.
         model_dtype: of the model's own parameter, where ``dtype`` is that of a master copy.
         offset: its turn to refresh its roots, see :func:`shampoo3d.schedule.phase`.
+        kept_cost: work of a keeper that is not the owner: it applies the roots only.
     """
 
     matrix: str
@@ -50,27 +52,33 @@ class PlannedBlock:
     dtype: str
     shape: Shape
     elements: int
-    factors: tuple[int, ...]
+    axes: tuple[int, ...]
     bytes: int
     cost: float
     owner: int
     keepers: tuple[int, ...] = ()
     model_dtype: str = ""
     offset: int = 0
+    kept_cost: float = 0.0
 
     @property
     def id(self) -> BlockId:
         return self.matrix, self.key
 
     @property
+    def factors(self) -> Shape:
+        """The sizes of its Kronecker factors."""
+        return tuple(self.shape[axis] for axis in self.axes)
+
+    @property
+    def kind(self) -> tuple[Shape, tuple[int, ...]]:
+        """Its shape and axes: blocks that have both in common can be in one stack."""
+        return self.shape, self.axes
+
+    @property
     def kept_bytes(self) -> int:
         """State on a keeper that is not the owner: no statistics."""
         return self.bytes - statistics_bytes(self.factors, self.dtype)
-
-    @property
-    def kept_cost(self) -> float:
-        """Work of a keeper that is not the owner: it applies the roots only."""
-        return applied_cost(self.elements, self.factors)
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         data = json.loads(text)
-        lists = ("shape", "factors", "keepers")
+        lists = ("shape", "axes", "keepers")
         blocks = (PlannedBlock(**block | {name: tuple(block[name]) for name in lists}) for block in data["blocks"])
         return cls(tuple(data["ranks"]), tuple(blocks), tuple(data["resident"]), data["every"])
 
@@ -121,32 +129,32 @@ class Plan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
 
-def factors_of(matrices: Iterable[Matrix]) -> dict[BlockId, Shape]:
-    """The sizes of the Kronecker factors of each block that has any."""
+def factored_blocks(matrices: Iterable[Matrix]) -> dict[BlockId, Factored]:
+    """The blocks that have factors."""
     return {
-        (matrix.name, block.key): block.shape[: matrix.rank]
+        (matrix.name, block.key): Factored(block.elements, tuple(block.shape[axis] for axis in matrix.axes))
         for matrix in matrices
-        if matrix.rank
+        if matrix.axes
         for block in matrix.blocks
     }
 
 
-def refresh_offsets(factors: Mapping[BlockId, Shape], hp: ShampooHyperParams) -> dict[BlockId, int]:
+def refresh_offsets(blocks: Mapping[BlockId, Factored], hp: ShampooHyperParams) -> dict[BlockId, int]:
     """The turn of each block that has factors, so that every step refreshes about as much as any other.
 
     Where refreshes are "together" there is one turn only.
 
     Args:
-        factors: of all that a run preconditions, on every rank: turns must not depend on who stores what.
+        blocks: all that a run preconditions, on every rank: turns must not depend on who stores what.
     """
     every = hp.preconditioning_compute_steps if hp.computation.refresh == "staggered" else 1
-    return dealt_out({block: root_cost(sizes) for block, sizes in factors.items()}.items(), every)
+    return dealt_out({id_: root_cost(block.factors) for id_, block in blocks.items()}.items(), every)
 
 
-def timed(factors: Mapping[BlockId, Shape], hp: ShampooHyperParams) -> tuple[ShampooHyperParams, dict[BlockId, int]]:
+def timed(blocks: Mapping[BlockId, Factored], hp: ShampooHyperParams) -> tuple[ShampooHyperParams, dict[BlockId, int]]:
     """The settings within their budget, and the turns that the blocks take in the interval that it leaves."""
-    hp = within_budget(factors.values(), hp)
-    return hp, refresh_offsets(factors, hp)
+    hp = within_budget(blocks.values(), hp)
+    return hp, refresh_offsets(blocks, hp)
 
 
 def make_plan(
@@ -178,7 +186,7 @@ def make_plan(
         ValueError: naming the block, the bytes and the bound, if there is no rank left to take it.
     """
     if offsets is None:
-        hp, offsets = timed(factors_of(matrices), hp)
+        hp, offsets = timed(factored_blocks(matrices), hp)
     drafts = [_draft(m, number, hp, fixed or {}, offsets) for m in matrices for number in range(len(m.blocks))]
     storing = _storing(matrices, drafts)
     counterparts = {matrix.name: matrix.storage.counterparts for matrix in matrices}
@@ -284,7 +292,7 @@ def _resident(matrices: Sequence[Matrix], hp: ShampooHyperParams) -> Counter[int
     """Bytes of momenta of what each rank stores of sharded matrices."""
     found: Counter[int] = Counter()
     for storage in (matrix.storage for matrix in matrices if matrix.storage.sharded):
-        size = element_bytes(hp, storage.dtype)
+        size = element_bytes(hp, storage.dtype, factored=False)  # a flat slice has room for both kinds
         for holder in storage.holders:
             found[holder.rank] += holder.part.elements * size
     return found
@@ -299,21 +307,22 @@ def _draft(
 ) -> PlannedBlock:
     """A block that has no owner yet (-1), unless it is fixed."""
     block, dtype = matrix.blocks[number], matrix.storage.dtype
-    size = block_bytes(block.shape, matrix.rank, hp, dtype, momenta=not matrix.storage.sharded)
-    cost = block_cost(block.shape, matrix.rank, hp)
-    id_, factors = (matrix.name, block.key), block.shape[: matrix.rank]
+    id_, factors = (matrix.name, block.key), tuple(block.shape[axis] for axis in matrix.axes)
+    size = block_bytes(block.elements, factors, hp, dtype, momenta=not matrix.storage.sharded)
+    cost = block_cost(block.elements, factors, hp)
     return PlannedBlock(
         matrix.name,
         block.key,
         dtype,
         block.shape,
         block.elements,
-        factors,
+        matrix.axes,
         size,
         cost,
         fixed.get(id_, -1),
         model_dtype=matrix.storage.model_dtype,
         offset=offsets[id_] if factors else 0,
+        kept_cost=applied_cost(block.elements, factors, hp),
     )
 
 
@@ -370,7 +379,7 @@ def make_plans(
     """
     plans: list[Plan] = []
     if offsets is None:
-        hp, offsets = timed(factors_of(itertools.chain.from_iterable(held.values())), hp)
+        hp, offsets = timed(factored_blocks(itertools.chain.from_iterable(held.values())), hp)
     for ranks in in_order(held):
         known = [(plan.load(), plan.bytes()) for plan in plans if set(ranks) <= set(plan.ranks)]
         load = {rank: (sum(cost[rank] for cost, _ in known), sum(size[rank] for _, size in known)) for rank in ranks}

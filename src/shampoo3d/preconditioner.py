@@ -1,6 +1,6 @@
 """The mathematics of Shampoo on a stack of equal blocks (Gupta et al. 2018, arXiv 1802.09568, Algorithm 2)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from shampoo3d.background import Background
 from shampoo3d.blocks import Shape, tile_shapes
-from shampoo3d.hyperparams import ShampooHyperParams, momenta_names
-from shampoo3d.momenta import Rows, kept_dtype
+from shampoo3d.eigenbasis import PerAxis, divergence_weight, multiply, whiten_others, whitener_of_root
+from shampoo3d.hyperparams import ShampooHyperParams, momenta_names, owned_names
+from shampoo3d.momenta import Rows, average, kept_dtype
 from shampoo3d.precision import reduced_products
 from shampoo3d.roots import inverse_roots
 from shampoo3d.roots.choice import at_once
@@ -22,30 +23,24 @@ def unfold(G: Tensor, axis: int) -> Tensor:
     return G.movedim(axis + 1, 1).flatten(2)
 
 
-def multiply(P: Tensor, G: Tensor, axis: int, out: Tensor | None = None) -> Tensor:
-    """``G x_i P``: symmetric P (n, d_i, d_i) applied along axis i of a stack (n, d_1, ..., d_r)."""
-    n, d = G.shape[0], G.shape[axis + 1]
-    if axis == 0:
-        return torch.bmm(P, G.reshape(n, d, -1), out=None if out is None else out.view(n, d, -1)).view(G.shape)
-    if axis == G.dim() - 2:
-        return torch.bmm(G.reshape(n, -1, d), P, out=None if out is None else out.view(n, -1, d)).view(G.shape)
-    product = (P @ unfold(G, axis)).view(n, d, *(s for i, s in enumerate(G.shape[1:]) if i != axis))
-    back = product.movedim(1, axis + 1)
-    return back if out is None else out.copy_(back)
-
-
 class Stack:
     """Factors and roots of n equal blocks of shape ``shape``, and what a step does to them with batched operations.
 
     Attributes:
-        statistics: ``L_i`` per axis i; none for a guest, whose roots are computed elsewhere.
-        roots: ``P_i`` per axis i, each (n, d_i, d_i).
+        axes: those that have a factor, at least one.
+        statistics: ``L_i`` per axis i of these; none for a guest, whose roots are computed elsewhere.
+        roots: ``P_i`` per axis i of these, each (n, d_i, d_i).
+        elements: what is kept for each element, by name.
         root_failures: how often a root could not be computed and the previous one was kept.
     """
+
+    letter = "P"
+    """The name of a root in a checkpoint."""
 
     def __init__(
         self,
         shape: Shape,
+        axes: Sequence[int],
         n: int,
         hp: ShampooHyperParams,
         dtype: torch.dtype,
@@ -53,107 +48,176 @@ class Stack:
         *,
         guest: bool = False,
     ) -> None:
-        self.shape, self.n, self.hp = shape, n, hp
+        self.shape, self.axes, self.n, self.hp = shape, tuple(axes), n, hp
         self.dtype, self.device = dtype, device
-        self.statistics = [] if guest else [Symmetric(n, d, hp.matrix_eps, dtype, device) for d in shape]
+        sizes = [shape[axis] for axis in axes]
+        self.statistics = [] if guest else [Symmetric(n, d, hp.initial, dtype, device) for d in sizes]
         kept = kept_dtype("P", hp, dtype)
-        self.roots = [torch.eye(d, dtype=kept, device=device).repeat(n, 1, 1) for d in shape]
+        self.roots = [torch.eye(d, dtype=kept, device=device).repeat(n, 1, 1) for d in sizes]
+        self.elements = {
+            name: torch.zeros(n, *shape, dtype=kept_dtype(name, hp, dtype), device=device) for name in owned_names(hp)
+        }
         self.root_failures = torch.zeros((), dtype=torch.int64, device=device)
-        self._wanted: list[Rows] = []
-        self._coming: list[tuple[int, Rows, Background[tuple[Tensor, Tensor]]]] = []
+        self._wanted: list[tuple[Rows, int]] = []
+        self._coming: list[tuple[int, Rows, Background[tuple[Tensor, ...]]]] = []
         self._products = reduced_products if hp.computation.products == "bfloat16" else nullcontext
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by its name in a checkpoint, see :func:`factor_shapes`, of all blocks along the first axis."""
-        named = {f"L{i}{name}": tile for i, L in enumerate(self.statistics) for name, tile in L.tiles.items()}
-        return named | {f"P{i}": P for i, P in enumerate(self.roots)}
+        statistics = zip(self.axes, self.statistics, strict=False)  # a guest has none
+        named = {f"L{axis}{name}": tile for axis, L in statistics for name, tile in L.tiles.items()}
+        roots = {f"{self.letter}{axis}": P for axis, P in zip(self.axes, self.roots, strict=True)}
+        return named | roots | self.elements
+
+    @property
+    def shared(self) -> list[Tensor]:
+        """What a refresh changes, which other keepers need."""
+        return self.roots
 
     @property
     def exponent(self) -> int:
         """p in ``L^(-1/p)``."""
-        return self.hp.exponent(len(self.shape))
+        return self.hp.exponent(len(self.axes))
 
-    def accumulate(self, G: Tensor, rows: Rows) -> None:
-        """``L_i <- beta2 L_i + w2 G_(i) G_(i)^T``."""
-        beta2 = self.hp.beta2
+    def accumulate(self, G: Tensor, rows: Rows, t: int = 2) -> None:
+        """``L_i <- beta2 L_i + w2 G_(i) G_(i)^T`` at step t, or what "kl" takes in its place.
+
+        The first of these statistics are singular, and the others would be whitened by their inverse: so the first
+        gradient also tells how large the identity is that they start from.
+        """
+        beta2, kl = self.hp.beta2, self.hp.variant.statistics == "kl"
         w2 = 1.0 if beta2 == 1.0 else 1.0 - beta2
         with self._products():
-            for axis, L in enumerate(self.statistics):
-                L.accumulate(unfold(G, axis), rows, beta2, w2)
+            first = self.hp.terms(t) == 1
+            W = self._whiteners(rows) if kl and not first else {}
+            for axis, L in zip(self.axes, self.statistics, strict=True):
+                weight = w2 * divergence_weight(self.shape, axis) if kl else w2
+                L.accumulate(unfold(whiten_others(G, W, axis), axis), rows, beta2, weight)
+                if kl and first:
+                    L.add_mean(rows, 1.0 / w2)
 
-    def refresh_roots(self, rows: Rows) -> None:
-        """``P_i = (L_i + matrix_eps lambda_max(L_i) I)^(-1/p)``; where that fails the previous root stays."""
-        for axis, part in self._parts(rows):
-            self._take(axis, part, *self._new_roots(axis, part))
+    def _whiteners(self, rows: Rows) -> PerAxis:
+        """``W_i`` with ``W_i^T W_i = L_i^-1``."""
+        roots = zip(self.axes, self.roots, strict=True)
+        return {axis: whitener_of_root(P[rows].to(self.dtype), self.exponent) for axis, P in roots}
 
-    def refresh_later(self, rows: Rows) -> None:
+    def refresh_roots(self, rows: Rows, t: int = 1) -> None:
+        """``P_i = (L_i + matrix_eps lambda_max(L_i) I)^(-1/p)``; where that fails the previous root stays.
+
+        ``t``: the step of the blocks.
+        """
+        for place, part in self._parts(rows, t):
+            self._take(place, part, *self._new_roots(place, part, t))
+
+    def refresh_later(self, rows: Rows, t: int = 1) -> None:
         """Have these roots computed from the next :meth:`launch` to :meth:`settle`."""
-        self._wanted.append(rows)
+        self._wanted.append((rows, t))
 
     def launch(self) -> None:
         """Start the computation of what :meth:`refresh_later` asked for, beside what comes next.
 
         Not before all products of the step are done: PyTorch's switches of their precision are those of the process.
         """
-        for axis, part in (found for rows in self._wanted for found in self._parts(rows)):
-            work = Background(partial(self._new_roots, axis, part), self.device)
-            self._coming.append((axis, part, work))
+        for rows, t in self._wanted:
+            for place, part in self._parts(rows, t):
+                work = Background(partial(self._new_roots, place, part, t), self.device)
+                self._coming.append((place, part, work))
         self._wanted = []
 
     def settle(self) -> None:
         """Put the roots that were launched in their place, before statistics or roots are touched otherwise."""
-        for axis, part, work in self._coming:
-            self._take(axis, part, *work.result())
+        for place, part, work in self._coming:
+            self._take(place, part, *work.result())
         self._coming = []
 
-    def _parts(self, rows: Rows) -> Iterator[tuple[int, Rows]]:
-        """Of each axis the rows whose roots are computed at once."""
-        for axis, d in enumerate(self.shape):
-            most = at_once(d, self.device.type)
+    def _parts(self, rows: Rows, t: int) -> Iterator[tuple[int, Rows]]:
+        """Of each factor, by its place in ``axes``, the rows whose roots are computed at once."""
+        for place, axis in enumerate(self.axes):
+            most = at_once(self.shape[axis], self.device.type)
             if isinstance(rows, Tensor):
-                yield from ((axis, part) for part in torch.split(rows, most))
+                yield from ((place, part) for part in torch.split(rows, most))
             else:
                 start, stop, _ = rows.indices(self.n)
-                yield from ((axis, slice(first, min(first + most, stop))) for first in range(start, stop, most))
+                yield from ((place, slice(first, min(first + most, stop))) for first in range(start, stop, most))
 
-    def _new_roots(self, axis: int, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _averaged_statistics(self, place: int, rows: Rows, t: int) -> Tensor:
+        """L, divided by the weight that it has gathered if that is corrected for."""
+        L, weight, terms = self.statistics[place].whole(rows), 1.0, self.hp.terms(t)
+        if self.hp.beta2 < 1.0 and terms:
+            weight = self.hp.correction(self.hp.beta2, terms)
+        return L if weight == 1.0 else L / weight
+
+    def _new_roots(self, place: int, rows: Rows, t: int) -> tuple[Tensor, ...]:
         """New roots, the previous ones where they fail, and which do."""
         return inverse_roots(
-            self.statistics[axis].whole(rows),
+            self._averaged_statistics(place, rows, t),
             self.exponent,
             self.hp.matrix_eps,
             method=self.hp.computation.root_method,
             pseudo_inverse=self.hp.pseudo_inverse,
-            previous=self.roots[axis][rows].to(self.dtype),
+            previous=self.roots[place][rows].to(self.dtype),
         )
 
-    def _take(self, axis: int, rows: Rows, new: Tensor, failed: Tensor) -> None:
-        self.roots[axis][rows] = new.to(self.roots[axis].dtype)
+    def _take(self, place: int, rows: Rows, new: Tensor, failed: Tensor) -> None:
+        self.roots[place][rows] = new.to(self.roots[place].dtype)
         self.root_failures += failed.sum()
 
-    def precondition(self, G: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
-        """``S = G x_1 P_1 x_2 P_2 ...`` for the blocks G (n, *shape); ``out`` may be G itself."""
-        computed = torch.bfloat16 if self.hp.computation.products == "bfloat16" else self.dtype
-        *first, last = (P[rows].to(computed) for P in self.roots)
-        S = G.to(computed)
-        for axis, P in enumerate(first):
-            S = multiply(P, S, axis)
-        if first and out is not None and out.dtype == computed and out.is_contiguous():
-            return multiply(last, S, len(first), out)
-        S = multiply(last, S, len(first)).to(self.dtype)
+    @property
+    def _computed(self) -> torch.dtype:
+        """In which dtype directions are computed."""
+        return torch.bfloat16 if self.hp.computation.products == "bfloat16" else self.dtype
+
+    def _average(self, G: Tensor, rows: Rows, t: int) -> Tensor:
+        """The average of gradients that is preconditioned, with G taken into it; without one G itself."""
+        if not self.hp.averaged:
+            return G
+        correction = self.hp.correction(self.hp.variant.beta1, self.hp.age(t), self.hp.graft_type)
+        return average(self.elements["exp_avg"], G, rows, self.hp, correction)
+
+    def wait(self, G: Tensor, rows: Rows, t: int) -> None:
+        """Take the gradients into their average at a step t that does without the preconditioned direction."""
+        if self.hp.age(t):
+            self._average(G, rows, t)
+
+    def precondition(self, G: Tensor, rows: Rows, out: Tensor | None = None, t: int = 2) -> Tensor:
+        """``S = G x_1 P_1 x_2 P_2 ...`` for the blocks G (n, *shape) of step t, or their average.
+
+        ``out`` may be G itself.
+        """
+        return self._multiplied(G, self._matrices(rows, self._computed), out, averaged=(rows, t))
+
+    def _matrices(self, rows: Rows, dtype: torch.dtype) -> PerAxis:
+        """The roots of some rows."""
+        return {axis: P[rows].to(dtype) for axis, P in zip(self.axes, self.roots, strict=True)}
+
+    def _multiplied(
+        self, G: Tensor, matrices: PerAxis, out: Tensor | None = None, averaged: tuple[Rows, int] | None = None
+    ) -> Tensor:
+        """``G x_1 P_1 x_2 P_2 ...`` or, for blocks of these rows and of this step, the same of their average."""
+        *first, last = self.axes
+        S = (G if averaged is None else self._average(G, *averaged)).to(self._computed)
+        for axis in first:
+            S = multiply(matrices[axis], S, axis)
+        # A product cannot be written over its own operand, which the only one may have.
+        if first and out is not None and out.dtype == S.dtype and out.is_contiguous():
+            return multiply(matrices[last], S, last, out)
+        S = multiply(matrices[last], S, last).to(self.dtype)
         return S if out is None else out.copy_(S)
 
 
-def factor_shapes(shape: Shape, rank: int) -> dict[str, torch.Size]:
-    """What a :class:`Stack` keeps for a block of ``shape`` with ``rank`` preconditioned axes, by name."""
-    axes = list(enumerate(shape[:rank]))
-    statistics = {f"L{i}{name}": torch.Size(tile) for i, d in axes for name, tile in tile_shapes(d).items()}
-    return statistics | {f"P{i}": torch.Size((d, d)) for i, d in axes}
+def factor_shapes(shape: Shape, axes: Iterable[int], hp: ShampooHyperParams) -> dict[str, torch.Size]:
+    """What a :class:`Stack` keeps for a block of ``shape`` with factors for these axes, by name."""
+    letter = "Q" if hp.variant.direction == "adam" else "P"
+    sizes = {axis: shape[axis] for axis in axes}
+    statistics = {f"L{i}{name}": torch.Size(tile) for i, d in sizes.items() for name, tile in tile_shapes(d).items()}
+    roots = {f"{letter}{i}": torch.Size((d, d)) for i, d in sizes.items()}
+    return statistics | roots | ({name: torch.Size(shape) for name in owned_names(hp)} if sizes else {})
 
 
-def state_shapes(shape: Shape, rank: int, hp: ShampooHyperParams) -> dict[str, torch.Size]:
+def state_shapes(shape: Shape, axes: Iterable[int], hp: ShampooHyperParams) -> dict[str, torch.Size]:
     """All state of a block: its momenta and factors, known before anything is allocated."""
-    return {name: torch.Size(shape) for name in momenta_names(hp)} | factor_shapes(shape, rank)
+    axes = tuple(axes)
+    return {name: torch.Size(shape) for name in momenta_names(hp, bool(axes))} | factor_shapes(shape, axes, hp)
 
 
 def squared_norms(stack: Tensor) -> Tensor:

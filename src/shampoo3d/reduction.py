@@ -8,7 +8,7 @@ from torch import Tensor
 from shampoo3d.agreement import gradient_norms
 from shampoo3d.engines import deepspeed
 from shampoo3d.exchange import Exchange
-from shampoo3d.slabs import Place
+from shampoo3d.places import Place
 
 
 class OwnerReduction:

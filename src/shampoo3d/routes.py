@@ -67,7 +67,7 @@ class Routes:
 
 def travels(plan: Plan, matrices: Sequence[Matrix]) -> bool:
     """Whether gradients may have to travel; known to all ranks without looking at every leg of a sharded matrix."""
-    if any(matrix.rank and matrix.storage.sharded and len(matrix.storage.classes) > 1 for matrix in matrices):
+    if any(matrix.axes and matrix.storage.sharded and len(matrix.storage.classes) > 1 for matrix in matrices):
         return True
     return Routes.of(plan, matrices).travels
 
@@ -104,7 +104,7 @@ def settled(plan: Plan, matrices: Sequence[Matrix], legs: Iterable[Leg], rank: i
 def rounds(plan: Plan, most: float) -> list[list[int]]:
     """The slots of preconditioned blocks in the rounds in which they are worked on: one collective each way per round.
 
-    In a round each owner has at most ``most`` elements, or one block, of one dtype; blocks of one shape are together.
+    In a round each owner has at most ``most`` elements, or one block, of one dtype; blocks of one kind are together.
     """
     by_dtype: defaultdict[tuple[str, str], defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for slot, block in enumerate(plan.blocks):
@@ -112,7 +112,7 @@ def rounds(plan: Plan, most: float) -> list[list[int]]:
             by_dtype[block.dtype, block.model_dtype][block.owner].append(slot)
     found: list[list[int]] = []
     for owned in by_dtype.values():
-        in_order = (sorted(slots, key=lambda slot: plan.blocks[slot].shape) for slots in owned.values())
+        in_order = (sorted(slots, key=lambda slot: plan.blocks[slot].kind) for slots in owned.values())
         queues = [packed(slots, lambda slot: plan.blocks[slot].elements, most) for slots in in_order]
         found += ([slot for part in parts for slot in part] for parts in itertools.zip_longest(*queues, fillvalue=()))
     return found

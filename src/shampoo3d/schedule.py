@@ -33,22 +33,27 @@ def phase(t: int, hp: ShampooHyperParams, offset: int = 0) -> Phase:
     k, first = hp.preconditioning_compute_steps, _first_refresh(hp)
     turn = offset if hp.computation.refresh == "staggered" else 0
     return Phase(
-        accumulate=t % hp.statistics_compute_steps == 0,
-        refresh=t == first or (t > first and (t - turn) % k == 0),
-        started=t >= hp.start_preconditioning_step,
+        accumulate=hp.terms(t) > hp.terms(t - 1),
+        refresh=t == first or t <= hp.computation.fresh_steps or (t > first and (t - first - turn) % k == 0),
+        started=t >= hp.start_preconditioning_step and hp.age(t) > 0,
     )
 
 
 def like(t: int, hp: ShampooHyperParams) -> int:
     """The earliest step that refreshes the same blocks as step t does; 0 where that is none."""
-    k, first = hp.preconditioning_compute_steps, _first_refresh(hp)
+    k, first, fresh = hp.preconditioning_compute_steps, _first_refresh(hp), hp.computation.fresh_steps
+    if t <= fresh:
+        return 1
     if t <= first:
         return t if t == first else 0
-    return first + 1 + (t - first - 1) % k
+    last = max(first, fresh)
+    return last + 1 + (t - last - 1) % k
 
 
 def _first_refresh(hp: ShampooHyperParams) -> int:
     k = hp.preconditioning_compute_steps
+    if not hp.age(1):  # the first step does nothing else
+        return 1
     return max(k, hp.start_preconditioning_step) // k * k
 
 

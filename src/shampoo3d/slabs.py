@@ -1,88 +1,20 @@
-"""What this rank stores: places in the parameter groups, and slabs of the elements that are updated here."""
+"""Slabs: elements that are updated here in one go."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shampoo3d.blocks import Shape
-from shampoo3d.engines.dtensor import local
 from shampoo3d.hyperparams import ShampooHyperParams
-from shampoo3d.layout import Cell, Matrix, Piece
-from shampoo3d.momenta import ALL, Momenta, Rows, Step
+from shampoo3d.layout import Cell, Piece
+from shampoo3d.momenta import Momenta, Rows, Step
+from shampoo3d.places import Binding, Place, Steps, alike, index, rows_of, state_dtype
 from shampoo3d.preconditioner import squared_norms
 from shampoo3d.schedule import phase
-
-
-@dataclass(eq=False)
-class Place:
-    """A tensor of a parameter group: a parameter, this rank's shard of one, or a flat slice of many.
-
-    ``precondition`` is what its group wanted when it was bound.
-    """
-
-    tensor: Tensor
-    group: int
-    precondition: bool
-
-    @property
-    def stored(self) -> Tensor:
-        """What this rank stores of it."""
-        return local(self.tensor.detach())
-
-    @property
-    def flat(self) -> Tensor:
-        """All that is stored, in row-major order; a copy where it is stored otherwise."""
-        return self.stored.contiguous().view(-1)
-
-    @property
-    def gradient(self) -> Tensor | None:
-        """Of what is stored, in row-major order."""
-        grad = self.tensor.grad
-        return None if grad is None else local(grad).contiguous().view(-1)
-
-    @property
-    def has_dense_gradient(self) -> bool:
-        grad = self.tensor.grad
-        return grad is not None and grad.layout == torch.strided
-
-    def store(self, flat: Tensor) -> None:
-        """Take over what was written into :attr:`flat`."""
-        _store(flat, self.stored)
-
-    def store_gradient(self, flat: Tensor) -> None:
-        """Take over what was written into :attr:`gradient`."""
-        if self.tensor.grad is not None:
-            _store(flat, local(self.tensor.grad))
-
-
-def _store(flat: Tensor, stored: Tensor) -> None:
-    if flat.data_ptr() != stored.data_ptr():  # a copy, since it is not stored in row-major order
-        stored.copy_(flat.view(stored.shape))
-
-
-@dataclass(eq=False)
-class Binding:
-    """A matrix and the place where this rank's part of it begins, ``offset`` elements into the place's storage."""
-
-    number: int
-    matrix: Matrix
-    place: Place
-    offset: int
-    elements: int
-
-    def view(self, flat: Tensor, piece: Piece) -> Tensor:
-        """The piece in the flat storage of the place, or in a buffer of the same layout."""
-        start = flat.storage_offset() + self.offset + piece.offset
-        return flat.as_strided(piece.box.shape, piece.strides, start)
-
-
-Steps = Mapping[Place, int]
-"""The places that take part in a step, each with its t."""
 
 
 class FlatSlab:
@@ -90,13 +22,17 @@ class FlatSlab:
 
     S holds the directions during a step, in the layout of the place. The matrices in it may belong to several teams
     (a tied weight and others, in one slice), each of which grafts its own.
+
+    Attributes:
+        unfactored: the matrices in it that have no factors.
     """
 
     def __init__(self, place: Place, hp: ShampooHyperParams) -> None:
         self.place, self.hp = place, hp
         flat = place.flat
         self.dtype = state_dtype(flat.dtype)
-        self.momenta = Momenta(flat.shape, hp, self.dtype, flat.device)
+        self.momenta = Momenta(flat.shape, hp, self.dtype, flat.device, factored=False)
+        self.unfactored: list[Binding] = []
 
     def steps(self, steps: Steps) -> bool:
         """Whether any of its elements step."""
@@ -107,10 +43,15 @@ class FlatSlab:
         gradient = self.place.gradient
         if gradient is None or not self.steps(steps):
             return False
-        G = gradient.to(self.dtype)
-        self.started = phase(steps[self.place], self.hp).started
-        self.D = self.momenta.direction(G)
-        self.S = G.clone()
+        G, t = gradient.to(self.dtype), steps[self.place]
+        self.started, self.age = phase(t, self.hp).started, self.hp.age(t)
+        if not self.age:
+            self.D, self.S = G, G.clone()
+            return True
+        average, self.D = self.momenta.direction(G, age=self.age)
+        self.S = average.clone() if average is self.D or average is gradient else average
+        if self.hp.variant.vectors == "diagonal" and self.unfactored:
+            torch._foreach_copy_(_parts(self.S, self.unfactored), _parts(self.D, self.unfactored))
         return True
 
     def direction(self, binding: Binding, piece: Piece) -> Tensor:
@@ -136,12 +77,13 @@ class FlatSlab:
     def update(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """The step itself, with the settings of the place's group."""
         settings = groups[self.place.group]
-        D = None if self.started else self.D.clone()  # it may be the user's gradient
-        _turn(settings, self.S, D)
-        W = self.place.flat
-        u = self.momenta.update(W, self.S, D, _step(settings, self.started))
-        W.sub_(u, alpha=settings["lr"])
-        self.place.store(W)
+        if self.age:
+            D = None if self.started else self.D.clone()  # it may be the user's gradient
+            _turn(settings, self.S, D)
+            W = self.place.flat
+            u = self.momenta.update(W, self.S, D, _step(settings, self.started))
+            W.sub_(u, alpha=settings["lr"])
+            self.place.store(W)
         del self.D, self.S
 
 
@@ -184,14 +126,16 @@ class Patch:
 
 
 def patches(members: Sequence[Member]) -> list[Patch]:
-    """All members in as few patches as rows and columns of blocks make."""
+    """All members in as few patches as the axes of a grid of blocks make."""
     found = [
         Patch(
             m.binding.place, i, 1, m.binding.offset + m.cell.piece.offset, m.cell.piece.box.shape, m.cell.piece.strides
         )
         for i, m in enumerate(members)
     ]
-    return _joined(_joined(found))
+    for _ in range(max(2, len(members[0].cell.piece.box.shape))):
+        found = _joined(found)
+    return found
 
 
 def _joined(single: Sequence[Patch]) -> list[Patch]:
@@ -220,6 +164,7 @@ class Run:
     Attributes:
         rows: of the slab.
         matrices: their numbers in the team.
+        age: see :meth:`ShampooHyperParams.age`.
         D: the direction whose length is borrowed, its squared norms and, before the start step, itself.
     """
 
@@ -229,6 +174,7 @@ class Run:
     group: int
     started: bool
     matrices: Tensor
+    age: int = field(init=False)
     norms: Tensor = field(init=False)
     D: Tensor | None = field(init=False)
 
@@ -245,9 +191,11 @@ class StackSlab:
         flat = members[0].binding.place.flat
         self.shape = members[0].cell.piece.box.shape
         self.device, self.dtype = flat.device, state_dtype(flat.dtype)
-        self.momenta = Momenta((len(members), *self.shape), hp, self.dtype, self.device)
+        self.factored = members[0].binding.matrix.factored
+        shape = len(members), *self.shape
+        self.momenta = Momenta(shape, hp, self.dtype, self.device, factored=self.factored)
         self._places = list(dict.fromkeys(member.binding.place for member in members))
-        self._cached: dict[tuple[bool | None, ...], list[Run]] = {}
+        self._cached: dict[Any, list[tuple[Run, Place]]] = {}
 
     def steps(self, steps: Steps) -> bool:
         """Whether any of its elements step."""
@@ -263,12 +211,21 @@ class StackSlab:
         into = [patch.among(G) for run, G in zip(self.runs, stacks, strict=True) for patch in run.patches]
         torch._foreach_copy_(into, _views([patch for run in self.runs for patch in run.patches], gradient=True)[0])
         for run, G in zip(self.runs, stacks, strict=True):
+            D = self._borrow(run, G)
             if isinstance(run.rows, Tensor):
                 self.S[run.rows] = G
-            D = self.momenta.direction(G, run.rows)
             run.norms = squared_norms(D)
-            run.D = None if run.started else D.clone()
+            run.D = None if run.started or not run.age else D.clone() if D is G else D
         return True
+
+    def _borrow(self, run: Run, G: Tensor) -> Tensor:
+        """D; what has no factors moves along it or along the average of gradients, which take the place of G."""
+        if not run.age:
+            return G
+        average, D = self.momenta.direction(G, run.rows, run.age)
+        if not self.factored and (S := D if self.hp.variant.vectors == "diagonal" else average) is not G:
+            G.copy_(S)
+        return D
 
     def _stack(self, run: Run) -> Tensor:
         """For the members of a run: their part of S, or, where their rows are scattered, a tensor apart."""
@@ -278,16 +235,21 @@ class StackSlab:
 
     def _runs(self, steps: Steps) -> list[Run]:
         """The members that step, by group and schedule; what is the same as at another step is found once."""
-        key = tuple(phase(steps[p], self.hp).started if p in steps else None for p in self._places)
+        key = alike(self._places, steps, lambda t: phase(t, self.hp).started)
         if key not in self._cached:
-            started = dict(zip(self._places, key, strict=True))
-            kinds: defaultdict[tuple[int, bool], list[int]] = defaultdict(list)
+            now = dict(zip(self._places, key, strict=True))
+            kinds: defaultdict[Any, list[int]] = defaultdict(list)
             for row, member in enumerate(self.members):
-                now = started[member.binding.place]
-                if now is not None:
-                    kinds[member.binding.place.group, now].append(row)
-            self._cached[key] = [self._run(rows, *kind) for kind, rows in kinds.items()]
-        return self._cached[key]
+                place = member.binding.place
+                if now[place] is not None:
+                    kinds[place.group, now[place]].append(row)
+            self._cached[key] = [
+                (self._run(rows, group, started), self.members[rows[0]].binding.place)
+                for (group, (_, started)), rows in kinds.items()
+            ]
+        for run, place in self._cached[key]:
+            run.age = self.hp.age(steps[place])
+        return [run for run, _ in self._cached[key]]
 
     def _run(self, rows: list[int], group: int, started: bool) -> Run:
         members = [self.members[row] for row in rows]
@@ -309,7 +271,7 @@ class StackSlab:
 
     def update(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """The step itself, with the settings of each member's group."""
-        for run in self.runs:
+        for run in (run for run in self.runs if run.age):
             settings, S = groups[run.group], self.S[run.rows]
             _turn(settings, S, run.D)
             views, flats = _views(run.patches, gradient=False)
@@ -321,7 +283,7 @@ class StackSlab:
             torch._foreach_add_(views, [patch.among(u) for patch in run.patches], alpha=-settings["lr"])
             for place, flat in flats.items():
                 place.store(flat)
-            del run.D, run.norms
+            del S, W, u, run.D
         del self.S, self.runs
 
 
@@ -352,27 +314,3 @@ def _turn(settings: Mapping[str, Any], *directions: Tensor | None) -> None:
     """Turn directions round where the aim is to ascend: both are odd in G."""
     if settings["maximize"]:
         torch._foreach_neg_([direction for direction in directions if direction is not None])
-
-
-def rows_of(rows: Sequence[int], n: int, device: torch.device) -> Rows:
-    """Rows of n as a slice where they are next to each other, which spares copies."""
-    if len(rows) == n:
-        return ALL
-    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
-        return slice(rows[0], rows[0] + len(rows))
-    return index(rows, device)
-
-
-def index(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """The numbers as an index on the device, where each is brought once: it would make the host wait."""
-    return _index(tuple(numbers), device)
-
-
-@lru_cache(maxsize=4096)
-def _index(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """State and arithmetic are float64 for float64 parameters, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -9,7 +9,7 @@ from shampoo3d.exchange import Exchange
 from shampoo3d.grafting import graft_scale
 from shampoo3d.holdings import Due, Team, Unit
 from shampoo3d.hyperparams import LayerwiseGrafting, ShampooHyperParams
-from shampoo3d.slabs import Steps
+from shampoo3d.places import Steps
 
 
 def take_step(
@@ -29,8 +29,7 @@ def take_step(
     slabs = [slab for slab in dict.fromkeys(s for team in teams for s in team.slabs) if slab.begin(steps)]
     for team, exchange in zip(teams, exchanges, strict=True):
         if taking_part := {place: t for place, t in steps.items() if place in team.names}:
-            for units, due in exchange.collect(taking_part):
-                _precondition(units, due, hp)
+            _precondition_all(exchange, taking_part, hp)
             if hp.graft_type is not LayerwiseGrafting.NONE:
                 _graft(team, exchange, hp, taking_part)
     for slab in slabs:
@@ -48,16 +47,34 @@ def settle(teams: Sequence[Team], steps: Steps | None = None) -> None:
             batch.stack.settle()
 
 
+def _precondition_all(exchange: Exchange, steps: Steps, hp: ShampooHyperParams) -> None:
+    """Turn gradients into directions; the units, which hold on to the slabs' S, end with it."""
+    for units, due in exchange.collect(steps):
+        _precondition(units, due, hp)
+
+
 def _precondition(units: Sequence[Unit], due: Sequence[Due], hp: ShampooHyperParams) -> None:
-    """Turn the gradients of units into directions, with new roots of all rows that are due in one go."""
+    """Turn the gradients of units into directions, with new roots of all rows that are due in one go.
+
+    Roots take in the gradient that they are applied to; eigenbases do so afterwards, as in their paper.
+    """
     for unit in units:
         if unit.accumulate:
-            unit.batch.stack.accumulate(unit.blocks, unit.rows)
-    for stack, rows in due:
-        (stack.refresh_later if hp.computation.asynchronous else stack.refresh_roots)(rows)
+            unit.batch.stack.accumulate(unit.blocks, unit.rows, unit.t)
+    if hp.variant.direction == "adam":
+        _direct(units)
+    for stack, rows, t in due:
+        (stack.refresh_later if hp.computation.asynchronous else stack.refresh_roots)(rows, t)
+    if hp.variant.direction == "root":
+        _direct(units)
+
+
+def _direct(units: Sequence[Unit]) -> None:
     for unit in units:
-        if unit.started:
-            unit.batch.stack.precondition(unit.blocks, unit.rows, out=unit.blocks)
+        if not unit.started:
+            unit.batch.stack.wait(unit.blocks, unit.rows, unit.t)
+        else:
+            unit.batch.stack.precondition(unit.blocks, unit.rows, out=unit.blocks, t=unit.t)
             if unit.batch.slab is not None and isinstance(unit.rows, torch.Tensor):  # these are a copy
                 unit.batch.slab.S[unit.rows] = unit.blocks
 

@@ -5,10 +5,17 @@ from functools import partial
 from typing import Any
 
 import pytest
+from torch import Tensor
 
-from shampoo3d import Computation, LayerwiseGrafting, Shampoo, ShampooHyperParams
+from shampoo3d import Computation, LayerwiseGrafting, Shampoo, ShampooHyperParams, Variant
 
 Settings = dict[str, Any]
+
+
+def fused(name: str, _: Tensor) -> tuple[int, ...] | int | None:
+    """Queries, keys and values of two heads, 6 rows each; and two halves, as of a gate and what it lets by."""
+    return {"qkv": (6,) * 6, "up": 2}.get(name.split(".")[-2] if "." in name and name.endswith("weight") else "")
+
 
 # The axes of the model's matrices are 5, 7, 11, 12, 13, 36 and 48 long: most of these block sizes divide neither the
 # axes nor their shards.
@@ -36,7 +43,53 @@ SETTINGS: dict[str, Settings] = {
         "computation": Computation(asynchronous=True, root_method="newton"),
     },
     "no-momentum": {"block_size": 8, "beta2": 0.9, "momentum": 0.0, "nesterov": False, "lr": 0.2},
+    "one-sided": {"block_size": 5, "beta2": 0.9, "variant": Variant(sides="shortest")},
+    "some-axes": {"variant": Variant(largest_dimension=12), "graft_type": LayerwiseGrafting.ADAGRAD, "lr": 0.005},
+    "fused": {"block_size": 7, "splits": fused, "graft_type": LayerwiseGrafting.NONE, "lr": 0.003},
     "embeddings-excluded": {"block_size": 12, "ignore_embedding_layer": True, "nesterov": False},
+}
+
+# Further choices of the variant, which concern the mathematics of a block or of an element and are tried in fewer layouts.
+_AVERAGED = {"momentum": 0.0, "beta2": 0.9, "lr": 0.003, "diagonal_eps": 1e-3}
+VARIANTS: dict[str, Settings] = {
+    "soap": {
+        **_AVERAGED,
+        "block_size": 7,
+        "graft_type": LayerwiseGrafting.NONE,
+        "preconditioning_compute_steps": 3,
+        "weight_decay": 0.01,
+        "variant": Variant(
+            direction="adam", beta1=0.8, bias_correction=True, vectors="diagonal", decoupled_weight_decay=True
+        ),
+    },
+    "kl-soap": {
+        **_AVERAGED,
+        "block_size": 6,
+        "graft_type": LayerwiseGrafting.SGD,
+        "preconditioning_compute_steps": 2,
+        "statistics_compute_steps": 2,
+        "variant": Variant(direction="adam", statistics="kl", sides="shortest", basis_tolerance=0.2),
+        "computation": Computation(asynchronous=True, fresh_steps=4),
+    },
+    "adam-graft": {
+        **_AVERAGED,
+        "block_size": 5,
+        "graft_type": LayerwiseGrafting.ADAM,
+        "inverse_exponent_override": 2,
+        "start_preconditioning_step": 4,
+        "statistics_compute_steps": 2,
+        "variant": Variant(beta1=0.8, vectors="diagonal"),
+        "ignore_embedding_layer": True,
+    },
+    "kl-rmsprop": {
+        "block_size": 6,
+        "beta2": 0.9,
+        "lr": 0.003,
+        "graft_type": LayerwiseGrafting.RMSPROP,
+        "weight_decay": 0.01,
+        "preconditioning_compute_steps": 2,
+        "variant": Variant(statistics="kl", graft_beta2=0.9, bias_correction=True, decoupled_weight_decay=True),
+    },
 }
 
 # Rounding is amplified through nearly singular statistics: the ridge has to grow with it.
@@ -45,8 +98,8 @@ RIDGES = {"float64": 1e-6, "float32": 1e-4, "bf16": 1e-3, "fp16": 1e-3}
 
 def shampoo(name: str, precision: str = "float64") -> partial[Shampoo]:
     """With rates at which the trajectory itself multiplies rounding errors by less than a thousand in ten steps."""
-    settings = {"lr": 0.1, "momentum": 0.9, **SETTINGS[name]}
-    given = {key: settings.pop(key) for key in ("lr", "momentum")}
+    settings = {"lr": 0.1, "momentum": 0.9, **(SETTINGS | VARIANTS)[name]}
+    given = {key: settings.pop(key) for key in ("lr", "momentum", "splits") if key in settings}
     return partial(Shampoo, **given, hyperparams=ShampooHyperParams(matrix_eps=RIDGES[precision], **settings))
 
 

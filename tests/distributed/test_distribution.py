@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo3d import Shampoo, ShampooHyperParams
+from shampoo3d import Shampoo, ShampooHyperParams, Variant
 
 from .harness import needs_deepspeed, run
 from .models import Shape, batch, loss_of
 from .training import Topology, one_process, unfreeze_after_3, with_deepspeed
 
 SETTINGS = ShampooHyperParams(block_size=6, beta2=0.9, graft_type="adagrad", matrix_eps=1e-6)
+ONE_SIDED = replace(SETTINGS, variant=Variant(sides="last", largest_dimension=6))
 SHAPE = Shape()
 FEW_BLOCKS = Shape(layers=0, mix=False, vocabulary=6)
 
@@ -214,14 +217,14 @@ def test_a_nan_gradient_on_one_stage_skips_the_step_on_all_ranks(topology: Topol
 # --- checkpoints
 
 
-def _save(folder: Path, topology: Topology) -> dict[str, Tensor]:
-    session = with_deepspeed(SHAPE, topology, shampoo).train(0, 4)
+def _save(folder: Path, topology: Topology, hp: ShampooHyperParams) -> dict[str, Tensor]:
+    session = with_deepspeed(SHAPE, topology, partial(shampoo, hyperparams=hp)).train(0, 4)
     session.engine.save_checkpoint(str(folder))
     return session.train(4, 8).weights()
 
 
-def _resume(folder: Path, topology: Topology) -> dict[str, Tensor]:
-    session = with_deepspeed(SHAPE, topology, shampoo)
+def _resume(folder: Path, topology: Topology, hp: ShampooHyperParams) -> dict[str, Tensor]:
+    session = with_deepspeed(SHAPE, topology, partial(shampoo, hyperparams=hp))
     path, _ = session.engine.load_checkpoint(str(folder))
     assert path is not None
     return session.train(4, 8).weights()
@@ -229,22 +232,23 @@ def _resume(folder: Path, topology: Topology) -> dict[str, Tensor]:
 
 @needs_deepspeed
 @pytest.mark.parametrize(
-    ("saved", "resumed", "tolerance"),
+    ("saved", "resumed", "hp", "tolerance"),
     [
-        (Topology(data=2), Topology(data=2), 1e-12),
-        (Topology(data=2), Topology(data=1), 1e-9),
-        (Topology(data=2), Topology(data=3), 1e-9),
-        (Topology(pipe=2, data=2), Topology(pipe=2, data=2), 1e-12),
-        (Topology(pipe=2, data=2), Topology(pipe=2, data=1), 1e-9),
-        (Topology(data=2, model=2), Topology(data=2, model=2), 1e-12),
+        (Topology(data=2), Topology(data=2), SETTINGS, 1e-12),
+        (Topology(data=2), Topology(data=1), SETTINGS, 1e-9),
+        (Topology(data=2), Topology(data=3), SETTINGS, 1e-9),
+        (Topology(data=2), Topology(data=3), ONE_SIDED, 1e-9),
+        (Topology(pipe=2, data=2), Topology(pipe=2, data=2), SETTINGS, 1e-12),
+        (Topology(pipe=2, data=2), Topology(pipe=2, data=1), SETTINGS, 1e-9),
+        (Topology(data=2, model=2), Topology(data=2, model=2), SETTINGS, 1e-12),
     ],
-    ids=str,
+    ids=lambda value: str(value) if not isinstance(value, ShampooHyperParams) else value.variant.sides,
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(
-    saved: Topology, resumed: Topology, tolerance: float, tmp_path: Path
+    saved: Topology, resumed: Topology, hp: ShampooHyperParams, tolerance: float, tmp_path: Path
 ) -> None:
-    uninterrupted = run(_save, saved.world, tmp_path, saved)
-    continued = run(_resume, resumed.world, tmp_path, resumed)
+    uninterrupted = run(_save, saved.world, tmp_path, saved, hp)
+    continued = run(_resume, resumed.world, tmp_path, resumed, hp)
     for rank, weights in enumerate(continued):
         pipe, _, model = resumed.coordinate(rank)
         twin = next(r for r in range(saved.world) if saved.coordinate(r) == (pipe, 0, model))

@@ -55,6 +55,14 @@ def test_parity(topology: Topology, name: str) -> None:
     assert worst_distance(Shape(), topology, shampoo(name), STEPS) < TOLERANCE
 
 
+def test_fused_matrices_are_split_at_all() -> None:
+    session = one_process(Shape(), shampoo("fused")).train(0, 1)
+    (plan,) = session.optimizer.plans
+    rows = {block.key.split(",")[0] for block in plan.blocks if block.matrix.endswith("qkv.weight")}
+    assert rows == {f"{6 * i}:{6 * i + 6}" for i in range(6)}
+    assert any(block.key.startswith("24:30,") for block in plan.blocks if block.matrix.endswith("up.weight"))
+
+
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["whole", "uneven-blocks"])
 def test_parity_with_more_ranks_than_blocks(name: str) -> None:

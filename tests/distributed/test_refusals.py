@@ -148,7 +148,8 @@ def _step(named: list[tuple[str, nn.Parameter]], **given: Any) -> Outcome:
         parameter.grad = torch.ones_like(parameter)
     if given.pop("drop_gradient", False):
         named[0][1].grad = None
-    return _outcome_of(Shampoo(named, lr=0.1, hyperparams=given.get("hyperparams", SETTINGS)).step, named)
+    optimizer = Shampoo(named, lr=0.1, hyperparams=given.get("hyperparams", SETTINGS), splits=given.get("splits"))
+    return _outcome_of(optimizer.step, named)
 
 
 def _outcome_of(step: Callable[[], Any], named: list[tuple[str, nn.Parameter]]) -> Outcome:
@@ -182,6 +183,10 @@ def _different(what: str) -> Outcome:
         named = [(name, nn.Parameter(parameter.detach().float())) for name, parameter in named]
     elif odd and what == "hyperparams":
         given["hyperparams"] = ShampooHyperParams(block_size=4, matrix_eps=1e-6)
+    elif odd and what == "splits":
+        given["splits"] = {"0.weight": 2}
+    elif what == "split of no use":
+        given["splits"] = {"0.weight": (4, 1 + dist.get_rank())}
     elif odd and what == "gradient":
         given["drop_gradient"] = True
     return _step(named, **given)
@@ -205,10 +210,20 @@ def test_learning_rates_that_differ_between_replicas() -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("what", ["shape", "order", "name", "number", "value", "dtype", "hyperparams", "gradient"])
+@pytest.mark.parametrize(
+    "what", ["shape", "order", "name", "number", "value", "dtype", "hyperparams", "splits", "gradient"]
+)
 def test_replicas_that_differ_are_noticed_by_all_ranks(what: str, ranks: int) -> None:
     outcomes = run(_different, ranks, what, seconds=SECONDS)
     _refused(outcomes, RuntimeError)
+
+
+def test_splits_are_told_where_they_differ_and_where_they_fit_no_shape() -> None:
+    for outcome in run(_different, 2, "splits", seconds=SECONDS):
+        assert "0.weight (6, 8) float64 on rank 0 and 0.weight (6, 8) float64 splits {0: 2} on rank 1" in outcome.text
+    outcomes = run(_different, 1, "split of no use", seconds=SECONDS)
+    _refused(outcomes, RuntimeError)
+    assert "splits cuts axis 0 of '0.weight' into (4, 1): 4 + 1 is 5, not 6" in outcomes[0].text
 
 
 def test_replicas_that_agree_are_not_refused() -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from shampoo3d.layout import Part, Span
+from shampoo3d.blocks import Span
+from shampoo3d.layout import Part
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shampoo3d.blocks import Shape
-from shampoo3d.layout import Span
+from shampoo3d.blocks import Shape, Span
 
 AUTOTP = "ds_autotp_universal_checkpoint_meta"
 """DeepSpeed's AutoTP leaves the description of a layer's cut under this name."""

@@ -21,7 +21,7 @@ def eigh_roots(A: Tensor, p: int, eps: float, pseudo_inverse: bool = False) -> F
         Not converged where A is indefinite or LAPACK says so.
     """
     u = torch.finfo(A.dtype).eps
-    eigenvalues, Q, converged = _decompose(A)
+    eigenvalues, Q, converged = decompose(A)
     largest = eigenvalues[:, -1:]
     ridge = eps * largest
     powers = (eigenvalues.maximum(u * largest) + ridge).pow(-1.0 / p)
@@ -31,7 +31,7 @@ def eigh_roots(A: Tensor, p: int, eps: float, pseudo_inverse: bool = False) -> F
     return Found((Q * powers[:, None, :]) @ Q.mT, ridge[..., None], converged & definite)
 
 
-def _decompose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def decompose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues (n, d) in ascending order, eigenvectors, and (n,) whether they could be computed."""
     converged = torch.ones(len(A), dtype=torch.bool, device=A.device)
     try:
@@ -40,5 +40,5 @@ def _decompose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # LAPACK's word on one matrix speaks for the whole stack; one by one it costs the others nothing.
         if len(A) == 1:
             return torch.ones_like(A[..., 0]), torch.zeros_like(A), ~converged
-        values, vectors, each = zip(*(_decompose(matrix[None]) for matrix in A), strict=True)
+        values, vectors, each = zip(*(decompose(matrix[None]) for matrix in A), strict=True)
         return torch.cat(values), torch.cat(vectors), torch.cat(each)

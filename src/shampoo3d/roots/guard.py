@@ -51,7 +51,7 @@ def inverse_roots(
     )
     if previous is None:
         previous = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device).expand_as(stack)
-    A, exponent, sound, zero = _scaled(stack)
+    A, exponent, sound, zero = scaled(stack)
     with products_for(A, eps, chosen):
         found = _compute(chosen, A, p, eps, pseudo_inverse)
         accepted = sound & found.converged
@@ -61,7 +61,7 @@ def inverse_roots(
         rest = torch.exp2(exponent.remainder(p).double() / -p - 1)
         factor = torch.ldexp(rest, -exponent.div(p, rounding_mode="floor")).to(A.dtype)
         roots = (found.roots + found.roots.mT) * factor[:, None, None]
-    accepted = accepted & _largest_entry(roots).isfinite()
+    accepted = accepted & largest_entry(roots).isfinite()
     return torch.where(accepted[:, None, None], roots, previous), ~(accepted | zero)
 
 
@@ -71,12 +71,12 @@ def _compute(method: Method, A: Tensor, p: int, eps: float, pseudo_inverse: bool
     return {"newton": newton_roots, "newton_db": newton_db_roots, "minimax": minimax_roots}[method](A, p, eps)
 
 
-def _largest_entry(stack: Tensor) -> Tensor:
+def largest_entry(stack: Tensor) -> Tensor:
     """The largest absolute value in each matrix, (n,); not finite if any entry is not."""
     return torch.maximum(stack.amax((-2, -1)), -stack.amin((-2, -1)))
 
 
-def _scaled(stack: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def scaled(stack: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``A = 2^-exponent L``, exact, with a largest diagonal entry near 1, and (n,) which L are sound, which zero.
 
     An unsound matrix, not finite or without a positive diagonal entry, is replaced by I: it must not disturb others.
@@ -85,7 +85,7 @@ def _scaled(stack: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row = torch.arange(d, device=stack.device)
     full = torch.where(row[:, None] >= row, stack, stack.mT)
     diagonal = full.diagonal(dim1=-2, dim2=-1).amax(-1)
-    entry = _largest_entry(full)
+    entry = largest_entry(full)
     sound = entry.isfinite() & (diagonal > 0)
     # Between the powers of two that are normal numbers: the largest entry comes to lie in [1/2, 1), or not far from it.
     bound = round(-math.log2(torch.finfo(stack.dtype).tiny))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shampoo3d import Computation, Distribution, LayerwiseGrafting, Shampoo, ShampooHyperParams
+from shampoo3d import Distribution, Shampoo, ShampooHyperParams
 
 from .log import Log, Report, finished, read
 from .parallel import WholeModel, make_engine, make_grid, make_module
@@ -36,18 +36,7 @@ def make_optimizer(name: str, module: nn.Module, settings: Settings, grid: Any) 
 
 
 def shampoo_settings(settings: Settings) -> ShampooHyperParams:
-    return ShampooHyperParams(
-        block_size=settings.block_size,
-        preconditioning_compute_steps=settings.refresh,
-        beta2=0.95,
-        matrix_eps=1e-6,
-        # A byte embedding is a small matrix: it gets a preconditioner like any other.
-        ignore_embedding_layer=False,
-        # The direction's own length is right for embeddings and matrices alike, with one learning rate.
-        graft_type=LayerwiseGrafting.NONE,
-        # Without a graft, blocks of one matrix whose roots differ in age differ in length: in turns it learns far less.
-        computation=Computation(refresh="together"),
-    )
+    return ShampooHyperParams.default(block_size=settings.block_size, preconditioning_compute_steps=settings.refresh)
 
 
 class Stopwatch:

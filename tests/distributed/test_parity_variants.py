@@ -1,0 +1,62 @@
+"""Every variant of the update is the same optimizer in every layout as in one process, to 1e-9 in float64."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shampoo3d import Distribution
+
+from .fsdp import Sharding, with_torch
+from .harness import needs_deepspeed, run
+from .models import Shape
+from .settings import VARIANTS, shampoo
+from .training import Session, Topology, data_parallel, one_process, with_deepspeed
+from .zero import Recipe, Zero, with_zero
+
+STEPS = 10
+SHAPE = Shape()
+
+
+def _distances(make: Callable[..., Session], *arguments: Any, reference: dict[str, Tensor]) -> dict[str, float]:
+    return make(SHAPE, *arguments).train(0, STEPS).distances(reference)
+
+
+def _check(world: int, name: str, make: Callable[..., Session], *arguments: Any, tolerance: float = 1e-9) -> None:
+    precision = "float32" if tolerance > 1e-9 else "float64"
+    reference = one_process(SHAPE, shampoo(name, precision)).train(0, STEPS).weights()
+    found = run(partial(_distances, reference=reference), world, make, *arguments)
+    worst = max(max(distances.values()) for distances in found)
+    assert worst < tolerance
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_replicas(name: str, copies: int) -> None:
+    """The keepers of copied roots have the averages of their blocks, too, and are told a basis with them."""
+    _check(4, name, data_parallel, partial(shampoo(name), distribution=Distribution(root_copies=copies)))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("sharding", [Sharding(shards=3), Sharding(shards=2, replicas=2)], ids=str)
+def test_fsdp(name: str, sharding: Sharding) -> None:
+    _check(sharding.world, name, with_torch, sharding, shampoo(name), torch.float64)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("topology", [Topology(data=2, model=2), Topology(pipe=2, data=2)], ids=str)
+def test_three_dimensions(name: str, topology: Topology) -> None:
+    _check(4, name, with_deepspeed, topology, shampoo(name))
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero(name: str, stage: int) -> None:
+    """The engine keeps float32."""
+    recipe = Recipe(shampoo(name, "float32"))
+    _check(2, name, with_zero, Zero(stage, precision="float32"), recipe, tolerance=2e-3)
