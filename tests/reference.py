@@ -145,7 +145,8 @@ class Block:
                     product = unfolding(whitened, i) @ unfolding(G, i).T * G.shape[i] / G.size
                 self.L[i] = s.beta2 * self.L[i] + w2 * product
                 if s.statistics == "kl" and t == s.statistics_compute_steps:
-                    self.L[i] += np.trace(self.L[i]) / (len(self.L[i]) * w2) * np.eye(len(self.L[i]))
+                    mean = np.trace(self.L[i]) / len(self.L[i])
+                    self.L[i] += (mean if s.bias_correction and s.beta2 < 1.0 else mean / w2) * np.eye(len(self.L[i]))
             if self.due(t, s) and self.L[i].any():
                 n = t // s.statistics_compute_steps
                 gathered = 1.0 - s.beta2**n if s.bias_correction and s.beta2 < 1.0 else 1.0

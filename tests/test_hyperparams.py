@@ -228,7 +228,22 @@ TOGETHER: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "adam that starts late": (
         {"variant": ADAM, "beta2": 0.95, "start_preconditioning_step": 3},
         {"start_preconditioning_step": 1},
-        r"start_preconditioning_step=3 cannot be combined with variant\.direction='adam'.*take 1",
+        r"start_preconditioning_step=3 has no meaning with variant\.direction='adam'; take 1",
+    ),
+    "adam with an exponent": (
+        {"variant": ADAM, "beta2": 0.95, "inverse_exponent_override": 2},
+        {"inverse_exponent_override": 0},
+        r"inverse_exponent_override=2 has no meaning with variant\.direction='adam'; take 0",
+    ),
+    "adam with a pseudo-inverse": (
+        {"variant": ADAM, "beta2": 0.95, "pseudo_inverse": True},
+        {"pseudo_inverse": False},
+        r"pseudo_inverse=True has no meaning with variant\.direction='adam'; take False",
+    ),
+    "adam with a method for roots": (
+        {"variant": ADAM, "beta2": 0.95, "computation": Computation(root_method="eigh")},
+        {"computation": Computation()},
+        r"root_method='eigh' has no meaning with variant\.direction='adam'; take 'auto'",
     ),
     "kl with an odd exponent": (
         {"variant": KL, "inverse_exponent_override": 3},
@@ -237,7 +252,7 @@ TOGETHER: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "kl with exponent 1": (
         {"variant": KL, "inverse_exponent_override": 1},
-        {"variant": replace(KL, direction="adam"), "beta2": 0.95},  # which takes the inverse from its eigenbasis
+        {"inverse_exponent_override": 2},
         r"variant\.statistics='kl' .* even exponent; got inverse_exponent_override=1",
     ),
 }

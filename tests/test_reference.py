@@ -172,6 +172,10 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "decoupled decay of a plain sum": ({"nesterov": False}, {"decoupled_weight_decay": True}),
     "kl, p = 2": ({"statistics": "kl", "matrix_eps": 1e-1, "beta2": 0.9}, {"inverse_exponent_override": 2}),
+    "kl, corrected": (
+        {"statistics": "kl", "matrix_eps": 1e-1, "beta2": 0.9, "inverse_exponent_override": 2, "graft_type": "none"},
+        {"bias_correction": True},
+    ),
     "kl of blocks": ({"statistics": "kl", "matrix_eps": 1e-1}, {"block_size": 3}),
     "kl in turns": ({"statistics": "kl", "matrix_eps": 1e-1, "block_size": 3}, {"preconditioning_compute_steps": 4}),
     "one side of blocks": ({"block_size": 2}, {"sides": "shortest"}),

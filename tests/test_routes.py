@@ -24,6 +24,7 @@ from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import ITEM_BYTES, Holder, Matrix, Part, Storage, describe
 from shampoo3d.plan import Plan, make_plan
 from shampoo3d.routes import Leg, Routes, buckets, rounds, traffic, travels, width
+from shampoo3d.variant import Variant
 
 EXAMPLES = settings(deadline=None, derandomize=True, max_examples=200)
 
@@ -202,7 +203,7 @@ def test_bytes_are_those_of_the_elements_that_are_not_where_they_are_needed(
             expected[rank]["weights"] += max(counts.values()) * each  # each rank's share padded to the largest
             expected[rank]["reduced"] += counts[rank] * each * reduced
     for rank in case.ranks:
-        found = traffic(case.plan, case.matrices, rank, distribution)
+        found = traffic(case.plan, case.matrices, rank, ShampooHyperParams(), distribution)
         assert found.keys() >= {"gradients", "updates", "weights", "roots"}
         assert Counter(found) == expected[rank]
     away = any(found["gradients"] or found["updates"] for found in expected.values())
@@ -210,6 +211,15 @@ def test_bytes_are_those_of_the_elements_that_are_not_where_they_are_needed(
     slices = any(matrix.axes and matrix.storage.sharded for matrix in case.matrices)
     assert travels(case.plan, case.matrices) or not away
     assert away or slices or not travels(case.plan, case.matrices)
+
+
+def test_other_keepers_are_told_the_second_moments_in_an_eigenbasis() -> None:
+    """Two rectangles of 4 x 3: a basis of each axis, and 12 moments."""
+    hp = ShampooHyperParams(beta2=0.9, block_size=4, variant=Variant(direction="adam"))
+    matrices = [describe(replicated("w", (8, 3), range(2)).with_covers(2), hp, 2)]
+    plan = make_plan(matrices, range(2), hp)
+    for rank in range(2):
+        assert traffic(plan, matrices, rank, hp, Distribution(root_copies=2))["roots"] == 4 * (16 + 9 + 12)
 
 
 def replicas_of_two_shards(blocks: int) -> tuple[list[Matrix], Plan]:
@@ -232,7 +242,7 @@ def test_under_data_parallelism_nothing_travels_but_new_weights() -> None:
     plan = make_plan(matrices, range(3), ShampooHyperParams(block_size=2))
     assert not travels(plan, matrices)
     for rank in range(3):
-        found = traffic(plan, matrices, rank, Distribution())
+        found = traffic(plan, matrices, rank, ShampooHyperParams(), Distribution())
         assert found == {"gradients": 0, "updates": 0, "weights": 2 * 16 * 4, "roots": 0}
 
 

@@ -102,23 +102,33 @@ class ShampooHyperParams:
         for name, kind in (("variant", Variant), ("computation", Computation)):
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {type(getattr(self, name)).__name__}")
-        if self.graft_type is LayerwiseGrafting.ADAM and not self.variant.beta1:
-            raise ValueError("graft_type ADAM averages the gradient: it needs variant.beta1 > 0, got 0 (or is RMSPROP)")
-        if self.variant.direction == "adam" and self.beta2 == 1.0:
-            raise ValueError("variant.direction='adam' averages squares: it needs beta2 < 1, got 1.0")
-        if self.variant.statistics == "kl" and self.variant.direction == "root" and self.inverse_exponent_override % 2:
-            raise ValueError(
-                f"variant.statistics='kl' inverts L by powers of its root, which needs an even exponent; got "
-                f"inverse_exponent_override={self.inverse_exponent_override}"
-            )
-        if self.variant.direction == "adam" and self.start_preconditioning_step > 1:
-            raise ValueError(
-                f"start_preconditioning_step={self.start_preconditioning_step} cannot be combined with "
-                "variant.direction='adam', whose first step only finds the eigenbasis; take 1"
-            )
+        self._check_variant()
         # How many axes have a factor is known with a parameter only: here those of a matrix.
         axes = 2 if self.variant.sides == "all" else 1
         check_method(self.computation.root_method, self.exponent(axes), self.pseudo_inverse)
+
+    def _check_variant(self) -> None:
+        v = self.variant
+        if self.graft_type is LayerwiseGrafting.ADAM and not v.beta1:
+            raise ValueError("graft_type ADAM averages the gradient: it needs variant.beta1 > 0, got 0 (or is RMSPROP)")
+        if v.statistics == "kl" and v.direction == "root" and self.inverse_exponent_override % 2:
+            raise ValueError(
+                "variant.statistics='kl' inverts L by powers of its root, which needs an even exponent; got "
+                f"inverse_exponent_override={self.inverse_exponent_override}"
+            )
+        if v.direction == "root":
+            return
+        if self.beta2 == 1.0:
+            raise ValueError("variant.direction='adam' averages squares: it needs beta2 < 1, got 1.0")
+        only = {
+            "start_preconditioning_step": (self.start_preconditioning_step, 1),  # the first step finds the eigenbasis
+            "inverse_exponent_override": (self.inverse_exponent_override, 0),  # and there are no roots
+            "pseudo_inverse": (self.pseudo_inverse, False),
+            "root_method": (self.computation.root_method, "auto"),
+        }
+        for name, (given, wanted) in only.items():
+            if given != wanted:
+                raise ValueError(f"{name}={given!r} has no meaning with variant.direction='adam'; take {wanted!r}")
 
     @classmethod
     def classic(cls, **changes: Any) -> "ShampooHyperParams":

@@ -88,13 +88,13 @@ class Stack:
         beta2, kl = self.hp.beta2, self.hp.variant.statistics == "kl"
         w2 = 1.0 if beta2 == 1.0 else 1.0 - beta2
         with self._products():
-            first = self.hp.terms(t) == 1
+            first, corrected = self.hp.terms(t) == 1, self.corrects_statistics
             W = self._whiteners(rows) if kl and not first else {}
             for axis, L in zip(self.axes, self.statistics, strict=True):
                 weight = w2 * divergence_weight(self.shape, axis) if kl else w2
                 L.accumulate(unfold(whiten_others(G, W, axis), axis), rows, beta2, weight)
                 if kl and first:
-                    L.add_mean(rows, 1.0 / w2)
+                    L.add_mean(rows, 1.0 if corrected else 1.0 / w2)
 
     def _whiteners(self, rows: Rows) -> PerAxis:
         """``W_i`` with ``W_i^T W_i = L_i^-1``."""
@@ -140,10 +140,15 @@ class Stack:
                 start, stop, _ = rows.indices(self.n)
                 yield from ((place, slice(first, min(first + most, stop))) for first in range(start, stop, most))
 
+    @property
+    def corrects_statistics(self) -> bool:
+        """Whether roots are of statistics divided by their weight; bases do not depend on it."""
+        return self.hp.beta2 < 1.0 and self.hp.variant.bias_correction and self.hp.variant.direction == "root"
+
     def _averaged_statistics(self, place: int, rows: Rows, t: int) -> Tensor:
         """L, divided by the weight that it has gathered if that is corrected for."""
         L, weight, terms = self.statistics[place].whole(rows), 1.0, self.hp.terms(t)
-        if self.hp.beta2 < 1.0 and terms:
+        if self.corrects_statistics and terms:
             weight = self.hp.correction(self.hp.beta2, terms)
         return L if weight == 1.0 else L / weight
 

@@ -57,7 +57,8 @@ class Report:
             found.setdefault(name, Row(name, tuple(param.shape), "not trained", idle, 0, ()))
         received: Counter[str] = Counter()
         for team in teams:
-            received.update(traffic(team.plan, [b.matrix for b in team.bindings], team.rank, distribution))
+            matrices = [binding.matrix for binding in team.bindings]
+            received.update(traffic(team.plan, matrices, team.rank, team.hp, distribution))
         rows = tuple(found[name] for name in names.values() if name in found)
         every = max((team.plan.every for team in teams), default=1)
         oldest = every - 1 + any(team.hp.computation.asynchronous for team in teams)

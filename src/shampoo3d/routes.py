@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from shampoo3d.distribution import Distribution
+from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import ITEM_BYTES, STATE_BYTES, Cell, Matrix
 from shampoo3d.plan import Plan
 
@@ -148,7 +149,9 @@ def width(bucket: Mapping[int, Sequence[int]], items: Sequence[tuple[int, int]])
     return max(sum(items[number][1] for number in numbers) for numbers in bucket.values())
 
 
-def traffic(plan: Plan, matrices: Sequence[Matrix], rank: int, distribution: Distribution) -> dict[str, int]:
+def traffic(
+    plan: Plan, matrices: Sequence[Matrix], rank: int, hp: ShampooHyperParams, distribution: Distribution
+) -> dict[str, int]:
     """Bytes that a rank receives from others in a step in which all parameters have gradients, by what they are.
 
     "gradients" on their way to the keepers of roots, "updates" on their way home, "weights" for replicas, and "roots",
@@ -174,5 +177,6 @@ def traffic(plan: Plan, matrices: Sequence[Matrix], rank: int, distribution: Dis
             found["reduced"] += here * (len(ranks) - 1) * ITEM_BYTES[dtype]
     for block in plan.blocks:
         if rank in block.keepers and rank != block.owner:
-            found["roots"] += sum(d * d for d in block.factors) * STATE_BYTES[block.dtype]
+            V = block.elements if block.factors and hp.variant.direction == "adam" else 0
+            found["roots"] += (sum(d * d for d in block.factors) + V) * STATE_BYTES[block.dtype]
     return dict(found)

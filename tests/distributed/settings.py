@@ -49,7 +49,7 @@ SETTINGS: dict[str, Settings] = {
     "embeddings-excluded": {"block_size": 12, "ignore_embedding_layer": True, "nesterov": False},
 }
 
-# Further choices of the variant, which concern the mathematics of a block or of an element and are tried in fewer layouts.
+# Choices that concern the mathematics of a block or of an element, and are tried in fewer layouts.
 _AVERAGED = {"momentum": 0.0, "beta2": 0.9, "lr": 0.003, "diagonal_eps": 1e-3}
 VARIANTS: dict[str, Settings] = {
     "soap": {
