@@ -1,0 +1,73 @@
+"""The settings that nobody needs to choose: what they promise."""
+
+import pytest
+import torch
+from torch import nn
+
+from shampoo3d import Shampoo, ShampooHyperParams
+
+PRESETS = {
+    "classic": ShampooHyperParams.classic,
+    "default": ShampooHyperParams.default,
+    "soap": ShampooHyperParams.soap,
+}
+
+
+def test_classic_is_the_thesis() -> None:
+    assert ShampooHyperParams.classic() == ShampooHyperParams()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_any_setting_can_be_changed_and_is_checked(name: str) -> None:
+    changed = PRESETS[name](block_size=512, weight_decay=0.1)
+    assert (changed.block_size, changed.weight_decay) == (512, 0.1)
+    assert changed.variant == PRESETS[name]().variant
+    with pytest.raises(ValueError, match="block_size must be >= 0, got -1"):
+        PRESETS[name](block_size=-1)
+    with pytest.raises(TypeError, match="no_such_setting"):
+        PRESETS[name](no_such_setting=1)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_steps_by_default_are_as_long_as_those_of_adamw(weight_decay: float) -> None:
+    """Of each matrix, and vectors move as AdamW moves them: so that learning rates carry over."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(6, 4, generator=generator).double(), torch.randn(5, generator=generator).double()]
+    ours, theirs = ([nn.Parameter(W.clone()) for W in start] for _ in range(2))
+    hp = ShampooHyperParams.default(weight_decay=weight_decay)
+    optimizers = [
+        Shampoo(ours, 0.01, hyperparams=hp),
+        torch.optim.AdamW(theirs, 0.01, betas=(0.9, 0.95), weight_decay=weight_decay),
+    ]
+    for _ in range(12):
+        for params in (ours, theirs):
+            with torch.no_grad():
+                params[0].copy_(start[0])  # so that decay is of the same weights
+        for a, b in zip(ours, theirs, strict=True):
+            b.grad = torch.randn(a.shape, generator=generator).double()
+            a.grad = b.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        moved = [(params[0].detach() - start[0] * (1 - 0.01 * weight_decay)).norm() for params in (ours, theirs)]
+        torch.testing.assert_close(*moved, rtol=1e-9, atol=0)
+        torch.testing.assert_close(ours[1], theirs[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_badly_conditioned_problem_is_solved(name: str) -> None:
+    """Curvatures of four orders of magnitude: gradient descent at its best rate needs thousands of steps."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(0, -2, 8).double()
+    target = torch.randn(8, 8, generator=generator).double()
+    W = nn.Parameter(torch.zeros(8, 8).double())
+    lr, steps = (0.5, 300) if name == "classic" else (0.1, 300)
+    optimizer = Shampoo([W], lr, hyperparams=PRESETS[name](preconditioning_compute_steps=1))
+    losses = []
+    for t in range(steps):
+        optimizer.zero_grad()
+        loss = ((scale[:, None] * (W - target) * scale) ** 2).sum()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = lr * (1 - t / steps)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 1e-3 * losses[0]
