@@ -359,15 +359,15 @@ def test_plan_shows_what_an_accelerator_takes(capsys: pytest.CaptureFixture[str]
 
 
 def test_plan_shows_what_copies_of_roots_cost(capsys: pytest.CaptureFixture[str]) -> None:
-    found = {
-        copies: planned(f"--layers 2 --pipe 1 --data 4 --root-copies {copies}", capsys)[-1] for copies in (1, 2, 4)
-    }
+    rows = {copies: planned(f"--layers 2 --pipe 1 --data 4 --root-copies {copies}", capsys) for copies in (1, 2, 4)}
+    found = {copies: ranks[-1] for copies, ranks in rows.items()}
     for copies, row in found.items():
         assert ("received roots" in row) == (copies > 1)
         assert ("weights" in row) == (copies < 4)
     for kind in ("roots", "momenta"):
         assert number(found[1][kind]) < number(found[2][kind]) < number(found[4][kind])
-    assert found[1]["statistics"] == found[2]["statistics"] == found[4]["statistics"]
+    statistics = [sum(number(rank["statistics"]) for rank in ranks) for ranks in rows.values()]
+    assert statistics == pytest.approx([statistics[0]] * 3, abs=0.3)  # each of them shown to a tenth
     assert "--root-copies 2 needs replicas" in refusal("plan --pipe 1 --zero-stage 1 --root-copies 2", capsys)
     assert "--data 3 is not a multiple of --root-copies 2" in refusal("plan --data 3 --root-copies 2", capsys)
 

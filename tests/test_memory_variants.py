@@ -95,13 +95,14 @@ def test_new_roots(rule: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("rule", [SOAP, {**SOAP, "products": "bfloat16"}, KL, {**SOAP, **KL}], ids=ids)
 @pytest.mark.parametrize("cached", [2**13, 2**18])
-@pytest.mark.parametrize("sides", ["all", "first", "last", "shortest"])
-@pytest.mark.parametrize("shape", [(64, 32, 40), (40, 64, 16), (4, 64, 8, 40)], ids=str)
+@pytest.mark.parametrize("sides", ["all", "first", "last"])
+@pytest.mark.parametrize("shape", [(64, 32, 40), (4, 64, 8, 40)], ids=str)
 def test_products_along_some_axes(
     shape: tuple[int, ...], sides: str, cached: int, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_units(monkeypatch, cached)
-    check([shape] * 2, settings(root_method="eigh", matrix_eps=1e-2, sides=sides, **rule), steps=2)
+    method = "auto" if rule.get("direction") == "adam" else "eigh"
+    check([shape] * 2, settings(root_method=method, matrix_eps=1e-2, sides=sides, **rule), steps=2)
 
 
 @pytest.mark.usefixtures("in_units")
@@ -150,7 +151,7 @@ def test_random_models_and_settings(seed: int, monkeypatch: pytest.MonkeyPatch) 
         drawn["graft_type"] = "ADAM"
     if drawn["direction"] == "adam":
         tolerance = chance.choice([0.0, 0.0, 1e-6])
-        drawn |= {"beta2": 0.9, "start_preconditioning_step": 1, "basis_tolerance": tolerance}
+        drawn |= {"beta2": 0.9, "start_preconditioning_step": 1, "basis_tolerance": tolerance, "root_method": "auto"}
     if drawn["root_method"] == "minimax":  # for p = 2 it takes less where no step is a late one
         drawn["inverse_exponent_override"] = 4
     # A large QR decomposition alone works in some columns of its own.

@@ -34,28 +34,36 @@ def _check(world: int, name: str, make: Callable[..., Session], *arguments: Any,
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("copies", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_replicas(name: str, copies: int) -> None:
     """The keepers of copied roots have the averages of their blocks, too, and are told a basis with them."""
     _check(4, name, data_parallel, partial(shampoo(name), distribution=Distribution(root_copies=copies)))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("sharding", [Sharding(shards=3), Sharding(shards=2, replicas=2)], ids=str)
+@pytest.mark.parametrize(
+    "sharding",
+    [Sharding(shards=3), pytest.param(Sharding(shards=2, replicas=2), marks=pytest.mark.slow)],
+    ids=["3", "2x2"],
+)
 def test_fsdp(name: str, sharding: Sharding) -> None:
     _check(sharding.world, name, with_torch, sharding, shampoo(name), torch.float64)
 
 
 @needs_deepspeed
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("topology", [Topology(data=2, model=2), Topology(pipe=2, data=2)], ids=str)
+@pytest.mark.parametrize(
+    "topology",
+    [Topology(data=2, model=2), pytest.param(Topology(pipe=2, data=2), marks=pytest.mark.slow)],
+    ids=["1-2-2", "2-2-1"],
+)
 def test_three_dimensions(name: str, topology: Topology) -> None:
     _check(4, name, with_deepspeed, topology, shampoo(name))
 
 
 @needs_deepspeed
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_zero(name: str, stage: int) -> None:
     """The engine keeps float32."""
     recipe = Recipe(shampoo(name, "float32"))
