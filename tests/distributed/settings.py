@@ -12,9 +12,9 @@ from shampoo3d import Computation, LayerwiseGrafting, Shampoo, ShampooHyperParam
 Settings = dict[str, Any]
 
 
-def fused(name: str, _: Tensor) -> tuple[int, ...] | int | None:
-    """Queries, keys and values of two heads, 6 rows each; and two halves, as of a gate and what it lets by."""
-    return {"qkv": (6,) * 6, "up": 2}.get(name.split(".")[-2] if "." in name and name.endswith("weight") else "")
+def fused(name: str, _: Tensor) -> int | None:
+    """The queries, keys and values of two heads; and two halves, as those of a gate and what it lets by."""
+    return {"qkv": 6, "up": 2}.get(name.split(".")[-2] if "." in name and name.endswith("weight") else "")
 
 
 # The axes of the model's matrices are 5, 7, 11, 12, 13, 36 and 48 long: most of these block sizes divide neither the
