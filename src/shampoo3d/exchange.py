@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -68,12 +69,11 @@ class Exchange:
         for number, (units, due) in enumerate(zip(self.team.units(steps), self.team.due(steps), strict=True)):
             _fill(units, coming.arrived())
             coming = self._gather(number + 1, steps)
-            moment = self._moment
-            self._share_roots(number, steps, when=moment == "before")
+            self._share_roots("before", number, steps)
             yield [unit for unit in units if not unit.guests], due
-            self._share_roots(number, steps, when=moment == "between")
+            self._share_roots("between", number, steps)
             yield [unit for unit in units if unit.guests], []
-            self._share_roots(number, steps, when=moment == "after")
+            self._share_roots("after", number, steps)
             self._take_home(going)
             going = self._send_home(number, units, steps)
         self._take_home(going)
@@ -154,8 +154,8 @@ class Exchange:
         ends = [(leg, leg.keeper, leg.home) for leg in legs]
         return self._trip("updates", number, dtype, pieces, ends, anyone)
 
-    @property
-    def _moment(self) -> Literal["before", "between", "after"]:
+    @cached_property
+    def _sharing(self) -> Literal["before", "between", "after"]:
         """When new roots are brought to other keepers, so that they have the same at their directions as the owner.
 
         What was computed in the background is there before; what is computed in a step comes before its directions,
@@ -165,9 +165,9 @@ class Exchange:
             return "before"
         return "between" if self.team.hp.variant.direction == "root" else "after"
 
-    def _share_roots(self, number: int, steps: Steps, *, when: bool) -> None:
-        """Bring new roots from the owners to the other keepers, if it is time."""
-        if not when:
+    def _share_roots(self, moment: Literal["before", "between", "after"], number: int, steps: Steps) -> None:
+        """Bring new roots from the owners to the other keepers, if this is the moment."""
+        if moment != self._sharing:
             return
         planned, late = self.team.plan.blocks, int(self.team.hp.computation.asynchronous)
 

@@ -26,6 +26,9 @@ _AVERAGED: dict[str, Any] = {
     "matrix_eps": 1e-6,
     "block_size": 256,
     "preconditioning_compute_steps": 10,
+    "variant": Variant(
+        beta1=0.9, graft_beta2=0.95, bias_correction=True, vectors="diagonal", decoupled_weight_decay=True
+    ),
 }
 """What the presets of today have in common."""
 
@@ -144,12 +147,7 @@ class ShampooHyperParams:
         Args:
             changes: settings that are to be others.
         """
-        variant = Variant(
-            beta1=0.9, graft_beta2=0.95, bias_correction=True, vectors="diagonal", decoupled_weight_decay=True
-        )
-        return replace(
-            cls(**_AVERAGED, inverse_exponent_override=2, graft_type=LayerwiseGrafting.ADAM, variant=variant), **changes
-        )
+        return replace(cls(**_AVERAGED, inverse_exponent_override=2, graft_type=LayerwiseGrafting.ADAM), **changes)
 
     @classmethod
     def soap(cls, **changes: Any) -> "ShampooHyperParams":
@@ -158,15 +156,8 @@ class ShampooHyperParams:
         Args:
             changes: settings that are to be others.
         """
-        variant = Variant(
-            direction="adam",
-            beta1=0.95,
-            graft_beta2=0.95,
-            bias_correction=True,
-            vectors="diagonal",
-            decoupled_weight_decay=True,
-        )
-        return replace(cls(**_AVERAGED, graft_type=LayerwiseGrafting.NONE, variant=variant), **changes)
+        variant = replace(_AVERAGED["variant"], direction="adam", beta1=0.95)
+        return replace(cls(**_AVERAGED | {"graft_type": LayerwiseGrafting.NONE, "variant": variant}), **changes)
 
     def exponent(self, axes: int) -> int:
         """p in ``L^(-1/p)`` for blocks of which so many axes have a factor."""

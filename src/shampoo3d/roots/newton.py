@@ -43,7 +43,8 @@ def newton_roots(A: Tensor, p: int, eps: float) -> Found:
     # A small eigenvalue grows by ((p + 1) / p)^p each step; the first step may make the largest one small.
     smallest = min(low * start, start * (start / p) ** p)
     limit = math.ceil(-math.log(smallest) / (p * math.log((p + 1) / p)))
-    (X, _), converged = _until_done(advance, residual, (X, M.mul_(start)), limit + QUADRATIC)
+    M.mul_(start)  # in place, since a caller may hold its arguments until the call returns
+    (X, _), converged = _until_done(advance, residual, (X, M), limit + QUADRATIC)
     return Found(X * scale.pow(-1.0 / p), ridge, converged)
 
 
