@@ -142,6 +142,12 @@ class Momenta:
 def average(buffer: Tensor, G: Tensor, rows: Rows, hp: ShampooHyperParams, correction: float) -> Tensor:
     """``E <- beta1 E + (1 - beta1) G`` for some rows of a buffer; E divided by ``correction``, in a new tensor."""
     beta1 = hp.variant.beta1
-    E = G.mul(1.0 - beta1).add_(buffer[rows], alpha=beta1)
-    buffer[rows] = E.to(buffer.dtype)
+    if buffer.dtype != G.dtype:
+        E = G.mul(1.0 - beta1).add_(buffer[rows], alpha=beta1)
+        buffer[rows] = E.to(buffer.dtype)
+        return E if correction == 1.0 else E.div_(correction)
+    E = buffer[rows].lerp_(G, 1.0 - beta1)
+    if isinstance(rows, slice):  # that is the buffer's own
+        return E.clone() if correction == 1.0 else E / correction
+    buffer[rows] = E
     return E if correction == 1.0 else E.div_(correction)
