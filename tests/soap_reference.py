@@ -16,7 +16,8 @@ KL-Shampoo and KL-SOAP: Lin et al. 2025, arXiv 2509.03378, as read here:
 - `L_i <- beta L_i + (1 - beta) / prod_(j != i) d_j  U U^T` with `U = G_(i)` whitened along all other axes j by `L_j^-1`
   of *before* this step, for all i at once; the first gradient is not whitened, since nothing is known, and the mean
   of its L_i's diagonal, over 1 - beta, is added to that as the identity that the average starts from (the authors
-  start from constants, which depend on the scale of gradients);
+  start from constants, which depend on the scale of gradients); with c the mean of the squares of that gradient all r
+  of the L_i are multiplied by c^(1/r - 1), so that the diagonal of their product is c;
 - KL-Shampoo moves by `M x_1 L_1^(-1/2) x_2 ...`, roots computed after every k-th accumulation, with a ridge of `ridge`
   times the largest eigenvalue as in `reference.py`;
 - KL-SOAP is SOAP with these statistics; `L_j^-1 = Q_j diag(lambda_j)^-1 Q_j^T` with `lambda_j = diag(Q_j^T L_j Q_j)`,
@@ -93,6 +94,7 @@ class Factored:
             if self.s.kl and not self.inverses:
                 mean = np.trace(self.L[i]) / len(self.L[i])
                 self.L[i] += mean / (1 - self.s.shampoo_beta) * np.eye(len(self.L[i]))
+                self.L[i] *= np.mean(G**2) ** (1 / len(self.L) - 1)
 
 
 class Soap:

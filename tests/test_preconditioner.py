@@ -106,7 +106,8 @@ def test_a_block_whose_first_gradient_comes_later_starts_alone(rows: Rows, every
     stack.accumulate(G, rows, every)
     for L, was, U, others_of in zip(stack.statistics, before, (G, G.mT), (4, 3), strict=True):
         assert torch.equal(L.whole(ALL)[others], was[others])
-        expected = 0.1 * U @ U.mT / others_of + (G**2).mean((1, 2))[:, None, None] * torch.eye(len(U[0])).double()
+        c = (G**2).mean((1, 2))[:, None, None]
+        expected = (0.1 * U @ U.mT / others_of + c * torch.eye(len(U[0])).double()) / c.sqrt()
         torch.testing.assert_close(L.whole(rows), expected, rtol=1e-12, atol=1e-14)
 
 

@@ -27,6 +27,7 @@ def test_kl_shampoo_of_the_reference_step_by_step() -> None:
 
     A1, B1 = 0.5 * G1 @ G1.T / 4, 0.5 * G1.T @ G1 / 3
     A1, B1 = A1 + np.trace(A1) / 3 / 0.5 * np.eye(3), B1 + np.trace(B1) / 4 / 0.5 * np.eye(4)
+    A1, B1 = A1 / np.sqrt(np.mean(G1**2)), B1 / np.sqrt(np.mean(G1**2))
     A2 = 0.5 * A1 + 0.5 * G2 @ np.linalg.inv(damped(B1)) @ G2.T / 4
     B2 = 0.5 * B1 + 0.5 * G2.T @ np.linalg.inv(damped(A1)) @ G2 / 3
     kl.step(G1)

@@ -83,7 +83,8 @@ class Stack:
         """``L_i <- beta2 L_i + w2 G_(i) G_(i)^T`` at step t, or what "kl" takes in its place.
 
         The first of these statistics are singular, and the others would be whitened by their inverse: so the first
-        gradient also tells how large the identity is that they start from.
+        gradient also tells how large the identity is that they start from, and the scale at which the product of all
+        factors is the covariance.
         """
         beta2, kl = self.hp.beta2, self.hp.variant.statistics == "kl"
         w2 = 1.0 if beta2 == 1.0 else 1.0 - beta2
@@ -94,7 +95,12 @@ class Stack:
                 weight = w2 * divergence_weight(self.shape, axis) if kl else w2
                 L.accumulate(unfold(whiten_others(G, W, axis), axis), rows, beta2, weight)
                 if kl and first:
-                    L.add_mean(rows, 1.0 if corrected else 1.0 / w2)
+                    L.start(rows, 1.0 if corrected else 1.0 / w2, self._first_scale(G))
+
+    def _first_scale(self, G: Tensor) -> Tensor:
+        """``c^(1/r - 1)``, c the mean of the entries of ``G^2`` and r the number of factors; 1 where G is zero."""
+        c = G.flatten(1).square().mean(1)
+        return torch.where(c > 0, c, 1.0).pow(1.0 / len(self.axes) - 1.0)
 
     def _whiteners(self, rows: Rows) -> PerAxis:
         """``W_i`` with ``W_i^T W_i = L_i^-1``."""

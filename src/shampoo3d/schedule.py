@@ -34,14 +34,14 @@ def phase(t: int, hp: ShampooHyperParams, offset: int = 0) -> Phase:
     turn = offset if hp.computation.refresh == "staggered" else 0
     return Phase(
         accumulate=hp.terms(t) > hp.terms(t - 1),
-        refresh=t == first or t <= hp.computation.fresh_steps or (t > first and (t - first - turn) % k == 0),
+        refresh=t == first or t <= hp.fresh_steps or (t > first and (t - first - turn) % k == 0),
         started=t >= hp.start_preconditioning_step and hp.age(t) > 0,
     )
 
 
 def like(t: int, hp: ShampooHyperParams) -> int:
     """The earliest step that refreshes the same blocks as step t does; 0 where that is none."""
-    k, first, fresh = hp.preconditioning_compute_steps, _first_refresh(hp), hp.computation.fresh_steps
+    k, first, fresh = hp.preconditioning_compute_steps, _first_refresh(hp), hp.fresh_steps
     if t <= fresh:
         return 1
     if t <= first:

@@ -31,12 +31,14 @@ class Symmetric:
             if isinstance(rows, Tensor):  # that was a copy
                 self.tiles[name][rows] = advanced
 
-    def add_mean(self, rows: Rows, weight: float) -> None:
-        """``A <- A + weight (trace A / d) I`` for the given rows."""
+    def start(self, rows: Rows, weight: float, scale: Tensor) -> None:
+        """``A <- scale (A + weight (trace A / d) I)`` for the given rows, scale (rows,)."""
         diagonals = [self.tiles[name].diagonal(dim1=1, dim2=2) for name, (i, j) in self._spans.items() if i == j]
         added = sum((diagonal[rows].sum(1) for diagonal in diagonals), torch.zeros(())) * (weight / self.d)
         for diagonal in diagonals:
             diagonal[rows] += added[:, None]
+        for tile in self.tiles.values():
+            tile[rows] *= scale[:, None, None]
 
     def whole(self, rows: Rows) -> Tensor:
         """The given matrices, (rows, d, d); a view where they are stored so."""

@@ -200,7 +200,7 @@ def _due(blocks: Sequence[PlannedBlock], hp: ShampooHyperParams, *, started: boo
     k, start = hp.preconditioning_compute_steps, hp.start_preconditioning_step
     early = not hp.moves_at_once or (k < start and start % k != 0)  # the first time is before the start step
     in_turns = hp.computation.refresh == "staggered"
-    if started != early or (started and not in_turns) or hp.computation.fresh_steps:
+    if started != early or (started and not in_turns) or hp.fresh_steps:
         yield len(blocks), False
     turns: defaultdict[int, list[int]] = defaultdict(list)
     for row, block in enumerate(blocks):
