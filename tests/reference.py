@@ -46,6 +46,7 @@ class Settings:
     refresh: str = "staggered"
     sides: str = "all"
     largest_dimension: int = 0
+    kernels: str = "axes"
     statistics: str = "gradient"
     beta1: float = 0.0
     graft_beta2: float = 0.999
@@ -129,6 +130,8 @@ class Block:
         """Whether roots are computed: of all blocks at one step, which the start may put off, then in turns."""
         k = s.preconditioning_compute_steps
         first = max(n for n in range(k, max(k, s.start_preconditioning_step) + 1, k))
+        if s.statistics == "kl" and t == s.statistics_compute_steps:  # the next gradient is whitened
+            return True
         return t == first or (t > first and t % k == self.turn)
 
     def update(self, G: Array, t: int, s: Settings) -> None:
@@ -147,6 +150,7 @@ class Block:
                 if s.statistics == "kl" and t == s.statistics_compute_steps:
                     mean = np.trace(self.L[i]) / len(self.L[i])
                     self.L[i] += (mean if s.bias_correction and s.beta2 < 1.0 else mean / w2) * np.eye(len(self.L[i]))
+                    self.L[i] *= np.mean(G**2) ** (1 / len(self.L) - 1) if G.any() else 1.0
             if self.due(t, s) and self.L[i].any():
                 n = t // s.statistics_compute_steps
                 gathered = 1.0 - s.beta2**n if s.bias_correction and s.beta2 < 1.0 else 1.0
@@ -168,6 +172,8 @@ class Parameter:
         self.t = 0
         merge = s.best_effort_shape_interpretation and s.block_size > 0
         self.shape = merged(self.W.shape, s.block_size) if merge else self.W.shape
+        if s.kernels == "matrix" and self.W.ndim > 2:
+            self.shape = (self.W.shape[0], prod(self.W.shape[1:]))
         self.blocks: list[Block] = []
         if s.precondition and len(self.shape) > 1 and prod(self.shape) > 0:
             pieces = cut(self.shape, s.block_size)

@@ -71,3 +71,21 @@ def test_a_badly_conditioned_problem_is_solved(name: str) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 1e-3 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["default", "soap"])
+@pytest.mark.parametrize("scale", [1e-5, 1e4])
+def test_the_scale_of_the_loss_does_not_matter(name: str, scale: float) -> None:
+    """From the first step on: statistics that whiten each other have a scale that fits the gradients'."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(6, 4, generator=generator).double()
+    gradients = torch.randn(12, 6, 4, generator=generator).double()
+    moved = []
+    for factor in (1.0, scale):
+        W = nn.Parameter(start.clone())
+        optimizer = Shampoo([W], 0.01, hyperparams=PRESETS[name](diagonal_eps=0.0))
+        for G in gradients:
+            W.grad = factor * G
+            optimizer.step()
+        moved.append(W.detach())
+    torch.testing.assert_close(*moved, rtol=1e-9, atol=1e-12)

@@ -30,7 +30,7 @@ from shampoo3d.variant import Variant
 STEPS = 20
 GROUP_KEYS = {"lr", "momentum", "maximize", "precondition"}
 VARIANT_KEYS = {
-    *("sides", "largest_dimension", "statistics", "beta1", "graft_beta2"),
+    *("sides", "largest_dimension", "kernels", "statistics", "beta1", "graft_beta2"),
     *("bias_correction", "vectors", "decoupled_weight_decay"),
 }
 ELSEWHERE = {*GROUP_KEYS, *VARIANT_KEYS, "refresh", "u"}
@@ -129,6 +129,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bound 1": {"largest_dimension": 1},
     "bound 2": {"largest_dimension": 2},
     "bound 5": {"largest_dimension": 5},
+    "kernels as matrices": {"kernels": "matrix"},
     "graft rmsprop": {"graft_type": "rmsprop"},
     "diagonal vectors": {"graft_type": "none", "vectors": "diagonal"},
     "averaged gradient": {"beta1": 0.9, "momentum": 0.0},
@@ -264,6 +265,9 @@ def hyperparams(draw: st.DrawFn) -> dict[str, Any]:
         "sides": draw(st.sampled_from(["all", "all", "all", "first", "last", "shortest"])),
         "largest_dimension": draw(st.sampled_from([0, 0, 0, 1, 2, 3, 5])),
     }
+    chosen["kernels"] = (
+        "axes" if chosen["best_effort_shape_interpretation"] else draw(st.sampled_from(["axes", "matrix"]))
+    )
     chosen["beta1"] = 0.9 if chosen["graft_type"] == "adam" else draw(st.sampled_from([0.0, 0.0, 0.5]))
     stale = chosen["preconditioning_compute_steps"] > 1 or chosen["statistics_compute_steps"] > 1
     few = chosen["sides"] != "all" or chosen["largest_dimension"] > 0  # so that p may be 2

@@ -23,11 +23,16 @@ class LayerwiseGrafting(enum.IntEnum):
 _AVERAGED: dict[str, Any] = {
     "beta2": 0.95,
     "diagonal_eps": 1e-8,
-    "matrix_eps": 1e-6,
-    "block_size": 256,
+    "matrix_eps": 1e-5,
+    "block_size": 128,
     "preconditioning_compute_steps": 10,
     "variant": Variant(
-        beta1=0.9, graft_beta2=0.95, bias_correction=True, vectors="diagonal", decoupled_weight_decay=True
+        kernels="matrix",
+        beta1=0.9,
+        graft_beta2=0.95,
+        bias_correction=True,
+        vectors="diagonal",
+        decoupled_weight_decay=True,
     ),
 }
 """What the presets of today have in common."""
@@ -112,6 +117,11 @@ class ShampooHyperParams:
 
     def _check_variant(self) -> None:
         v = self.variant
+        if v.kernels == "matrix" and self.best_effort_shape_interpretation:
+            raise ValueError(
+                "variant.kernels='matrix' and best_effort_shape_interpretation=True both say which axes become one; "
+                "take one of them"
+            )
         if self.graft_type is LayerwiseGrafting.ADAM and not v.beta1:
             raise ValueError("graft_type ADAM averages the gradient: it needs variant.beta1 > 0, got 0 (or is RMSPROP)")
         if v.statistics == "kl" and v.direction == "root" and self.inverse_exponent_override % 2:
@@ -140,14 +150,21 @@ class ShampooHyperParams:
 
     @classmethod
     def default(cls, **changes: Any) -> "ShampooHyperParams":
-        """What has done best for its cost, see ``docs/variants.md``: Shampoo with exponent -1/2 and Adam's step length.
+        """What has done best for its cost, see ``docs/variants.md``: KL-Shampoo with Adam's step length.
 
         Learning rates, warm-up and weight decay of an AdamW script carry over.
 
         Args:
             changes: settings that are to be others.
         """
-        return replace(cls(**_AVERAGED, inverse_exponent_override=2, graft_type=LayerwiseGrafting.ADAM), **changes)
+        variant = replace(_AVERAGED["variant"], statistics="kl")
+        own: dict[str, Any] = {
+            "variant": variant,
+            "inverse_exponent_override": 2,
+            "graft_type": LayerwiseGrafting.ADAM,
+            "computation": Computation(fresh_steps=10),
+        }
+        return replace(cls(**_AVERAGED | own), **changes)
 
     @classmethod
     def soap(cls, **changes: Any) -> "ShampooHyperParams":
@@ -182,6 +199,15 @@ class ShampooHyperParams:
     def correction(self, beta: float, t: int, method: LayerwiseGrafting = LayerwiseGrafting.NONE) -> float:
         """By what an average of t terms is divided: the weight that it has gathered, if that is corrected for."""
         return 1.0 - beta**t if self.variant.bias_correction or method is LayerwiseGrafting.ADAM else 1.0
+
+    @property
+    def fresh_steps(self) -> int:
+        """Up to which step all roots are computed at every step.
+
+        For "kl" at least up to the first gradient: the next ones are whitened by what it tells.
+        """
+        kl = self.variant.statistics == "kl" and self.variant.direction == "root"
+        return max(self.computation.fresh_steps, self.statistics_compute_steps if kl else 0)
 
     def terms(self, t: int) -> int:
         """How many gradients are in the statistics after step t."""

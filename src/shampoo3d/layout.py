@@ -328,7 +328,7 @@ def describe(storage: Storage, hp: ShampooHyperParams, world_size: int) -> Matri
     if storage.excluded:
         return _without_factors(storage, "excluded", storage.excluded)
     shape = tuple(max(storage.lengths(axis)) for axis in range(len(storage.shape)))  # of the largest matrix in it
-    groups = merge_dims(shape, hp.block_size if hp.best_effort_shape_interpretation else 0, split)
+    groups = _merged_axes(shape, hp, split)
     if len(groups) < 2:
         kind = ("scalar", "vector")[min(1, len(shape))]
         merged = f"{shape} merged into a vector: at most block_size={hp.block_size} elements"
@@ -338,6 +338,13 @@ def describe(storage: Storage, hp: ShampooHyperParams, world_size: int) -> Matri
     if not axes:
         return _without_factors(storage, "grafted only", reason)
     return Matrix(storage, groups, cuts, grid(cuts), axes, "preconditioned", "")
+
+
+def _merged_axes(shape: Shape, hp: ShampooHyperParams, split: Collection[int]) -> tuple[tuple[int, ...], ...]:
+    """Which axes become one; an axis that is split does not join the ones before it."""
+    if hp.variant.kernels == "matrix":
+        return merge_dims(shape, math.prod(shape), {1, *split})
+    return merge_dims(shape, hp.block_size if hp.best_effort_shape_interpretation else 0, split)
 
 
 def _lengths(storage: Storage, group: Sequence[int]) -> list[int]:

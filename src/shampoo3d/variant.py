@@ -8,6 +8,7 @@ from shampoo3d.checks import check_bool, check_choice, check_integer, check_numb
 Direction = Literal["root", "adam"]
 Statistics = Literal["gradient", "kl"]
 Sides = Literal["all", "first", "last", "shortest"]
+Kernels = Literal["axes", "matrix"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Variant:
         sides: the axes that have a factor: "all", the "first" or "last" only, or the "shortest" of each matrix; with
             one side the exponent is -1/2 (one-sided Shampoo, Xie et al. 2025, arXiv 2503.10537).
         largest_dimension: axes of blocks that are longer have no factor (Vyas et al. 2024); 0 for no bound.
+        kernels: what a parameter with more than two axes is, such as the kernels of a convolution (out, in, height,
+            width): all of its "axes" have a factor, or it is the "matrix" (out, in height width) (Grosse and Martens
+            2016, arXiv 1602.01407).
         beta1: decay of an average of the gradient that is preconditioned in its place, and whose length is grafted;
             with it there is no other momentum. 0 for none.
         graft_beta2: decay of the average of ``G^2`` for the RMSPROP and ADAM grafts and the diagonal direction.
@@ -42,6 +46,7 @@ class Variant:
     statistics: Statistics = "gradient"
     sides: Sides = "all"
     largest_dimension: int = 0
+    kernels: Kernels = "axes"
     beta1: float = 0.0
     graft_beta2: float = 0.999
     bias_correction: bool = False
@@ -53,6 +58,7 @@ class Variant:
         check_choice("direction", self.direction, ("root", "adam"))
         check_choice("statistics", self.statistics, ("gradient", "kl"))
         check_choice("sides", self.sides, ("all", "first", "last", "shortest"))
+        check_choice("kernels", self.kernels, ("axes", "matrix"))
         check_choice("vectors", self.vectors, ("scaled", "diagonal"))
         check_integer("largest_dimension", self.largest_dimension, least=0)
         check_number("beta1", self.beta1, least=0.0, below=1.0)

@@ -1,6 +1,7 @@
 """The settings of Shampoo that the parity tests run under: together they reach every rule of the update."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -89,6 +90,15 @@ VARIANTS: dict[str, Settings] = {
         "weight_decay": 0.01,
         "preconditioning_compute_steps": 2,
         "variant": Variant(statistics="kl", graft_beta2=0.9, bias_correction=True, decoupled_weight_decay=True),
+    },
+    "default": {  # the preset, in smaller blocks
+        **_AVERAGED,
+        "block_size": 6,
+        "graft_type": LayerwiseGrafting.ADAM,
+        "inverse_exponent_override": 2,
+        "preconditioning_compute_steps": 3,
+        "variant": replace(ShampooHyperParams.default().variant, graft_beta2=0.9),
+        "computation": Computation(fresh_steps=4),
     },
 }
 
