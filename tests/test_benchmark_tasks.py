@@ -296,14 +296,29 @@ def test_the_table_compares_with_the_median_of_adamw(tmp_path: Path, capsys: pyt
     assert quick["part"] == pytest.approx({"steps": 0.5, "cpu": 0.5, "wall": 0.5})
     assert quick["final"] == 1.0
     assert quick["share"] == 0.25
-    assert quick["shorter"] == {10: 1.2}
+    assert quick["shorter"] == {10: {"final": 1.2, "cpu": 4.0, "wall": 12.0}}
+    assert quick["needed"] == {"steps": 10, "cpu": 4.0, "wall": 12.0}
+    assert quick["needed_part"] == {"steps": 0.5, "cpu": 1.0, "wall": 1.0}
+    assert slow["needed"]["steps"] == math.inf
     assert slow["reached"]["wall"] == math.inf
     report.print_report(result, in_markdown=True)
     shown = capsys.readouterr().out
     assert "| slow | lr 0.1 | 3 | 3 to 3 | 3 | not reached | not reached | not reached | 4 | 25% |" in shown
-    assert "| quick | 10 steps: 1.2 (reached) |" in shown
+    assert "| quick | 10 steps: 1.2 (reached) | 10 (50%) | 4 s (100%) | 12 s (100%) |" in shown
     report.figures(result, tmp_path)
     assert (tmp_path / "t.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("shortest", "steps"), [(2.5, 12.5), (math.inf, 15.0)])
+def test_the_budget_that_is_needed_lies_between_those_tried(shortest: float, steps: float) -> None:
+    runs = [
+        run_of(BASELINE, 0, [5.0, 3.0, 2.0]),
+        run_of("quick", 0, [5.0, 1.5, 1.0]),
+        run_of("quick", 0, [5.0, shortest], steps=10),
+        run_of("quick", 0, [5.0, 1.5], steps=15),
+    ]
+    _, quick = next(iter(report.summary(result_of(runs, BASELINE, "quick")).values()))
+    assert quick["needed"]["steps"] == pytest.approx(steps)
 
 
 @pytest.mark.parametrize("losses", [[1.0, 2.0, 3.0], [1.0, 2.0, math.inf]])

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from step_report import markdown, show
 from tasks.contenders import BASELINE
-from tasks.tuning import median_reached
+from tasks.tuning import median_reached, reached
 
 Found = dict[str, Any]
 
@@ -43,12 +43,13 @@ def _row(tuned: Found, runs: Sequence[Found]) -> Found:
     full = [run for run in mine if run["what"]["settings"] == best]
     return {
         "optimizer": about["optimizer"],
+        "steps": about["steps"],
         "best": best,
         "at_edge": tuned["at_edge"],
         "trials": [{"settings": trial, "loss": losses[str(trial)]} for trial in tuned["trials"]],
         "finals": (finals := _finals(full)),
         "final": statistics.median(finals),
-        "training": {clock: statistics.median(run["training"][clock] for run in full) for clock in ("cpu", "wall")},
+        "training": _training(full),
         "share": statistics.median(run["optimizer"]["cpu"] / run["training"]["cpu"] for run in full),
         "curves": [run["curve"] for run in full],
         "shorter": _shorter({**about, "settings": best}, runs),
@@ -59,23 +60,41 @@ def _finals(runs: Sequence[Found]) -> list[float]:
     return [math.inf if run["final"] is None else run["final"] for run in runs]
 
 
-def _shorter(what: Found, runs: Sequence[Found]) -> dict[int, float]:
-    """Median final losses by the number of steps, of runs with the same settings and fewer steps."""
+def _training(runs: Sequence[Found]) -> dict[str, float]:
+    """Median seconds of all training."""
+    return {clock: statistics.median(run["training"][clock] for run in runs) for clock in ("cpu", "wall")}
+
+
+def _shorter(what: Found, runs: Sequence[Found]) -> dict[int, Found]:
+    """Median final losses and seconds by the number of steps, of runs with the same settings and fewer steps."""
     found: dict[int, list[Found]] = {}
     for run in sorted(runs, key=lambda run: run["what"]["steps"]):
         steps = run["what"]["steps"]
         if steps < what["steps"] and {**what, "steps": steps}.items() <= run["what"].items():
             found.setdefault(steps, []).append(run)
-    return {steps: statistics.median(_finals(some)) for steps, some in found.items()}
+    return {steps: {"final": statistics.median(_finals(some)), **_training(some)} for steps, some in found.items()}
 
 
 def _compare(rows: Sequence[Found]) -> None:
     """When each row was at the median final loss of the first, AdamW's, and what part of AdamW's own time that is."""
-    target = rows[0]["final"]
+    target, whole = rows[0]["final"], {"steps": rows[0]["steps"], **rows[0]["training"]}
     for row in rows:
         row["target"] = target
         row["reached"] = {axis: median_reached(row["curves"], target, axis) for axis in AXES}
         row["part"] = {axis: _part(row["reached"][axis], rows[0]["reached"][axis]) for axis in AXES}
+        row["needed"] = _needed(row)
+        row["needed_part"] = {axis: _part(row["needed"][axis], whole[axis]) for axis in AXES}
+
+
+def _needed(row: Found) -> dict[str, float]:
+    """The least budget that ends at the target, each with a schedule of its own; straight lines between those tried."""
+    tried = [*row["shorter"].values(), {"final": row["final"], **row["training"]}]
+    curve = {
+        "steps": [*row["shorter"], row["steps"]],
+        "losses": [one["final"] for one in tried],
+        "seconds": {clock: [one[clock] for one in tried] for clock in ("cpu", "wall")},
+    }
+    return reached(curve, row["target"]) or dict.fromkeys(AXES, math.inf)
 
 
 def _part(own: float, baseline: float) -> float:
@@ -94,9 +113,9 @@ def _loss(loss: float | None) -> str:
     return "diverged" if loss is None or math.isinf(loss) else f"{loss:.4g}"
 
 
-def _reached(axis: str, unit: str) -> Callable[[Found], str]:
+def _reached(axis: str, unit: str, found: str = "reached", share: str = "part") -> Callable[[Found], str]:
     def column(row: Found) -> str:
-        at, part = row["reached"][axis], row["part"][axis]
+        at, part = row[found][axis], row[share][axis]
         return f"{at:.0f}{unit} ({part:.0%})" if math.isfinite(at) else "not reached"
 
     return column
@@ -117,9 +136,12 @@ COLUMNS: dict[str, Callable[[Found], str]] = {
 SHORTER: dict[str, Callable[[Found], str]] = {
     "optimizer": lambda row: row["optimizer"],
     "final loss of runs with fewer steps": lambda row: "; ".join(
-        f"{steps} steps: {_loss(loss)}{' (reached)' * (loss <= row['target'])}"
-        for steps, loss in row["shorter"].items()
+        f"{steps} steps: {_loss(run['final'])}{' (reached)' * (run['final'] <= row['target'])}"
+        for steps, run in row["shorter"].items()
     ),
+    "steps needed for AdamW's": _reached("steps", "", "needed", "needed_part"),
+    "CPU s needed": _reached("cpu", " s", "needed", "needed_part"),
+    "wall s needed": _reached("wall", " s", "needed", "needed_part"),
 }
 TRIALS: dict[str, Callable[[Found], str]] = {
     "optimizer": lambda row: row["optimizer"],

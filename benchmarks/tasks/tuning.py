@@ -74,6 +74,7 @@ def reached(curve: Mapping[str, Any], target: float) -> dict[str, float] | None:
         if loss <= target:
             before = max(after - 1, 0)
             part = (losses[before] - target) / (losses[before] - loss) if losses[before] > loss else 0.0
+            part = part if math.isfinite(part) else 1.0  # what came before diverged
             return {name: at[before] + part * (at[after] - at[before]) for name, at in axes.items()}
     return None
 
