@@ -146,11 +146,12 @@ class Block:
                     for j, inverse in inverses.items():
                         whitened = whitened if j == i else mode_product(whitened, inverse, j)
                     product = unfolding(whitened, i) @ unfolding(G, i).T * G.shape[i] / G.size
+                first = not self.L[i].any()
                 self.L[i] = s.beta2 * self.L[i] + w2 * product
-                if s.statistics == "kl" and t == s.statistics_compute_steps:
-                    mean = np.trace(self.L[i]) / len(self.L[i])
-                    self.L[i] += (mean if s.bias_correction and s.beta2 < 1.0 else mean / w2) * np.eye(len(self.L[i]))
-                    self.L[i] *= np.mean(G**2) ** (1 / len(self.L) - 1) if G.any() else 1.0
+                if s.statistics == "kl" and first and G.any():
+                    c, n = np.mean(G**2), t // s.statistics_compute_steps
+                    gathered = 1.0 - s.beta2**n if s.bias_correction and s.beta2 < 1.0 else 1.0
+                    self.L[i] = c ** (1 / len(self.L) - 1) * (self.L[i] + c * gathered * np.eye(len(self.L[i])))
             if self.due(t, s) and self.L[i].any():
                 n = t // s.statistics_compute_steps
                 gathered = 1.0 - s.beta2**n if s.bias_correction and s.beta2 < 1.0 else 1.0

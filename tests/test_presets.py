@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from shampoo3d import Shampoo, ShampooHyperParams
+from shampoo3d import Shampoo, ShampooHyperParams, Variant
 
 PRESETS = {
     "classic": ShampooHyperParams.classic,
@@ -86,6 +86,22 @@ def test_the_scale_of_the_loss_does_not_matter(name: str, scale: float) -> None:
         optimizer = Shampoo([W], 0.01, hyperparams=PRESETS[name](diagonal_eps=0.0))
         for G in gradients:
             W.grad = factor * G
+            optimizer.step()
+        moved.append(W.detach())
+    torch.testing.assert_close(*moved, rtol=1e-9, atol=1e-12)
+
+
+def test_a_matrix_whose_first_gradients_are_zero_starts_with_the_first_that_is_not() -> None:
+    """As those behind a projection that starts at zero: as good as new, but for what counts the steps."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(4, 6, 5, generator=generator).double()
+    hp = ShampooHyperParams.default(variant=Variant(statistics="kl"), graft_type="sgd")
+    moved = []
+    for late in (0, 3):
+        W = nn.Parameter(torch.zeros(6, 5).double())
+        optimizer = Shampoo([W], 0.01, momentum=0.0, hyperparams=hp)
+        for G in [torch.zeros(6, 5).double()] * late + list(gradients):
+            W.grad = G.clone()
             optimizer.step()
         moved.append(W.detach())
     torch.testing.assert_close(*moved, rtol=1e-9, atol=1e-12)

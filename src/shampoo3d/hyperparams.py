@@ -209,6 +209,11 @@ class ShampooHyperParams:
         kl = self.variant.statistics == "kl" and self.variant.direction == "root"
         return max(self.computation.fresh_steps, self.statistics_compute_steps if kl else 0)
 
+    @property
+    def w2(self) -> float:
+        """The weight of a gradient in the statistics: of a sum 1, else of an average."""
+        return 1.0 if self.beta2 == 1.0 else 1.0 - self.beta2
+
     def terms(self, t: int) -> int:
         """How many gradients are in the statistics after step t."""
         every = self.statistics_compute_steps

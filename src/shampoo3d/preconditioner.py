@@ -80,27 +80,27 @@ class Stack:
         return self.hp.exponent(len(self.axes))
 
     def accumulate(self, G: Tensor, rows: Rows, t: int = 2) -> None:
-        """``L_i <- beta2 L_i + w2 G_(i) G_(i)^T`` at step t, or what "kl" takes in its place.
-
-        The first of these statistics are singular, and the others would be whitened by their inverse: so the first
-        gradient also tells how large the identity is that they start from, and the scale at which the product of all
-        factors is the covariance.
-        """
+        """``L_i <- beta2 L_i + w2 G_(i) G_(i)^T`` at step t, or what "kl" takes in its place."""
         beta2, kl = self.hp.beta2, self.hp.variant.statistics == "kl"
-        w2 = 1.0 if beta2 == 1.0 else 1.0 - beta2
         with self._products():
-            first, corrected = self.hp.terms(t) == 1, self.corrects_statistics
-            W = self._whiteners(rows) if kl and not first else {}
+            W = self._whiteners(rows) if kl else {}
             for axis, L in zip(self.axes, self.statistics, strict=True):
-                weight = w2 * divergence_weight(self.shape, axis) if kl else w2
+                weight = self.hp.w2 * divergence_weight(self.shape, axis) if kl else self.hp.w2
+                first = L.mean(rows) == 0 if kl else None
                 L.accumulate(unfold(whiten_others(G, W, axis), axis), rows, beta2, weight)
-                if kl and first:
-                    L.start(rows, 1.0 if corrected else 1.0 / w2, self._first_scale(G))
+                if first is not None:
+                    self._start(L, rows, first, t)
 
-    def _first_scale(self, G: Tensor) -> Tensor:
-        """``c^(1/r - 1)``, c the mean of the entries of ``G^2`` and r the number of factors; 1 where G is zero."""
-        c = G.flatten(1).square().mean(1)
-        return torch.where(c > 0, c, 1.0).pow(1.0 / len(self.axes) - 1.0)
+    def _start(self, L: Symmetric, rows: Rows, first: Tensor, t: int) -> None:
+        """``L <- c^(1/r - 1) (L + c I)`` where L is of the first gradient, c the mean of its squares, r the factors.
+
+        That L is singular, and the next gradients would be whitened by its inverse. The powers of c make the product
+        of all factors one of squares of gradients, as a covariance is. What is divided by a weight has cI times it.
+        """
+        c = L.mean(rows) / self.hp.w2
+        gathered = self.hp.correction(self.hp.beta2, self.hp.terms(t)) if self.corrects_statistics else 1.0
+        scale = torch.where(first & (c > 0), c, 1.0).pow(1.0 / len(self.axes) - 1.0)
+        L.adjust(rows, torch.where(first, c * gathered, 0.0), scale)
 
     def _whiteners(self, rows: Rows) -> PerAxis:
         """``W_i`` with ``W_i^T W_i = L_i^-1``."""

@@ -31,11 +31,18 @@ class Symmetric:
             if isinstance(rows, Tensor):  # that was a copy
                 self.tiles[name][rows] = advanced
 
-    def start(self, rows: Rows, weight: float, scale: Tensor) -> None:
-        """``A <- scale (A + weight (trace A / d) I)`` for the given rows, scale (rows,)."""
-        diagonals = [self.tiles[name].diagonal(dim1=1, dim2=2) for name, (i, j) in self._spans.items() if i == j]
-        added = sum((diagonal[rows].sum(1) for diagonal in diagonals), torch.zeros(())) * (weight / self.d)
-        for diagonal in diagonals:
+    @property
+    def _diagonals(self) -> list[Tensor]:
+        return [self.tiles[name].diagonal(dim1=1, dim2=2) for name, (i, j) in self._spans.items() if i == j]
+
+    def mean(self, rows: Rows) -> Tensor:
+        """``trace A / d`` of the given rows, (rows,)."""
+        first, *others = (diagonal[rows].sum(1) for diagonal in self._diagonals)
+        return sum(others, first) / self.d
+
+    def adjust(self, rows: Rows, added: Tensor, scale: Tensor) -> None:
+        """``A <- scale (A + added I)`` for the given rows, both (rows,)."""
+        for diagonal in self._diagonals:
             diagonal[rows] += added[:, None]
         for tile in self.tiles.values():
             tile[rows] *= scale[:, None, None]

@@ -53,7 +53,7 @@ class Settings:
     adamw_lr: float = _option(3e-3, "Peak learning rate of AdamW.")
     shampoo_lr: float = _option(1e-2, "Peak learning rate of 3D-Shampoo.")
     block_size: int = _option(128, "3D-Shampoo: largest block of a matrix along an axis, 0 for whole matrices.")
-    refresh: int = _option(5, "3D-Shampoo: steps between two computations of the inverse roots.")
+    refresh: int = _option(10, "3D-Shampoo: steps between two computations of the inverse roots.")
     root_copies: int = _option(1, "3D-Shampoo: replicas that keep each block's roots: memory against traffic.")
     evaluate_every: int = _option(10, "Steps between two looks at the validation text.")
     seed: int = _option(0, "Decides initial weights and batches.")
