@@ -67,6 +67,17 @@ def merged(shape: Sequence[int], block_size: int) -> tuple[int, ...]:
     return tuple(result)
 
 
+def with_kernels_merged(shape: Sequence[int]) -> tuple[int, ...]:
+    """Axes from the third on, those of a kernel, joined with the one before, but for those longer than 16."""
+    result = list(shape[:2])
+    for length in shape[2:]:
+        if length <= 16:
+            result[-1] *= length
+        else:
+            result.append(length)
+    return tuple(result)
+
+
 def cut(shape: Sequence[int], block_size: int) -> list[tuple[slice, ...]]:
     """The blocks: each axis in ceil(length / block_size) parts, as equal as possible, the larger ones first."""
     grid: list[tuple[slice, ...]] = [()]
@@ -173,8 +184,8 @@ class Parameter:
         self.t = 0
         merge = s.best_effort_shape_interpretation and s.block_size > 0
         self.shape = merged(self.W.shape, s.block_size) if merge else self.W.shape
-        if s.kernels == "matrix" and self.W.ndim > 2:
-            self.shape = (self.W.shape[0], prod(self.W.shape[1:]))
+        if s.kernels == "matrix":
+            self.shape = with_kernels_merged(self.W.shape)
         self.blocks: list[Block] = []
         if s.precondition and len(self.shape) > 1 and prod(self.shape) > 0:
             pieces = cut(self.shape, s.block_size)

@@ -231,6 +231,11 @@ def test_blocks_that_do_not_divide(shape: tuple[int, ...], block_size: int) -> N
     follow([shape], [replace(BASE, block_size=block_size)])
 
 
+@pytest.mark.parametrize("shape", [(5, 2, 16), (5, 2, 17), (3, 2, 17, 2), (2, 20, 3), (1, 17, 18)], ids=str)
+def test_only_short_axes_are_those_of_a_kernel(shape: tuple[int, ...]) -> None:
+    follow([shape], [replace(BASE, block_size=12, kernels="matrix")])
+
+
 @pytest.mark.parametrize("shape", [(300_001,), (3, 300, 401), (550, 600)], ids=str)
 def test_large_parameters_that_are_grafted_only(shape: tuple[int, ...]) -> None:
     """Without factors there is nothing to cut for, but their rows may be shared out in blocks all the same."""

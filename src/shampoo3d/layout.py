@@ -30,7 +30,7 @@ from shampoo3d.blocks import (
     strides_of,
 )
 from shampoo3d.hyperparams import ShampooHyperParams
-from shampoo3d.variant import Variant
+from shampoo3d.variant import LONGEST_KERNEL, Variant
 
 GRAFTED_BLOCK = 2**18
 """Elements in a block without factors: small enough that the rows of a large embedding spread over the ranks."""
@@ -343,7 +343,8 @@ def describe(storage: Storage, hp: ShampooHyperParams, world_size: int) -> Matri
 def _merged_axes(shape: Shape, hp: ShampooHyperParams, split: Collection[int]) -> tuple[tuple[int, ...], ...]:
     """Which axes become one; an axis that is split does not join the ones before it."""
     if hp.variant.kernels == "matrix":
-        return merge_dims(shape, math.prod(shape), {1, *split})
+        long = [axis for axis, length in enumerate(shape) if length > LONGEST_KERNEL]
+        return merge_dims(shape, math.prod(shape), {1, *split, *long})
     return merge_dims(shape, hp.block_size if hp.best_effort_shape_interpretation else 0, split)
 
 

@@ -9,6 +9,8 @@ Direction = Literal["root", "adam"]
 Statistics = Literal["gradient", "kl"]
 Sides = Literal["all", "first", "last", "shortest"]
 Kernels = Literal["axes", "matrix"]
+LONGEST_KERNEL = 16
+"""Longer axes are taken for something else: experts, positions."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class Variant:
         sides: the axes that have a factor: "all", the "first" or "last" only, or the "shortest" of each matrix; with
             one side the exponent is -1/2 (one-sided Shampoo, Xie et al. 2025, arXiv 2503.10537).
         largest_dimension: axes of blocks that are longer have no factor (Vyas et al. 2024); 0 for no bound.
-        kernels: what a parameter with more than two axes is, such as the kernels of a convolution (out, in, height,
-            width): all of its "axes" have a factor, or it is the "matrix" (out, in height width) (Grosse and Martens
-            2016, arXiv 1602.01407).
+        kernels: what the kernels of a convolution (out, in, height, width) are: all of their "axes" have a factor, or
+            they are the "matrix" (out, in height width) (Grosse and Martens 2016, arXiv 1602.01407). Axes from the
+            third on count as those of a kernel where they are at most 16 long.
         beta1: decay of an average of the gradient that is preconditioned in its place, and whose length is grafted;
             with it there is no other momentum. 0 for none.
         graft_beta2: decay of the average of ``G^2`` for the RMSPROP and ADAM grafts and the diagonal direction.
