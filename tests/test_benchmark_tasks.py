@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from tasks import compare, problems, report
+from tasks import compare, problems, report, step_cost
 from tasks.contenders import ADAM_RATES, BASELINE, OURS, Muon, contenders, peer
 from tasks.problems import Batch, Images, Task
 from tasks.training import share_of_rate, train
@@ -373,3 +373,13 @@ def test_a_peer_is_imported_and_its_rate_is_set() -> None:
     optimizer = contender.make(problems.convnet(images()).make(0), lr=0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25]
     assert contender.rates == ADAM_RATES
+
+
+def test_steps_are_timed_side_by_side(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("to be or not to be " * 100)
+    these = [contender for contender in contenders() if contender.name in (BASELINE, "3D-Shampoo")]
+    adamw, ours = step_cost.measured(problems.gpt(text, batch=2, width=16, layers=1), these, {}, rounds=2, steps=1)
+    assert (adamw["optimizer"], ours["optimizer"], adamw["of_adamw"]) == (BASELINE, "3D-Shampoo", 1.0)
+    assert ours["passes_ms"] == adamw["passes_ms"] > 0
+    assert ours["optimizer_ms"] > 0
