@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from record import setting, write
 from step_report import markdown
-from tasks.contenders import BASELINE, Contender, Optimizer, Settings, contenders
+from tasks.contenders import BASELINE, Contender, Settings, contenders
 from tasks.problems import NAMES, Task, tasks
-from tasks.training import Stopwatch
+from tasks.training import Stopwatch, training_step
 
 OPTIMIZERS = (BASELINE, "3D-Shampoo", "Muon", "SOAP")
 ROUNDS, STEPS, WARMUP = 5, 10, 12
@@ -38,7 +38,7 @@ class Trained:
 
     def __init__(self, task: Task, contender: Contender, settings: Settings) -> None:
         self.task, self.model = task, task.make(0)
-        self.optimizer: Optimizer = contender.make(self.model, **{"lr": min(contender.rates), **settings})
+        self.optimizer = contender.make(self.model, **{"lr": min(contender.rates), **settings})
         self.batches = task.batches(0)
         self.whole: list[float] = []
         self.step: list[float] = []
@@ -48,10 +48,7 @@ class Trained:
         for _ in range(steps):
             batch = next(self.batches)
             with whole.running():
-                self.optimizer.zero_grad()
-                self.task.training_loss(self.model, batch).backward()
-                with step.running():
-                    self.optimizer.step()
+                training_step(self.task, self.model, self.optimizer, batch, step)
         self.whole.append(1e3 * whole.seconds["cpu"] / steps)
         self.step.append(1e3 * step.seconds["cpu"] / steps)
 

@@ -89,7 +89,7 @@ def train(task: Task, make: Callable[..., Optimizer], settings: Settings, seed: 
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * share_of_rate(step, task.steps)
             with training.running():
-                _step(task, model, optimizer, batch, stepping)
+                training_step(task, model, optimizer, batch, stepping)
             if step in marks:
                 curve.add(step, _finite("validation", task.validation_loss(model)), training.seconds)
     except (ArithmeticError, torch.linalg.LinAlgError) as error:
@@ -98,7 +98,8 @@ def train(task: Task, make: Callable[..., Optimizer], settings: Settings, seed: 
     return Outcome(final, stopped, _rounded(training), _rounded(stepping), curve)
 
 
-def _step(task: Task, model: nn.Module, optimizer: Optimizer, batch: Batch, stepping: Stopwatch) -> None:
+def training_step(task: Task, model: nn.Module, optimizer: Optimizer, batch: Batch, stepping: Stopwatch) -> None:
+    """Forward, backward and the optimizer's step, of which ``stepping`` takes the time."""
     optimizer.zero_grad()
     loss = task.training_loss(model, batch)
     _finite("training", float(loss.detach()))

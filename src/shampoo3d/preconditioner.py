@@ -98,9 +98,8 @@ class Stack:
         of all factors one of squares of gradients, as a covariance is. What is divided by a weight has cI times it.
         """
         c = L.mean(rows) / self.hp.w2
-        gathered = self.hp.correction(self.hp.beta2, self.hp.terms(t)) if self.corrects_statistics else 1.0
         scale = torch.where(first & (c > 0), c, 1.0).pow(1.0 / len(self.axes) - 1.0)
-        L.adjust(rows, torch.where(first, c * gathered, 0.0), scale)
+        L.adjust(rows, torch.where(first, c * self._gathered(t), 0.0), scale)
 
     def _whiteners(self, rows: Rows) -> PerAxis:
         """``W_i`` with ``W_i^T W_i = L_i^-1``."""
@@ -151,11 +150,14 @@ class Stack:
         """Whether roots are of statistics divided by their weight; bases do not depend on it."""
         return self.hp.beta2 < 1.0 and self.hp.variant.bias_correction and self.hp.variant.direction == "root"
 
+    def _gathered(self, t: int) -> float:
+        """By what the statistics of step t are divided for a root."""
+        terms = self.hp.terms(t)
+        return self.hp.correction(self.hp.beta2, terms) if self.corrects_statistics and terms else 1.0
+
     def _averaged_statistics(self, place: int, rows: Rows, t: int) -> Tensor:
         """L, divided by the weight that it has gathered if that is corrected for."""
-        L, weight, terms = self.statistics[place].whole(rows), 1.0, self.hp.terms(t)
-        if self.corrects_statistics and terms:
-            weight = self.hp.correction(self.hp.beta2, terms)
+        L, weight = self.statistics[place].whole(rows), self._gathered(t)
         return L if weight == 1.0 else L / weight
 
     def _new_roots(self, place: int, rows: Rows, t: int) -> tuple[Tensor, ...]:
