@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shampoo3d import checkpoint
 from shampoo3d.agreement import StepRefusedError, Verdict, agree
 from shampoo3d.assemble import (
     DisagreementError,
@@ -19,7 +18,8 @@ from shampoo3d.assemble import (
     flat_groups,
     is_trainable,
 )
-from shampoo3d.checkpoint import ParamState
+from shampoo3d.checkpoint import state as checkpoint
+from shampoo3d.checkpoint.state import ParamState
 from shampoo3d.distribution import Distribution
 from shampoo3d.engines import deepspeed, native
 from shampoo3d.exchange import Exchange

@@ -47,9 +47,9 @@ def live_state(teams: Sequence[Team]) -> dict[Tensor, ParamState]:
             for row, member in enumerate(stack.members):
                 views = {name: tensor[row] for name, tensor in stack.momenta.tensors().items()}
                 state[member.binding.place.tensor].setdefault(member.cell.piece.box.key, {}).update(views)
-        for binding, key, views in _factors(team):
+        for binding, block, views, _ in factors_of(team):
             if not binding.matrix.storage.sharded:
-                state[binding.place.tensor].setdefault(key, {}).update(views)
+                state[binding.place.tensor].setdefault(block.key, {}).update(views)
     return state
 
 
@@ -57,18 +57,19 @@ def owned_factors(teams: Sequence[Team]) -> dict[str, dict[str, dict[str, Tensor
     """The factors that this rank owns of matrices in flat slices, by parameter and block."""
     found: defaultdict[str, dict[str, dict[str, Tensor]]] = defaultdict(dict)
     for team in teams:
-        for binding, key, views in _factors(team):
+        for binding, block, views, _ in factors_of(team):
             if binding.matrix.storage.sharded:
-                found[binding.matrix.name][key] = views
+                found[binding.matrix.name][block.key] = views
     return dict(found)
 
 
-def _factors(team: Team) -> Iterator[tuple[Binding, str, dict[str, Tensor]]]:
+def factors_of(team: Team) -> Iterator[tuple[Binding, Block, dict[str, Tensor], bool]]:
+    """What is kept here of each block that has factors, in views; and whether another rank owns it."""
     for batch in team.batches:
         tensors = batch.stack.tensors()
         for member in batch.members:
             views = {name: tensor[member.row] for name, tensor in tensors.items()}
-            yield member.binding, team.plan.blocks[member.slot].key, views
+            yield member.binding, member.block, views, batch.guests
 
 
 def logical(matrix: Matrix, hp: ShampooHyperParams) -> Matrix:
@@ -147,7 +148,7 @@ def _merged_zeros(binding: Binding, hp: ShampooHyperParams) -> dict[str, Tensor]
 
 def _all_factors(team: Team, link: Link) -> dict[tuple[int, str], dict[str, Tensor]]:
     """All factors, by matrix and block."""
-    kept = {(binding.number, key): views for binding, key, views in _factors(team)}
+    kept = {(binding.number, block.key): views for binding, block, views, _ in factors_of(team)}
     planned = [(team.slots[slot][0].number, block) for slot, block in enumerate(team.plan.blocks) if block.factors]
     shapes = [factor_shapes(block.shape, block.axes, team.hp) for _, block in planned]
 
@@ -220,9 +221,9 @@ def load(teams: Sequence[Team], live: dict[Tensor, ParamState], saved: Mapping[T
         for binding in team.bindings:
             if binding.place.tensor in saved:
                 live[binding.place.tensor]["step"] = saved[binding.place.tensor]["step"]
-        for binding, key, views in _factors(team):
+        for binding, block, views, _ in factors_of(team):
             if binding.place.tensor in saved:
-                _copy(views, saved[binding.place.tensor][key])
+                _copy(views, saved[binding.place.tensor][block.key])
         _load_momenta(team, saved)
 
 
