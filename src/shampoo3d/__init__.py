@@ -1,6 +1,8 @@
 """3D-Shampoo: Kronecker-factored preconditioning whose work is shared over data, pipeline and tensor parallel ranks."""
 
 from shampoo3d.agreement import StepRefusedError
+from shampoo3d.checkpoint.folder import Loaded
+from shampoo3d.checkpoint.manifest import CheckpointError
 from shampoo3d.computation import Computation
 from shampoo3d.distribution import Distribution
 from shampoo3d.hyperparams import LayerwiseGrafting, ShampooHyperParams
@@ -11,9 +13,11 @@ from shampoo3d.topology import Topology
 from shampoo3d.variant import Variant
 
 __all__ = [
+    "CheckpointError",
     "Computation",
     "Distribution",
     "LayerwiseGrafting",
+    "Loaded",
     "Plan",
     "PlannedBlock",
     "Report",

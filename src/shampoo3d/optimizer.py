@@ -1,24 +1,22 @@
 """Shampoo as a ``torch.optim`` optimizer that shares its work over the ranks that it finds."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from shampoo3d.agreement import StepRefusedError, Verdict, agree
+from shampoo3d.agreement import StepRefusedError, Verdict, agree, everyones, first_complaint
 from shampoo3d.assemble import (
-    DisagreementError,
     assemble,
     check_shapes,
     flat_groups,
     is_trainable,
 )
 from shampoo3d.checkpoint import state as checkpoint
+from shampoo3d.checkpoint.saving import Checkpointed
 from shampoo3d.checkpoint.state import ParamState
 from shampoo3d.distribution import Distribution
 from shampoo3d.engines import deepspeed, native
@@ -36,7 +34,7 @@ from shampoo3d.stepping import settle, take_step
 from shampoo3d.topology import Claims, Mesh, Topology
 
 
-class Shampoo(Optimizer):
+class Shampoo(Checkpointed):
     """Shampoo with grafting and momentum; the update rule is stated in ``docs/update-rule.md``.
 
     Used like any PyTorch optimizer. Where ``torch.distributed`` runs, the blocks of all matrices are shared over the
@@ -203,6 +201,8 @@ class Shampoo(Optimizer):
 
     def _unusable(self) -> str:
         """What this step is given that it cannot use, or what has failed too often; empty if nothing."""
+        if self._mesh is not None and self._mesh.source != deepspeed.NAME and deepspeed.is_running():
+            return "the ranks were found before DeepSpeed was started: bind or load after deepspeed.initialize"
         most = self.hyperparams.computation.max_root_failures
         if most is not None and self.root_failures > most:
             return f"{self.root_failures} roots could not be computed, more than max_root_failures={most}"
@@ -272,9 +272,22 @@ class Shampoo(Optimizer):
         self.state.clear()
         self.state.update(live)
 
+    def bind(self) -> None:
+        """Find the ranks and plan now, instead of at the first step. Collective where the work is shared.
+
+        With DeepSpeed after ``deepspeed.initialize``: before it, parameters are not yet where they will be.
+
+        Raises:
+            StepRefusedError: on every rank, as from :meth:`step`.
+        """
+        mesh = self._mesh or locate(self._claims)
+        if any(everyones(mesh.everyone, self._has_unbound())) and (why := first_complaint(mesh, self._bind(mesh))):
+            raise StepRefusedError(why)
+
     @property
     def plans(self) -> tuple[Plan, ...]:
-        """Who owns which block, for each team of ranks that store the same matrices; empty before the first step."""
+        """Who owns which block, for each team of ranks that store the same matrices; empty before parameters are bound,
+        at the first step or by :meth:`bind`."""
         return tuple(team.plan for team in self._teams)
 
     def state_bytes(self) -> int:
@@ -294,92 +307,3 @@ class Shampoo(Optimizer):
     def report(self) -> Report:
         """Which path each parameter takes, and why; what this rank keeps, and what a step brings from other ranks."""
         return Report.of(self._teams, self._facts.names, self.skipped_steps, self.distribution)
-
-    # ---- state -------------------------------------------------------------------------------------------------------
-
-    def _complete_state(self) -> dict[Tensor, ParamState]:
-        """The state of every parameter, whoever keeps it; of flat slices, what this rank keeps of them."""
-        if self._mesh is None:
-            return dict(self._saved)
-        settle(self._teams)
-        steps = {tensor: int(state["step"]) for tensor, state in self.state.items()}
-        begun: dict[Tensor, ParamState] = dict(self._saved)
-        for team in self._teams:
-            if flat_groups(self._facts):
-                begun |= {place.tensor: dict(self.state[place.tensor]) for place in team.places}
-            else:
-                begun |= checkpoint.complete_state(team, steps)
-        return {param: begun.get(param, {"step": 0}) for group in self.param_groups for param in group["params"]}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The complete state, whoever owns it, as one process would have it; in copies.
-
-        Collective where the work is shared: every rank must call it. It loads into any number of ranks. Under ZeRO it
-        is what this rank keeps, without communication, as DeepSpeed's files are; that loads into the same layout.
-        """
-        owned, self.state = self.state, defaultdict(dict, self._complete_state())
-        try:
-            whole = super().state_dict()
-        finally:
-            self.state = owned
-        if flat_groups(self._facts) and self._mesh is not None:
-            whole["shampoo"] = checkpoint.own_state(self._teams)
-        return whole
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state that :meth:`state_dict` made; each rank takes what it stores and owns.
-
-        Before the first step of a distributed run the ranks are not known yet; the state is then checked at that step.
-
-        Raises:
-            ValueError: naming the group, parameter or block that does not fit; the optimizer is unchanged.
-        """
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = before(self, state_dict) or state_dict
-        groups = checkpoint.loaded_groups(self.param_groups, state_dict["param_groups"], self.hyperparams)
-        numbers = {
-            number: param
-            for old, now in zip(state_dict["param_groups"], groups, strict=True)
-            for number, param in zip(old["params"], now["params"], strict=True)
-        }
-        saved = {numbers[n]: param_state for n, param_state in state_dict["state"].items()}
-        if missing := [self._facts.names.get(param, "") for param in numbers.values() if saved and param not in saved]:
-            count = f"{len(missing)} of {len(numbers)}"
-            raise ValueError(f"the loaded state has nothing for {count} parameters: {missing[:5]}")
-        own: dict[str, Any] | None = state_dict.get("shampoo")
-        if saved and flat_groups(self._facts) != (own is not None):
-            raise ValueError(
-                "state that was saved under ZeRO loads into the same layout only, and no other state does there"
-            )
-        distributed = dist.is_available() and dist.is_initialized()
-        if self._mesh is None and distributed:
-            self._saved, self._saved_own = saved, own
-        else:
-            try:
-                self._assemble(self._mesh or locate(self._claims), saved, own, {})
-            except DisagreementError as error:
-                raise StepRefusedError(str(error)) from None
-        for group, loaded in zip(self.param_groups, groups, strict=True):
-            group.clear()  # the dictionary itself stays: engines and schedulers have it
-            group.update(loaded)
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which bind their parameters anew at their first step."""
-        facts = replace(self._facts, models=[])
-        kept = (
-            "defaults",
-            "param_groups",
-            "hyperparams",
-            "distribution",
-            "skipped_steps",
-            "_claims",
-            "_saved_own",
-            "_reduction",
-        )
-        fresh = {"state": defaultdict(dict), "_facts": facts, "_mesh": None, "_teams": [], "_exchanges": []}
-        fresh["_places"] = {}
-        same = {"_groups": self._groups, "_saved": self._complete_state()}
-        return {name: getattr(self, name) for name in kept} | fresh | same

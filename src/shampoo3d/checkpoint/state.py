@@ -341,3 +341,32 @@ def loaded_groups(
         check_group(group, hp)
         groups.append(group)
     return groups
+
+
+def by_parameter(
+    current: Sequence[dict[str, Any]], saved: Mapping[str, Any], names: Mapping[Tensor, str], hp: ShampooHyperParams
+) -> tuple[list[dict[str, Any]], dict[Tensor, ParamState]]:
+    """The groups, see :func:`loaded_groups`, and the state of each parameter in a ``state_dict()``.
+
+    Raises:
+        TypeError, ValueError: as that, or naming the parameters of which there is no state.
+    """
+    groups = loaded_groups(current, saved["param_groups"], hp)
+    numbers = {
+        number: param
+        for old, now in zip(saved["param_groups"], groups, strict=True)
+        for number, param in zip(old["params"], now["params"], strict=True)
+    }
+    state = {numbers[n]: param_state for n, param_state in saved["state"].items()}
+    if missing := [names.get(param, "") for param in numbers.values() if state and param not in state]:
+        count = f"{len(missing)} of {len(numbers)}"
+        raise ValueError(f"the loaded state has nothing for {count} parameters: {missing[:5]}")
+    return groups, state
+
+
+def replace_settings(groups: Sequence[dict[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> None:
+    """Give groups other settings; the dictionaries themselves stay, since engines and schedulers have them."""
+    for group, settings in zip(groups, loaded, strict=True):
+        kept = dict(settings)  # which may be of the group itself
+        group.clear()
+        group.update(kept)

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from shampoo3d.topology import Group, Mesh, Topology, group_of, world_group
 
+NAME = "DeepSpeed"
+"""The source of places that were found here."""
+
 
 def is_running() -> bool:
     """Whether DeepSpeed's communication has been started in this process."""
@@ -28,7 +31,7 @@ def locate() -> Mesh:
     everyone = world_group()
     rank = torch.distributed.get_rank()
     data = group_of(_groups()._get_sequence_data_parallel_group())
-    return Mesh(rank, everyone, data, _model_group(rank), "DeepSpeed")
+    return Mesh(rank, everyone, data, _model_group(rank), NAME)
 
 
 def _model_group(rank: int) -> Group:

@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO: which elements of which parameter lie where in the flat tensors that it puts into the groups."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shampoo3d.blocks import Shape
+from shampoo3d.layout import Part
 from shampoo3d.topology import group_of
 
 
@@ -39,6 +40,17 @@ def is_partitioned(param: Tensor) -> bool:
 
 def is_stage_3(param: Tensor) -> bool:
     return hasattr(param, "ds_id") and hasattr(param, "_z3_optimizer")
+
+
+def model_storage(param: Any, part: Part) -> Iterator[tuple[Tensor, Part]]:
+    """Where the model itself keeps its values beside the master copy, of which ``part`` is here: flat, and what of it.
+
+    Stage 3 keeps a slice of the parameter and, while it is in use, all of it; else all of it is there.
+    """
+    if is_stage_3(param):
+        yield param.ds_tensor.detach().reshape(-1)[: part.elements], part
+    if not is_stage_3(param) or param.ds_status.name == "AVAILABLE":
+        yield param.detach().reshape(-1), Part.of(part.spans)
 
 
 def slices(params: Sequence[Tensor], originals: Sequence[Tensor], names: Sequence[str]) -> dict[Tensor, Slice]:

@@ -1,0 +1,333 @@
+"""Folders that hold the weights and the whole state, and load into any other layout.
+
+Each rank writes what it keeps. A folder has its name only when all is written, so there are no halves of one.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from shampoo3d.agreement import everyones, first_complaint
+from shampoo3d.checkpoint import manifest as of_folder
+from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, Parameter, checksum, partial
+from shampoo3d.checkpoint.reading import Reader, described, read_metadata
+from shampoo3d.checkpoint.state import loaded_groups
+from shampoo3d.checkpoint.tensors import Held, Scattered, Weights, held
+from shampoo3d.holdings import Team
+from shampoo3d.hyperparams import ShampooHyperParams
+from shampoo3d.places import Binding, Place
+from shampoo3d.topology import Mesh
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an optimizer has to save on this rank, or what it can take.
+
+    Attributes:
+        called: the name of each matrix in a folder.
+        groups: the settings of all parameter groups.
+        steps: of each tensor in them.
+        idle: the parameters that take no part in steps.
+        models: the model's own parameters by name, where an engine keeps master copies of them.
+    """
+
+    mesh: Mesh
+    teams: Sequence[Team]
+    called: Mapping[Binding, str]
+    groups: Sequence[dict[str, Any]]
+    steps: Mapping[Tensor, int]
+    idle: Sequence[str]
+    models: Mapping[str, Tensor]
+    hp: ShampooHyperParams
+    skipped_steps: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank does what one has to do for all."""
+        return self.mesh.rank == self.mesh.everyone.ranks[0]
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """The place of this rank, and how many there are."""
+        return self.mesh.everyone.ranks.index(self.mesh.rank), self.mesh.everyone.size
+
+    def parameters(self) -> dict[str, Parameter]:
+        """The matrices of all ranks. Collective."""
+        told = {
+            self.called[binding]: Parameter.of(binding.matrix, self.steps[binding.place.tensor])
+            for team in self.teams
+            if team.rank == team.plan.ranks[0]
+            for binding in team.bindings
+        }
+        return {name: found for of in everyones(self.mesh.everyone, told) for name, found in of.items()}
+
+    def everyones_idle(self) -> tuple[str, ...]:
+        """The parameters on any rank that take no part in steps. Collective."""
+        return tuple(sorted({name for names in everyones(self.mesh.everyone, tuple(self.idle)) for name in names}))
+
+    def held(self, weights: Weights | None, *, everything: bool) -> list[Held]:
+        """What this rank has of the state and, if they are wanted, the weights."""
+        return [of for team in self.teams for of in held(team, self.called, weights, everything=everything)]
+
+    def weights(self) -> Weights:
+        """The weights that are here."""
+        return Weights({place: place.flat for team in self.teams for place in team.places}, self.models)
+
+
+def called(mesh: Mesh, teams: Sequence[Team]) -> dict[Binding, str]:
+    """Names of matrices: their own but for experts, which have the same on all ranks. Collective."""
+    mine = {(binding.matrix.name, team.plan.ranks) for team in teams for binding in team.bindings}
+    ranks_of: dict[str, set[tuple[int, ...]]] = {}
+    for name, ranks in (item for told in everyones(mesh.everyone, mine) for item in told):
+        ranks_of.setdefault(name, set()).add(ranks)
+    found = {}
+    for team in teams:
+        for binding in team.bindings:
+            name, teams_of_it = binding.matrix.name, sorted(ranks_of[binding.matrix.name])
+            found[binding] = name if len(teams_of_it) == 1 else f"{name}@{teams_of_it.index(team.plan.ranks)}"
+    return found
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What :meth:`shampoo3d.Shampoo.load_checkpoint` has done.
+
+    Attributes:
+        step: that of the parameter that has taken most.
+        changed: the settings that are other ones now, with what they were and what they are.
+        begun: the parameters that begin anew, since the checkpoint has no state of them.
+        left: the parameters whose state in the checkpoint nobody takes.
+    """
+
+    step: int
+    changed: Mapping[str, tuple[Any, Any]]
+    begun: tuple[str, ...]
+    left: tuple[str, ...]
+
+
+def save(source: Source, path: str | os.PathLike[str]) -> None:
+    """Write a folder. Collective.
+
+    Raises:
+        CheckpointError: on all ranks, if it exists already or could not be written; there is no such folder then.
+    """
+    folder = Path(path)
+    _refuse(source.mesh, _prepare(folder, source.groups) if source.first else "")
+    tensors: dict[str, Any] = {of.key: of.scattered() for of in source.held(source.weights(), everything=False)}
+    complaint = ""
+    try:
+        alone = source.mesh.everyone.size == 1
+        state_dict_saver.save(tensors, storage_writer=FileSystemWriter(partial(folder)), no_dist=alone)
+    except Exception as error:  # of the disk, on any rank
+        complaint = f"{folder} could not be written: {_words(error)}"
+    _refuse(source.mesh, complaint)
+    parameters, idle, files = source.parameters(), source.everyones_idle(), _checksums(source, partial(folder))
+    groups, settings = tuple(map(_settings, source.groups)), of_folder.plain(source.hp)
+    written = Manifest(parameters, idle, settings, groups, source.skipped_steps, files)
+    _refuse(source.mesh, _finish(folder, written) if source.first else "")
+
+
+def _refuse(mesh: Mesh, complaint: str) -> None:
+    """Raise on all ranks what one of them has to complain of."""
+    if told := first_complaint(mesh, complaint):
+        raise CheckpointError(told)
+
+
+def _words(error: Exception) -> str:
+    """What happened, of the errors of all ranks the first."""
+    causes = getattr(error, "failures", None)
+    if not causes:
+        return f"{type(error).__name__}: {error}"
+    rank, (cause, _) = next(iter(causes.items()))
+    return f"{type(cause).__name__} on rank {rank}: {cause}"
+
+
+def _prepare(folder: Path, groups: Sequence[Mapping[str, Any]]) -> str:
+    """Make room; what forbids it, or empty."""
+    if folder.exists():
+        return f"{folder} exists already: a checkpoint is written into a folder of its own"
+    for number, group in enumerate(groups):
+        for name, value in _settings(group).items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                return f"group {number} has a setting {name!r} of type {type(value).__name__}, which cannot be saved"
+    try:
+        if partial(folder).exists():
+            shutil.rmtree(partial(folder))
+        partial(folder).mkdir(parents=True)
+    except OSError as error:
+        return f"{folder} could not be written: {error}"
+    return ""
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
+
+
+def _checksums(source: Source, folder: Path) -> dict[str, tuple[int, int]]:
+    """Sizes and CRC-32 of all files, which the ranks share. Collective."""
+    place, size = source.share
+    mine = {path.name: (path.stat().st_size, checksum(path)) for path in sorted(folder.iterdir())[place::size]}
+    return {name: found for of in everyones(source.mesh.everyone, mine) for name, found in of.items()}
+
+
+def _finish(folder: Path, written: Manifest) -> str:
+    """Give the folder its name, once it is whole and on the disk; what hindered it, or empty."""
+    try:
+        written.write(partial(folder))
+        _sync(partial(folder) / of_folder.MANIFEST)
+        _sync(partial(folder))
+        partial(folder).rename(folder)
+        _sync(folder.parent)
+    except OSError as error:
+        return f"{folder} could not be written: {error}"
+    return ""
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- loading ----
+
+
+class Loading:
+    """A folder on its way into an optimizer: first all is read and checked, then all is taken."""
+
+    def __init__(self, source: Source, path: str | os.PathLike[str], *, weights: bool, strict: bool) -> None:
+        """Read what the folder says of itself, and compare. Collective.
+
+        Raises:
+            CheckpointError: on all ranks, naming what is damaged or does not fit; nothing was changed.
+        """
+        self.source, self.folder = source, Path(path)
+        self.weights = source.weights() if weights else None
+        self.parameters, idle = source.parameters(), source.everyones_idle()
+        self.groups: list[dict[str, Any]] = [dict(group) for group in source.groups]
+        complaint = ""
+        try:
+            self.manifest = Manifest.read(self.folder)
+            place, size = source.share
+            complaint = self.manifest.damage(self.folder, share=place, of=size)
+            complaint = complaint or self._misfit({*idle} if strict else None) or self._unequal_steps()
+            if strict or len(self.groups) == len(self.manifest.groups):
+                self.groups = self._settings()
+        except (TypeError, ValueError) as error:
+            complaint = str(error)
+        _refuse(source.mesh, complaint)
+
+    def _settings(self) -> list[dict[str, Any]]:
+        """The groups here with the settings of the folder."""
+        saved, now = self.manifest.groups, self.groups
+        if len(saved) != len(now):
+            raise CheckpointError(f"{self.folder} has {len(saved)} parameter groups, the optimizer has {len(now)}")
+        with_params = [{**theirs, "params": ours["params"]} for theirs, ours in zip(saved, now, strict=True)]
+        return loaded_groups(now, with_params, self.source.hp)
+
+    @property
+    def begun(self) -> tuple[str, ...]:
+        """The parameters of which the folder has no state."""
+        return tuple(sorted(self.parameters.keys() - self.manifest.parameters.keys()))
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """The parameters whose state nobody takes."""
+        return tuple(sorted(self.manifest.parameters.keys() - self.parameters.keys()))
+
+    def _misfit(self, idle: set[str] | None) -> str:
+        """What of the folder the optimizer cannot take, or empty; ``idle`` is None if names may be missing."""
+        saved, now = self.manifest.hyperparams, of_folder.plain(self.source.hp)
+        words = [f"saved with other hyperparams: {what}" for what in of_folder.contradictions(saved, now)]
+        words += of_folder.misfits(self.manifest.parameters, self.parameters)
+        if idle is not None:
+            begun = [name for name in self.begun if name not in self.manifest.idle]
+            left = [name for name in self.left if name not in idle]
+            frozen = [name for name in self.left if name in idle]
+            words += [f"it has nothing for {len(begun)} parameters: {begun[:5]}"] * bool(begun)
+            words += [f"{len(left)} of its parameters are not in the model: {left[:5]}"] * bool(left)
+            words += [f"{len(frozen)} of its parameters are frozen or empty here: {frozen[:5]}"] * bool(frozen)
+        if recut := of_folder.recut(self.manifest.parameters, self.parameters):
+            words.append(f"{len(recut)} matrices were cut into other blocks: {recut[:5]}")
+        return f"{self.folder} does not fit: {'; '.join(words[:5])}" if words else ""
+
+    def _unequal_steps(self) -> str:
+        """Which parameters of one flat slice have taken different numbers of steps, if there are any."""
+        for names in self._names().values():
+            steps = {self.manifest.parameters[name].step: name for name in names}
+            if len(steps.keys() - {0}) > 1:
+                return f"{self.folder} does not fit: parameters of one flat slice are at different steps: {steps}"
+        return ""
+
+    def _names(self) -> dict[Place, list[str]]:
+        """Whose state the folder has, by place."""
+        found: dict[Place, list[str]] = {}
+        for binding in (binding for team in self.source.teams for binding in team.bindings):
+            if self.source.called[binding] in self.manifest.parameters:
+                found.setdefault(binding.place, []).append(self.source.called[binding])
+        return found
+
+    def steps(self) -> dict[Tensor, int]:
+        """How many steps each tensor of the groups has taken; of a slice, those of its parameters that have begun."""
+        saved = self.manifest.parameters
+        return {place.tensor: max(saved[name].step for name in names) for place, names in self._names().items()}
+
+    def finish(self) -> None:
+        """Read the tensors, and take them over. Collective.
+
+        Raises:
+            CheckpointError: on all ranks, if a tensor is missing, does not fit or cannot be read.
+        """
+        begun = {*self.begun}
+        kept = [of for of in self.source.held(self.weights, everything=True) if of.name not in begun]
+        staged, complaint = {of.key: of.staged() for of in kept}, ""
+        try:
+            complaint = _undescribed(self.folder, staged)
+        except CheckpointError as error:
+            complaint = str(error)
+        _refuse(self.source.mesh, complaint)
+        try:
+            self._read(staged)
+        except Exception as error:  # of the disk or of what is on it, on any rank
+            complaint = f"{self.folder} could not be read: {_words(error)}"
+        _refuse(self.source.mesh, complaint)
+        for of in kept:
+            of.take(staged[of.key])
+        for place, flat in self.weights.flats.items() if self.weights else ():
+            place.store(flat)
+
+    def _read(self, into: Mapping[str, Tensor]) -> None:
+        alone = self.source.mesh.everyone.size == 1
+        state_dict_loader.load(dict(into), storage_reader=Reader(self.folder), no_dist=alone)
+
+    def loaded(self) -> Loaded:
+        """What was done."""
+        changed = of_folder.changed(self.manifest.hyperparams, of_folder.plain(self.source.hp))
+        return Loaded(self.manifest.step, changed, self.begun, self.left)
+
+
+def _undescribed(folder: Path, wanted: Mapping[str, Scattered]) -> str:
+    """What of the tensors that are wanted the folder does not have as they are needed, or empty."""
+    found = described(read_metadata(folder))
+    for key, tensor in wanted.items():
+        if key not in found:
+            return f"{folder} does not fit: it has no {key}"
+        if found[key].size != tensor.shape:
+            return f"{folder} does not fit: {key} is {tuple(found[key].size)}, and {tuple(tensor.shape)} is needed"
+        dtype = found[key].properties.dtype
+        if not dtype.is_floating_point or (torch.float64 in (dtype, tensor.dtype) and dtype != tensor.dtype):
+            return f"{folder} does not fit: {key} is {dtype}, and {tensor.dtype} is needed"
+    return ""

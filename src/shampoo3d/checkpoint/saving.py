@@ -1,0 +1,182 @@
+"""The part of the optimizer that saves and loads."""
+
+import os
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from shampoo3d.agreement import StepRefusedError
+from shampoo3d.assemble import DisagreementError, flat_groups
+from shampoo3d.checkpoint import folder
+from shampoo3d.checkpoint import state as checkpoint
+from shampoo3d.checkpoint.state import ParamState
+from shampoo3d.distribution import Distribution
+from shampoo3d.facts import Facts
+from shampoo3d.holdings import Team
+from shampoo3d.hyperparams import ShampooHyperParams
+from shampoo3d.places import Place
+from shampoo3d.readers import locate
+from shampoo3d.stepping import settle
+from shampoo3d.topology import Claims, Mesh
+
+
+class Checkpointed(Optimizer):
+    """An optimizer whose state is that of teams; see :class:`shampoo3d.Shampoo`."""
+
+    hyperparams: ShampooHyperParams
+    distribution: Distribution
+    skipped_steps: int
+    _claims: Claims
+    _facts: Facts
+    _mesh: Mesh | None
+    _teams: list[Team]
+    _places: dict[Tensor, Place]
+    _groups: list[dict[str, Any]]
+    _saved: dict[Tensor, ParamState]
+    _saved_own: dict[str, Any] | None
+
+    @abstractmethod
+    def bind(self) -> None:
+        """Find the ranks and plan."""
+
+    @abstractmethod
+    def _assemble(
+        self,
+        mesh: Mesh,
+        saved: Mapping[Tensor, ParamState],
+        own: Mapping[str, Any] | None,
+        owned: Mapping[Tensor, ParamState],
+    ) -> None:
+        """Make teams with new stacks, with the state in them that was saved or is owned already."""
+
+    def _complete_state(self) -> dict[Tensor, ParamState]:
+        """The state of every parameter, whoever keeps it; of flat slices, what this rank keeps of them."""
+        if self._mesh is None:
+            return dict(self._saved)
+        settle(self._teams)
+        steps = {tensor: int(state["step"]) for tensor, state in self.state.items()}
+        begun: dict[Tensor, ParamState] = dict(self._saved)
+        for team in self._teams:
+            if flat_groups(self._facts):
+                begun |= {place.tensor: dict(self.state[place.tensor]) for place in team.places}
+            else:
+                begun |= checkpoint.complete_state(team, steps)
+        return {param: begun.get(param, {"step": 0}) for group in self.param_groups for param in group["params"]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The complete state, whoever owns it, as one process would have it; in copies.
+
+        Collective where the work is shared: every rank must call it. It loads into any number of ranks. Under ZeRO it
+        is what this rank keeps, without communication, as DeepSpeed's files are; that loads into the same layout.
+        """
+        owned, self.state = self.state, defaultdict(dict, self._complete_state())
+        try:
+            whole = super().state_dict()
+        finally:
+            self.state = owned
+        if flat_groups(self._facts) and self._mesh is not None:
+            whole["shampoo"] = checkpoint.own_state(self._teams)
+        return whole
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state that :meth:`state_dict` made; each rank takes what it stores and owns.
+
+        Before the first step of a distributed run the ranks are not known yet; the state is then checked at that step.
+
+        Raises:
+            ValueError: naming the group, parameter or block that does not fit; the optimizer is unchanged.
+        """
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        groups, saved = checkpoint.by_parameter(self.param_groups, state_dict, self._facts.names, self.hyperparams)
+        own: dict[str, Any] | None = state_dict.get("shampoo")
+        if saved and flat_groups(self._facts) != (own is not None):
+            raise ValueError(
+                "state that was saved under ZeRO loads into the same layout only, and no other state does there"
+            )
+        distributed = dist.is_available() and dist.is_initialized()
+        if self._mesh is None and distributed:
+            self._saved, self._saved_own = saved, own
+        else:
+            try:
+                self._assemble(self._mesh or locate(self._claims), saved, own, {})
+            except DisagreementError as error:
+                raise StepRefusedError(str(error)) from None
+        checkpoint.replace_settings(self.param_groups, groups)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _source(self) -> folder.Source:
+        mesh = self._mesh
+        assert mesh is not None
+        settle(self._teams)
+        called, steps = folder.called(mesh, self._teams), {p: int(of["step"]) for p, of in self.state.items()}
+        idle = tuple(set(self._facts.names.values()) - {binding.matrix.name for binding in called})
+        models = {name: param for param, name in self._facts.names.items() if param not in self._places}
+        return folder.Source(
+            mesh, self._teams, called, self._groups, steps, idle, models, self.hyperparams, self.skipped_steps
+        )
+
+    @torch.no_grad()
+    def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Write the whole state and the weights into a new folder, each rank what it keeps.
+
+        Collective where the work is shared, on storage that all ranks see. The folder has its name only when all is in
+        it; what a crash leaves is called ``<path>.partial``. Weights are those that steps change: of low-precision
+        models the master copies.
+
+        Raises:
+            CheckpointError: on every rank, if the folder exists or could not be written.
+        """
+        self.bind()
+        folder.save(self._source(), path)
+
+    @torch.no_grad()
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], *, weights: bool = True, strict: bool = True
+    ) -> folder.Loaded:
+        """Take over what :meth:`save_checkpoint` wrote, in any layout and on any number of ranks.
+
+        Collective where the work is shared; with DeepSpeed after ``deepspeed.initialize``.
+
+        Args:
+            weights: take the weights over, too; where an engine keeps master copies, both they and the model's own.
+            strict: all parameters must have state there and all of it must be taken, but for those without steps.
+
+        Raises:
+            CheckpointError: on every rank, naming what is damaged or does not fit; nothing was changed.
+        """
+        self.bind()
+        loading = folder.Loading(self._source(), path, weights=weights, strict=strict)
+        loading.finish()
+        for tensor, step in loading.steps().items():
+            self.state[tensor]["step"] = step
+        checkpoint.replace_settings(self._groups, loading.groups)
+        self.skipped_steps = loading.manifest.skipped_steps
+        return loading.loaded()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which bind their parameters anew at their first step."""
+        facts = replace(self._facts, models=[])
+        kept = (
+            "defaults",
+            "param_groups",
+            "hyperparams",
+            "distribution",
+            "skipped_steps",
+            "_claims",
+            "_saved_own",
+            "_reduction",
+        )
+        fresh = {"state": defaultdict(dict), "_facts": facts, "_mesh": None, "_teams": [], "_exchanges": []}
+        fresh["_places"] = {}
+        same = {"_groups": self._groups, "_saved": self._complete_state()}
+        return {name: getattr(self, name) for name in kept} | fresh | same

@@ -1,0 +1,211 @@
+"""The state as logical tensors of which each rank has rectangles: what is saved depends on no layout.
+
+Elements (weights, averages, momenta) belong to tensors of the shape of the merged matrix; factors to one tensor per
+block. ``torch.distributed.checkpoint`` writes and reads the rectangles, and finds those that others have saved.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from shampoo3d.blocks import Block, Shape
+from shampoo3d.checkpoint.state import factors_of
+from shampoo3d.engines import zero
+from shampoo3d.holdings import Team
+from shampoo3d.hyperparams import momenta_names, owned_names
+from shampoo3d.layout import Part, Piece
+from shampoo3d.places import Binding, Place
+
+WEIGHT = "weight"
+
+
+class Scattered(Tensor):
+    """A logical tensor of which this rank has some rectangles; nothing can be computed with it.
+
+    Attributes:
+        parts: the rectangles, each with its values.
+    """
+
+    parts: tuple[tuple[Block, Tensor], ...]
+
+    @staticmethod
+    def __new__(cls, size: Shape, parts: Sequence[tuple[Block, Tensor]]) -> "Scattered":
+        dtype = parts[0][1].dtype
+        made: Scattered = Tensor._make_wrapper_subclass(cls, size, dtype=dtype)
+        made.parts = tuple(parts)
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise NotImplementedError(f"{func} of a tensor that is not whole on any rank")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Scattered({tuple(self.shape)}, {[block.key for block, _ in self.parts]})"
+
+    # The three methods by which torch.distributed.checkpoint asks for the rectangles.
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        items = []
+        for chunk, (_block, values) in zip(self.__create_chunk_list__(), self.parts, strict=True):
+            data = TensorWriteData(chunk, TensorProperties.create_from_tensor(values), self.shape)
+            items.append(WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
+        return items
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(b.start), torch.Size(b.shape)) for b, _ in self.parts]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        # When reading, the number among the parts is given: what is kept twice may begin at the same place. When
+        # writing, it is another number, but no two parts begin at the same place.
+        here = [number for number, (block, _) in enumerate(self.parts) if block.start == tuple(index.offset or ())]
+        return self.parts[index.index if index.index in here else here[0]][1]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A logical tensor of the state, and the rectangles of it that are kept here, in views.
+
+    Attributes:
+        name: of the matrix that it belongs to.
+        what: what it is to that, such as "weight", "momentum" or, of a block, "0:128,0:128/L0".
+        size: its shape.
+    """
+
+    name: str
+    what: str
+    size: Shape
+    parts: tuple[tuple[Block, Tensor], ...]
+
+    @property
+    def key(self) -> str:
+        """Its name in a folder."""
+        return f"{self.name}/{self.what}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0][1].dtype
+
+    def scattered(self) -> Scattered:
+        """For torch.distributed.checkpoint, to be saved."""
+        return Scattered(self.size, self.parts)
+
+    def staged(self) -> Scattered:
+        """The same with room for other values, in the memory of the CPU."""
+        return Scattered(self.size, [(block, torch.empty(block.shape, dtype=kept.dtype)) for block, kept in self.parts])
+
+    def take(self, staged: Scattered) -> None:
+        """Take over the values in what :meth:`staged` returned."""
+        for (_, kept), (_, values) in zip(self.parts, staged.parts, strict=True):
+            kept.copy_(values)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights on this rank.
+
+    Attributes:
+        flats: of each place, in row-major order.
+        models: the model's own parameters beside these, by name, where an engine keeps master copies.
+    """
+
+    flats: Mapping[Place, Tensor]
+    models: Mapping[str, Tensor]
+
+    def stored(self, team: Team, binding: Binding) -> Iterator[tuple[Piece, Tensor]]:
+        """All that is stored here of a matrix, in views."""
+        for part in parts_of(team, binding, everything=True):
+            for piece in binding.matrix.pieces(part):
+                yield piece, binding.view(self.flats[binding.place], piece)
+            if binding.matrix.name in self.models:
+                for flat, there in zero.model_storage(self.models[binding.matrix.name], part):
+                    for piece in binding.matrix.pieces(there):
+                        start = flat.storage_offset() + piece.offset
+                        yield piece, flat.as_strided(piece.box.shape, piece.strides, start)
+
+    def at_home(self, team: Team, binding: Binding) -> Iterator[tuple[Piece, Tensor]]:
+        """Those that are changed here, in views; each element of a matrix on one rank."""
+        for piece in _at_home(team, binding):
+            yield piece, binding.view(self.flats[binding.place], piece)
+
+
+def held(team: Team, called: Mapping[Binding, str], weights: Weights | None, *, everything: bool) -> list[Held]:
+    """What this rank has of the state and the weights of a team.
+
+    Args:
+        called: the names of the matrices.
+        weights: None for the state alone.
+        everything: all that is kept here, as it has to be read; else each element on one rank only, which writes it.
+    """
+    sizes: dict[tuple[str, str], Shape] = {}
+    parts: dict[tuple[str, str], list[tuple[Block, Tensor]]] = {}
+    for binding, what, size, block, values in _rectangles(team, weights, everything=everything):
+        key = called[binding], what
+        sizes[key] = size
+        parts.setdefault(key, []).append((block, values))
+    return [Held(*key, sizes[key], tuple(found)) for key, found in parts.items()]
+
+
+Rectangle = tuple[Binding, str, Shape, Block, Tensor]
+"""Of which tensor of which matrix: its shape, a rectangle of it, the values."""
+
+
+def _rectangles(team: Team, weights: Weights | None, *, everything: bool) -> Iterator[Rectangle]:
+    yield from _momenta(team, everything=everything)
+    for binding in team.bindings:
+        if weights is None:
+            break
+        found = weights.stored(team, binding) if everything else weights.at_home(team, binding)
+        for piece, values in found:
+            yield binding, WEIGHT, binding.matrix.merged, piece.box, values
+    of_elements = owned_names(team.hp)
+    for binding, block, views, guest in factors_of(team):
+        for what, values in views.items() if everything or not guest else ():
+            if what in of_elements:
+                yield binding, what, binding.matrix.merged, block, values
+            else:
+                whole = Block((0,) * values.dim(), tuple(values.shape))
+                yield binding, f"{block.key}/{what}", whole.shape, whole, values
+
+
+def _momenta(team: Team, *, everything: bool) -> Iterator[Rectangle]:
+    for stack in team.stack_slabs:
+        tensors = stack.momenta.tensors()
+        for row, member in enumerate(stack.members):
+            if everything or member.cell.cover == _first_cover(member.binding):
+                for what, values in tensors.items():
+                    yield member.binding, what, member.binding.matrix.merged, member.cell.piece.box, values[row]
+    for binding in (binding for binding in team.bindings if binding.matrix.storage.sharded):
+        tensors = team.flat_slabs[binding.place].momenta.tensors()
+        for part in parts_of(team, binding, everything=everything):
+            for piece, what in product(binding.matrix.pieces(part), momenta_names(team.hp, binding.matrix.factored)):
+                yield binding, what, binding.matrix.merged, piece.box, binding.view(tensors[what], piece)
+
+
+def _first_cover(binding: Binding) -> int:
+    return min(binding.matrix.storage.covers)
+
+
+def parts_of(team: Team, binding: Binding, *, everything: bool) -> Iterator[Part]:
+    """What this rank stores of a matrix, unless only the first cover is wanted and it belongs to another."""
+    for holder in binding.matrix.storage.holders:
+        if holder.rank == team.rank and (everything or holder.cover == _first_cover(binding)):
+            yield holder.part
+
+
+def _at_home(team: Team, binding: Binding) -> Iterator[Piece]:
+    """What of a matrix is at home here, in the first cover."""
+    if binding.matrix.storage.sharded:
+        for part in parts_of(team, binding, everything=False):
+            yield from binding.matrix.pieces(part)
+        return
+    for leg in team.legs:
+        if (leg.matrix, leg.home, leg.cell.cover) == (binding.number, team.rank, _first_cover(binding)):
+            yield leg.cell.piece
