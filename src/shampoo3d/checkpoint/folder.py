@@ -6,7 +6,9 @@ Each rank writes what it keeps. A folder has its name only when all is written, 
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from shampoo3d.agreement import everyones, first_complaint
 from shampoo3d.checkpoint import manifest as of_folder
 from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, Parameter, checksum, partial
+from shampoo3d.checkpoint.naming import for_loading, for_saving
 from shampoo3d.checkpoint.reading import Reader, described, read_metadata
 from shampoo3d.checkpoint.state import loaded_groups
-from shampoo3d.checkpoint.tensors import Held, Scattered, Weights, held
+from shampoo3d.checkpoint.tensors import Scattered, Weights, held
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.places import Binding, Place
@@ -33,7 +36,6 @@ class Source:
     """What an optimizer has to save on this rank, or what it can take.
 
     Attributes:
-        called: the name of each matrix in a folder.
         groups: the settings of all parameter groups.
         steps: of each tensor in them.
         idle: the parameters that take no part in steps.
@@ -42,7 +44,6 @@ class Source:
 
     mesh: Mesh
     teams: Sequence[Team]
-    called: Mapping[Binding, str]
     groups: Sequence[dict[str, Any]]
     steps: Mapping[Tensor, int]
     idle: Sequence[str]
@@ -56,14 +57,19 @@ class Source:
         return self.mesh.rank == self.mesh.everyone.ranks[0]
 
     @property
+    def alone(self) -> bool:
+        """Whether there is no other rank."""
+        return self.mesh.everyone.size == 1
+
+    @property
     def share(self) -> tuple[int, int]:
         """The place of this rank, and how many there are."""
         return self.mesh.everyone.ranks.index(self.mesh.rank), self.mesh.everyone.size
 
-    def parameters(self) -> dict[str, Parameter]:
+    def parameters(self, called: Mapping[Binding, str]) -> dict[str, Parameter]:
         """The matrices of all ranks. Collective."""
         told = {
-            self.called[binding]: Parameter.of(binding.matrix, self.steps[binding.place.tensor])
+            called[binding]: Parameter.of(binding.matrix, self.steps[binding.place.tensor])
             for team in self.teams
             if team.rank == team.plan.ranks[0]
             for binding in team.bindings
@@ -74,27 +80,9 @@ class Source:
         """The parameters on any rank that take no part in steps. Collective."""
         return tuple(sorted({name for names in everyones(self.mesh.everyone, tuple(self.idle)) for name in names}))
 
-    def held(self, weights: Weights | None, *, everything: bool) -> list[Held]:
-        """What this rank has of the state and, if they are wanted, the weights."""
-        return [of for team in self.teams for of in held(team, self.called, weights, everything=everything)]
-
     def weights(self) -> Weights:
         """The weights that are here."""
         return Weights({place: place.flat for team in self.teams for place in team.places}, self.models)
-
-
-def called(mesh: Mesh, teams: Sequence[Team]) -> dict[Binding, str]:
-    """Names of matrices: their own but for experts, which have the same on all ranks. Collective."""
-    mine = {(binding.matrix.name, team.plan.ranks) for team in teams for binding in team.bindings}
-    ranks_of: dict[str, set[tuple[int, ...]]] = {}
-    for name, ranks in (item for told in everyones(mesh.everyone, mine) for item in told):
-        ranks_of.setdefault(name, set()).add(ranks)
-    found = {}
-    for team in teams:
-        for binding in team.bindings:
-            name, teams_of_it = binding.matrix.name, sorted(ranks_of[binding.matrix.name])
-            found[binding] = name if len(teams_of_it) == 1 else f"{name}@{teams_of_it.index(team.plan.ranks)}"
-    return found
 
 
 @dataclass(frozen=True)
@@ -122,15 +110,19 @@ def save(source: Source, path: str | os.PathLike[str]) -> None:
     """
     folder = Path(path)
     _refuse(source.mesh, _prepare(folder, source.groups) if source.first else "")
-    tensors: dict[str, Any] = {of.key: of.scattered() for of in source.held(source.weights(), everything=False)}
+    names = for_saving(source.mesh, source.teams)
+    kept = held(source.teams, names.written, source.weights(), everything=False)
+    tensors: dict[str, Any] = {of.key: of.scattered() for of in kept}
     complaint = ""
     try:
-        alone = source.mesh.everyone.size == 1
-        state_dict_saver.save(tensors, storage_writer=FileSystemWriter(partial(folder)), no_dist=alone)
+        with _quiet():
+            writer = FileSystemWriter(partial(folder))
+            state_dict_saver.save(tensors, storage_writer=writer, no_dist=source.alone)
     except Exception as error:  # of the disk, on any rank
         complaint = f"{folder} could not be written: {_words(error)}"
     _refuse(source.mesh, complaint)
-    parameters, idle, files = source.parameters(), source.everyones_idle(), _checksums(source, partial(folder))
+    parameters, idle = source.parameters(names.called), source.everyones_idle()
+    files = _checksums(source, partial(folder))
     groups, settings = tuple(map(_settings, source.groups)), of_folder.plain(source.hp)
     written = Manifest(parameters, idle, settings, groups, source.skipped_steps, files)
     _refuse(source.mesh, _finish(folder, written) if source.first else "")
@@ -140,6 +132,14 @@ def _refuse(mesh: Mesh, complaint: str) -> None:
     """Raise on all ranks what one of them has to complain of."""
     if told := first_complaint(mesh, complaint):
         raise CheckpointError(told)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """One process is not a mistake that a user has to be warned of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _words(error: Exception) -> str:
@@ -216,11 +216,16 @@ class Loading:
         """
         self.source, self.folder = source, Path(path)
         self.weights = source.weights() if weights else None
-        self.parameters, idle = source.parameters(), source.everyones_idle()
         self.groups: list[dict[str, Any]] = [dict(group) for group in source.groups]
         complaint = ""
         try:
             self.manifest = Manifest.read(self.folder)
+        except CheckpointError as error:
+            complaint = str(error)
+        _refuse(source.mesh, complaint)
+        self.called = for_loading(source.mesh, source.teams, self.manifest.parameters)
+        self.parameters, idle = source.parameters(self.called), source.everyones_idle()
+        try:
             place, size = source.share
             complaint = self.manifest.damage(self.folder, share=place, of=size)
             complaint = complaint or self._misfit({*idle} if strict else None) or self._unequal_steps()
@@ -276,8 +281,8 @@ class Loading:
         """Whose state the folder has, by place."""
         found: dict[Place, list[str]] = {}
         for binding in (binding for team in self.source.teams for binding in team.bindings):
-            if self.source.called[binding] in self.manifest.parameters:
-                found.setdefault(binding.place, []).append(self.source.called[binding])
+            if self.called[binding] in self.manifest.parameters:
+                found.setdefault(binding.place, []).append(self.called[binding])
         return found
 
     def steps(self) -> dict[Tensor, int]:
@@ -292,26 +297,29 @@ class Loading:
             CheckpointError: on all ranks, if a tensor is missing, does not fit or cannot be read.
         """
         begun = {*self.begun}
-        kept = [of for of in self.source.held(self.weights, everything=True) if of.name not in begun]
-        staged, complaint = {of.key: of.staged() for of in kept}, ""
+        kept = [
+            of for of in held(self.source.teams, self.called, self.weights, everything=True) if of.name not in begun
+        ]
+        staged, complaint = [of.staged() for of in kept], ""
+        wanted = {of.key: scattered for of, (scattered, _) in zip(kept, staged, strict=True)}
         try:
-            complaint = _undescribed(self.folder, staged)
+            complaint = _undescribed(self.folder, wanted)
         except CheckpointError as error:
             complaint = str(error)
         _refuse(self.source.mesh, complaint)
         try:
-            self._read(staged)
+            self._read(wanted)
         except Exception as error:  # of the disk or of what is on it, on any rank
             complaint = f"{self.folder} could not be read: {_words(error)}"
         _refuse(self.source.mesh, complaint)
-        for of in kept:
-            of.take(staged[of.key])
+        for of, (_, room) in zip(kept, staged, strict=True):
+            of.take(room)
         for place, flat in self.weights.flats.items() if self.weights else ():
             place.store(flat)
 
     def _read(self, into: Mapping[str, Tensor]) -> None:
-        alone = self.source.mesh.everyone.size == 1
-        state_dict_loader.load(dict(into), storage_reader=Reader(self.folder), no_dist=alone)
+        with _quiet():
+            state_dict_loader.load(dict(into), storage_reader=Reader(self.folder), no_dist=self.source.alone)
 
     def loaded(self) -> Loaded:
         """What was done."""

@@ -1,11 +1,16 @@
 """Reads what ``torch.distributed.checkpoint`` wrote, without running anything that may stand in it."""
 
 import pickle
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from shampoo3d.checkpoint.manifest import CheckpointError
 
@@ -48,6 +53,34 @@ class Reader(FileSystemReader):
         metadata = read_metadata(Path(self.path))
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read each stored tensor once, whatever number of pieces of it is wanted."""
+        wanted: dict[Any, list[ReadItem]] = {}
+        for item in plan.items:
+            wanted.setdefault(item.storage_index, []).append(item)
+        for index, items in sorted(wanted.items(), key=lambda of: self._place(of[0])):
+            stored = self._stored(index)
+            for item in items:
+                values = stored[tuple(slice(a, a + n) for a, n in zip(item.storage_offsets, item.lengths, strict=True))]
+                into = planner.resolve_tensor(item)
+                into.copy_(values)
+                planner.commit_tensor(item, into)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _place(self, index: Any) -> tuple[str, int]:
+        stored = self.storage_data[index]
+        return stored.relative_path, stored.offset
+
+    def _stored(self, index: Any) -> Tensor:
+        name, offset = self._place(index)
+        with (Path(self.path) / name).open("rb") as file:
+            file.seek(offset)
+            data = BytesIO(file.read(self.storage_data[index].length))
+        stored: Tensor = torch.load(data, map_location="cpu", weights_only=True)
+        return stored
 
 
 def read_metadata(folder: Path) -> Metadata:

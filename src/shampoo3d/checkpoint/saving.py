@@ -118,12 +118,11 @@ class Checkpointed(Optimizer):
         mesh = self._mesh
         assert mesh is not None
         settle(self._teams)
-        called, steps = folder.called(mesh, self._teams), {p: int(of["step"]) for p, of in self.state.items()}
-        idle = tuple(set(self._facts.names.values()) - {binding.matrix.name for binding in called})
+        steps = {p: int(of["step"]) for p, of in self.state.items()}
+        bound = {binding.matrix.name for team in self._teams for binding in team.bindings}
+        idle = tuple(name for name in self._facts.names.values() if name not in bound)
         models = {name: param for param, name in self._facts.names.items() if param not in self._places}
-        return folder.Source(
-            mesh, self._teams, called, self._groups, steps, idle, models, self.hyperparams, self.skipped_steps
-        )
+        return folder.Source(mesh, self._teams, self._groups, steps, idle, models, self.hyperparams, self.skipped_steps)
 
     @torch.no_grad()
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:

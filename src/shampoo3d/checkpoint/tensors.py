@@ -4,8 +4,10 @@ Elements (weights, averages, momenta) belong to tensors of the shape of the merg
 block. ``torch.distributed.checkpoint`` writes and reads the rectangles, and finds those that others have saved.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -19,7 +21,7 @@ from shampoo3d.checkpoint.state import factors_of
 from shampoo3d.engines import zero
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import momenta_names, owned_names
-from shampoo3d.layout import Part, Piece
+from shampoo3d.layout import Matrix, Part, Piece
 from shampoo3d.places import Binding, Place
 
 WEIGHT = "weight"
@@ -29,16 +31,17 @@ class Scattered(Tensor):
     """A logical tensor of which this rank has some rectangles; nothing can be computed with it.
 
     Attributes:
-        parts: the rectangles, each with its values.
+        chunks: the rectangles that are written or read at once, with what gives the values of each.
     """
 
-    parts: tuple[tuple[Block, Tensor], ...]
+    chunks: tuple[tuple[Block, Callable[[], Tensor]], ...]
 
     @staticmethod
-    def __new__(cls, size: Shape, parts: Sequence[tuple[Block, Tensor]]) -> "Scattered":
-        dtype = parts[0][1].dtype
+    def __new__(
+        cls, size: Shape, dtype: torch.dtype, chunks: Sequence[tuple[Block, Callable[[], Tensor]]]
+    ) -> "Scattered":
         made: Scattered = Tensor._make_wrapper_subclass(cls, size, dtype=dtype)
-        made.parts = tuple(parts)
+        made.chunks = tuple(chunks)
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -48,41 +51,100 @@ class Scattered(Tensor):
         raise NotImplementedError(f"{func} of a tensor that is not whole on any rank")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Scattered({tuple(self.shape)}, {[block.key for block, _ in self.parts]})"
+        return f"Scattered({tuple(self.shape)}, {[block.key for block, _ in self.chunks]})"
 
     # The three methods by which torch.distributed.checkpoint asks for the rectangles.
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
         items = []
-        for chunk, (_block, values) in zip(self.__create_chunk_list__(), self.parts, strict=True):
-            data = TensorWriteData(chunk, TensorProperties.create_from_tensor(values), self.shape)
+        for chunk in self.__create_chunk_list__():
+            data = TensorWriteData(chunk, TensorProperties(self.dtype), self.shape)
             items.append(WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
         return items
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(b.start), torch.Size(b.shape)) for b, _ in self.parts]
+        return [ChunkStorageMetadata(torch.Size(b.start), torch.Size(b.shape)) for b, _ in self.chunks]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        # When reading, the number among the parts is given: what is kept twice may begin at the same place. When
-        # writing, it is another number, but no two parts begin at the same place.
-        here = [number for number, (block, _) in enumerate(self.parts) if block.start == tuple(index.offset or ())]
-        return self.parts[index.index if index.index in here else here[0]][1]
+        # When reading, the number among the chunks is given: what is kept twice may begin at the same place. When
+        # writing, it is another number, but no two chunks begin at the same place.
+        here = [number for number, (block, _) in enumerate(self.chunks) if block.start == tuple(index.offset or ())]
+        return self.chunks[index.index if index.index in here else here[0]][1]()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rectangles that make a larger one, and their values, in views of what is kept."""
+
+    block: Block
+    members: tuple[tuple[Block, Tensor], ...]
+
+    def read(self) -> Tensor:
+        """The values of all: a view where one has all."""
+        if len(self.members) == 1:
+            return self.members[0][1]
+        whole = self.members[0][1].new_empty(self.block.shape)
+        for block, values in self.members:
+            whole[block.within(self.block)] = values
+        return whole
+
+    def write(self, values: Tensor) -> None:
+        """Put other values in their place."""
+        for block, kept in self.members:
+            kept.copy_(values[block.within(self.block)])
+
+
+def joined(parts: Iterable[tuple[Block, Tensor]]) -> list[Chunk]:
+    """Neighbours made one along each axis in turn, the last axis first: thousands of blocks are few chunks."""
+    chunks = [Chunk(block, ((block, values),)) for block, values in parts]
+    for axis in reversed(range(len(chunks[0].block.shape))):
+        rows: list[list[Chunk]] = []
+        for chunk in sorted(chunks, key=lambda chunk: _across(chunk.block, axis)):
+            last = rows[-1][-1].block if rows else None
+            if last and _continues(last, chunk.block, axis) and _alike(rows[-1][-1], chunk):
+                rows[-1].append(chunk)
+            else:
+                rows.append([chunk])
+        chunks = [_row(row, axis) for row in rows]
+    return chunks
+
+
+def _across(block: Block, axis: int) -> tuple[Shape, Shape, int]:
+    """What neighbours along an axis have in common, and then their place."""
+    others = [i for i in range(len(block.shape)) if i != axis]
+    return tuple(block.start[i] for i in others), tuple(block.shape[i] for i in others), block.start[axis]
+
+
+def _continues(last: Block, block: Block, axis: int) -> bool:
+    return _across(last, axis)[:2] == _across(block, axis)[:2] and last.stop[axis] == block.start[axis]
+
+
+def _alike(one: Chunk, other: Chunk) -> bool:
+    a, b = one.members[0][1], other.members[0][1]
+    return (a.dtype, a.device) == (b.dtype, b.device)
+
+
+def _row(chunks: Sequence[Chunk], axis: int) -> Chunk:
+    first = chunks[0].block
+    shape = list(first.shape)
+    shape[axis] = sum(chunk.block.shape[axis] for chunk in chunks)
+    return Chunk(Block(first.start, tuple(shape)), tuple(member for chunk in chunks for member in chunk.members))
 
 
 @dataclass(frozen=True)
 class Held:
-    """A logical tensor of the state, and the rectangles of it that are kept here, in views.
+    """A logical tensor of the state, and the rectangles of it that are kept here.
 
     Attributes:
         name: of the matrix that it belongs to.
-        what: what it is to that, such as "weight", "momentum" or, of a block, "0:128,0:128/L0".
+        what: what it is to that, such as "weight", "momentum" or, of all blocks of one shape, "128x128/L0".
         size: its shape.
     """
 
     name: str
     what: str
     size: Shape
-    parts: tuple[tuple[Block, Tensor], ...]
+    chunks: tuple[Chunk, ...]
 
     @property
     def key(self) -> str:
@@ -91,20 +153,26 @@ class Held:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.parts[0][1].dtype
+        return self.chunks[0].members[0][1].dtype
 
     def scattered(self) -> Scattered:
-        """For torch.distributed.checkpoint, to be saved."""
-        return Scattered(self.size, self.parts)
+        """For torch.distributed.checkpoint, to be saved; chunks are put together one by one, as they are written."""
+        return Scattered(self.size, self.dtype, [(chunk.block, chunk.read) for chunk in self.chunks])
 
-    def staged(self) -> Scattered:
-        """The same with room for other values, in the memory of the CPU."""
-        return Scattered(self.size, [(block, torch.empty(block.shape, dtype=kept.dtype)) for block, kept in self.parts])
+    def staged(self) -> tuple[Scattered, list[Tensor]]:
+        """To be read: room for the chunks, in the memory of the CPU."""
+        room = [torch.empty(chunk.block.shape, dtype=chunk.members[0][1].dtype) for chunk in self.chunks]
+        given = [(chunk.block, partial(_same, values)) for chunk, values in zip(self.chunks, room, strict=True)]
+        return Scattered(self.size, self.dtype, given), room
 
-    def take(self, staged: Scattered) -> None:
-        """Take over the values in what :meth:`staged` returned."""
-        for (_, kept), (_, values) in zip(self.parts, staged.parts, strict=True):
-            kept.copy_(values)
+    def take(self, room: Sequence[Tensor]) -> None:
+        """Take over what was read."""
+        for chunk, values in zip(self.chunks, room, strict=True):
+            chunk.write(values)
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
 
 
 @dataclass(frozen=True)
@@ -136,21 +204,25 @@ class Weights:
             yield piece, binding.view(self.flats[binding.place], piece)
 
 
-def held(team: Team, called: Mapping[Binding, str], weights: Weights | None, *, everything: bool) -> list[Held]:
-    """What this rank has of the state and the weights of a team.
+def held(
+    teams: Sequence[Team], called: Mapping[Binding, str], weights: Weights | None, *, everything: bool
+) -> list[Held]:
+    """What this rank has of the state and the weights.
 
     Args:
-        called: the names of the matrices.
+        called: the names of the matrices that are wanted.
         weights: None for the state alone.
         everything: all that is kept here, as it has to be read; else each element on one rank only, which writes it.
     """
     sizes: dict[tuple[str, str], Shape] = {}
     parts: dict[tuple[str, str], list[tuple[Block, Tensor]]] = {}
-    for binding, what, size, block, values in _rectangles(team, weights, everything=everything):
-        key = called[binding], what
-        sizes[key] = size
-        parts.setdefault(key, []).append((block, values))
-    return [Held(*key, sizes[key], tuple(found)) for key, found in parts.items()]
+    for team in teams:
+        for binding, what, size, block, values in _rectangles(team, weights, everything=everything):
+            if binding in called:
+                key = called[binding], what
+                sizes[key] = size
+                parts.setdefault(key, []).append((block, values))
+    return [Held(*key, sizes[key], tuple(joined(found))) for key, found in parts.items()]
 
 
 Rectangle = tuple[Binding, str, Shape, Block, Tensor]
@@ -166,13 +238,26 @@ def _rectangles(team: Team, weights: Weights | None, *, everything: bool) -> Ite
         for piece, values in found:
             yield binding, WEIGHT, binding.matrix.merged, piece.box, values
     of_elements = owned_names(team.hp)
+    equals = {binding: _equals(binding.matrix) for binding in team.bindings if binding.matrix.factored}
     for binding, block, views, guest in factors_of(team):
         for what, values in views.items() if everything or not guest else ():
             if what in of_elements:
                 yield binding, what, binding.matrix.merged, block, values
             else:
-                whole = Block((0,) * values.dim(), tuple(values.shape))
-                yield binding, f"{block.key}/{what}", whole.shape, whole, values
+                place, count = equals[binding][block]
+                box = Block((place, *(0,) * values.dim()), (1, *values.shape))
+                yield binding, f"{'x'.join(map(str, block.shape))}/{what}", (count, *values.shape), box, values[None]
+
+
+def _equals(matrix: Matrix) -> Mapping[Block, tuple[int, int]]:
+    """For each block its place among those of its shape, and how many these are."""
+    counts = Counter(block.shape for block in matrix.blocks)
+    seen: Counter[Shape] = Counter()
+    found = {}
+    for block in matrix.blocks:
+        found[block] = seen[block.shape], counts[block.shape]
+        seen[block.shape] += 1
+    return found
 
 
 def _momenta(team: Team, *, everything: bool) -> Iterator[Rectangle]:

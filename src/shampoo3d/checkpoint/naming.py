@@ -1,0 +1,90 @@
+"""What matrices are called in a folder: as the model calls them, but where ranks mean different ones by one name.
+
+Replicas that do not know of each other (FSDP beside tensor parallelism) and experts both have the same names in several
+teams. The first have the same values, and one of them is saved for all; the others are told apart by a number.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shampoo3d.agreement import everyones
+from shampoo3d.engines.native import checksum
+from shampoo3d.holdings import Team
+from shampoo3d.layout import Part
+from shampoo3d.places import Binding
+from shampoo3d.topology import Mesh
+
+Ranks = tuple[int, ...]
+Sums = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of the matrices on this rank, and of those of them that their team writes."""
+
+    called: Mapping[Binding, str]
+    written: Mapping[Binding, str]
+
+
+def for_saving(mesh: Mesh, teams: Sequence[Team]) -> Names:
+    """Names of matrices as they are saved. Collective."""
+    shared = _shared(mesh, teams)
+    different = _different(mesh, teams, shared)
+    numbered = _numbered(teams, {name: ranks for name, ranks in shared.items() if name in different})
+    written = {
+        binding: name
+        for team in teams
+        for binding in team.bindings
+        if (name := numbered[binding]) not in shared or shared[name][0] == team.plan.ranks
+    }
+    return Names(numbered, written)
+
+
+def for_loading(mesh: Mesh, teams: Sequence[Team], saved: Collection[str]) -> dict[Binding, str]:
+    """Names of matrices as they were saved. Collective."""
+    shared = _shared(mesh, teams)
+    return _numbered(teams, {name: ranks for name, ranks in shared.items() if name not in saved})
+
+
+def _shared(mesh: Mesh, teams: Sequence[Team]) -> dict[str, list[Ranks]]:
+    """The teams of each name that several have, in order. Collective."""
+    found: dict[str, set[Ranks]] = {}
+    mine = {(binding.matrix.name, team.plan.ranks) for team in teams for binding in team.bindings}
+    for name, ranks in (item for told in everyones(mesh.everyone, mine) for item in told):
+        found.setdefault(name, set()).add(ranks)
+    return {name: sorted(ranks) for name, ranks in found.items() if len(ranks) > 1}
+
+
+def _numbered(teams: Sequence[Team], shared: Mapping[str, list[Ranks]]) -> dict[Binding, str]:
+    """With the place of their team where a name is not enough."""
+    found = {}
+    for team in teams:
+        for binding in team.bindings:
+            name = binding.matrix.name
+            found[binding] = f"{name}@{shared[name].index(team.plan.ranks)}" if name in shared else name
+    return found
+
+
+def _different(mesh: Mesh, teams: Sequence[Team], shared: Mapping[str, list[Ranks]]) -> set[str]:
+    """The names by which teams mean matrices of other values. Collective if there are shared names."""
+    if not shared:
+        return set()
+    mine: dict[tuple[str, Ranks], dict[Part, Sums]] = {}
+    for team in teams:
+        for binding in team.bindings:
+            if binding.matrix.name in shared:
+                here = binding.place.flat[binding.offset : binding.offset + binding.elements]
+                part = next(h.part for h in binding.matrix.storage.holders if h.rank == team.rank)
+                mine[binding.matrix.name, team.plan.ranks] = {part: checksum(here)}
+    everywhere: dict[tuple[str, Ranks], dict[Part, Sums]] = {}
+    for told in everyones(mesh.everyone, mine):
+        for key, sums in told.items():
+            everywhere.setdefault(key, {}).update(sums)
+    totals = {key: torch.tensor(list(parts.values()), dtype=torch.float64).sum(0) for key, parts in everywhere.items()}
+    return {
+        name
+        for name, ranks in shared.items()
+        if any(not torch.allclose(totals[name, other], totals[name, ranks[0]], rtol=1e-9, atol=0.0) for other in ranks)
+    }
