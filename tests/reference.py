@@ -53,6 +53,7 @@ class Settings:
     bias_correction: bool = False
     vectors: str = "scaled"
     decoupled_weight_decay: bool = False
+    refresh_tolerance: float = 0.0
     u: float = 2.0**-52
 
 
@@ -118,6 +119,13 @@ def inverse_root(L: Array, p: int, eps: float, u: float, pseudo: bool = False) -
     return (V * scale) @ V.T
 
 
+def departure(P: Array, L: Array, p: int, eps: float) -> float:
+    """||W A W - I||_F / sqrt(d) for the matrix A whose root would be computed, W = P^(p/2): how far P is from it."""
+    W = np.linalg.matrix_power(P, p // 2)
+    A = L + eps * np.linalg.eigvalsh(L)[-1] * np.eye(len(L))
+    return float(np.linalg.norm(W @ A @ W - np.eye(len(L))) / np.sqrt(len(L)))
+
+
 def deal_turns(blocks: Sequence[Block], every: int) -> None:
     """The blocks with the costliest roots first, each to the turn that costs least so far; equal ones in order."""
     costs = np.zeros(every)
@@ -139,11 +147,21 @@ class Block:
 
     def due(self, t: int, s: Settings) -> bool:
         """Whether roots are computed: of all blocks at one step, which the start may put off, then in turns."""
-        k = s.preconditioning_compute_steps
-        first = max(n for n in range(k, max(k, s.start_preconditioning_step) + 1, k))
+        k, first = s.preconditioning_compute_steps, self.first(s)
         if s.statistics == "kl" and t == s.statistics_compute_steps:  # the next gradient is whitened
             return True
         return t == first or (t > first and t % k == self.turn)
+
+    def first(self, s: Settings) -> int:
+        """The step at which the roots of all blocks are computed."""
+        k = s.preconditioning_compute_steps
+        return max(n for n in range(k, max(k, s.start_preconditioning_step) + 1, k))
+
+    def may_stay(self, i: int, t: int, L: Array, p: int, s: Settings) -> bool:
+        """Whether a root that is due is close enough to what it would be: not the first time."""
+        last = max(self.first(s), s.statistics_compute_steps if s.statistics == "kl" else 0)
+        tolerated = s.refresh_tolerance > 0 and t > last
+        return tolerated and departure(self.P[i], L, p, s.matrix_eps) <= s.refresh_tolerance
 
     def update(self, G: Array, t: int, s: Settings) -> None:
         w2 = 1.0 if s.beta2 == 1.0 else 1.0 - s.beta2
@@ -166,7 +184,9 @@ class Block:
             if self.due(t, s) and self.L[i].any():
                 n = t // s.statistics_compute_steps
                 gathered = 1.0 - s.beta2**n if s.bias_correction and s.beta2 < 1.0 else 1.0
-                self.P[i] = inverse_root(self.L[i] / gathered, p, s.matrix_eps, s.u, s.pseudo_inverse)
+                averaged = self.L[i] / gathered
+                if not self.may_stay(i, t, averaged, p, s):
+                    self.P[i] = inverse_root(averaged, p, s.matrix_eps, s.u, s.pseudo_inverse)
 
     def apply(self, G: Array) -> Array:
         for i, P in self.P.items():

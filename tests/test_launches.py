@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -110,9 +110,12 @@ def test_a_step_does_not_make_the_host_wait(variant: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("tolerance", [1e-9, 0.9])
-def test_a_tolerance_for_bases_makes_it_wait_as_often_as_there_are_shapes(tolerance: float) -> None:
-    """It has to know which of them have turned."""
-    variant = Variant(direction="adam", basis_tolerance=tolerance)
+@pytest.mark.parametrize("direction", ["root", "adam"])
+def test_a_tolerance_makes_it_wait_as_often_as_there_are_shapes(
+    direction: Literal["root", "adam"], tolerance: float
+) -> None:
+    """It has to know which of them are too far off."""
+    variant = Variant(direction=direction, refresh_tolerance=tolerance)
     few, many = (operations_of_steps(count, 3, variant=variant) for count in (3, 6))
     assert few["nonzero"] == many["nonzero"] > 0
     assert not few.keys() & (WAITING - {"nonzero"})

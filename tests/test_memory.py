@@ -156,9 +156,12 @@ class AtOnce:
         return done
 
 
-def test_roots_that_are_computed_beside_the_step_stay_until_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rule", [{}, {"refresh_tolerance": 1e-6, "beta2": 0.9, "bias_correction": True}], ids=ids)
+def test_roots_that_are_computed_beside_the_step_stay_until_the_next(
+    rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(background, "_thread", lambda _: AtOnce())
-    check(LAYERS, settings(block_size=64, asynchronous=True), within=TOLERANCE)
+    check(LAYERS, settings(block_size=64, asynchronous=True, **rule), within=TOLERANCE)
 
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "distribution.md"

@@ -49,8 +49,8 @@ EIGENBASES: list[dict[str, Any]] = [
     {**ADAM, "products": "bfloat16", "root_storage": "bfloat16"},
     {**SOAP, "root_storage": "bfloat16"},
     {**SOAP, **LOW},
-    {**SOAP, "basis_tolerance": 1e-6},
-    {**SOAP, "basis_tolerance": 1e-6, "preconditioning_compute_steps": 3},
+    {**SOAP, "refresh_tolerance": 1e-6},
+    {**SOAP, "refresh_tolerance": 1e-6, "preconditioning_compute_steps": 3},
     {**SOAP, "largest_dimension": 63},
     {**SOAP, **KL},
     {**ADAM, **KL, "root_storage": "bfloat16"},
@@ -66,6 +66,10 @@ ROOTS: list[dict[str, Any]] = [
     {**EMA, "beta1": 0.9, "products": "bfloat16"},
     {**EMA, "beta1": 0.9, "products": "bfloat16", "sides": "last"},
     {**EMA, "beta1": 0.9, "sides": "first", "start_preconditioning_step": 2},
+    {**EMA, "refresh_tolerance": 1e-6},
+    {**EMA, "refresh_tolerance": 1e-6, "preconditioning_compute_steps": 3, "root_storage": "bfloat16"},
+    {**EMA, "refresh_tolerance": 1e-6, "bias_correction": True, "root_method": "minimax"},
+    *({**EMA, "refresh_tolerance": 1e-6, "inverse_exponent_override": p, "root_method": "eigh"} for p in (2, 6, 8)),
 ]
 
 
@@ -111,7 +115,7 @@ def test_convolutions(rule: dict[str, Any]) -> None:
     check(CONVOLUTIONS, settings(block_size=32, **rule))
 
 
-@pytest.mark.parametrize("rule", [SOAP, {**SOAP, **KL, "basis_tolerance": 1e-6}, KL], ids=ids)
+@pytest.mark.parametrize("rule", [SOAP, {**SOAP, **KL, "refresh_tolerance": 1e-6}, KL], ids=ids)
 @pytest.mark.parametrize("block_size", [0, 256])
 def test_units_and_blocks_of_real_size(block_size: int, rule: dict[str, Any]) -> None:
     check([(768, 512), (512,)], settings(block_size=block_size, **rule), steps=2)
@@ -145,13 +149,13 @@ def test_random_models_and_settings(seed: int, monkeypatch: pytest.MonkeyPatch) 
         "vectors": ["scaled", "diagonal"],
         "decoupled_weight_decay": [False, True],
         "products": ["state", "state", "bfloat16"],
+        "refresh_tolerance": [0.0, 0.0, 1e-6],
     }
     drawn = {name: chance.choice(values) for name, values in given.items()}
     if drawn["beta1"] and chance.random() < 0.5:
         drawn["graft_type"] = "ADAM"
     if drawn["direction"] == "adam":
-        tolerance = chance.choice([0.0, 0.0, 1e-6])
-        drawn |= {"beta2": 0.9, "start_preconditioning_step": 1, "basis_tolerance": tolerance, "root_method": "auto"}
+        drawn |= {"beta2": 0.9, "start_preconditioning_step": 1, "root_method": "auto"}
     if drawn["root_method"] == "minimax":  # for p = 2 it takes less where no step is a late one
         drawn["inverse_exponent_override"] = 4
     # A large QR decomposition alone works in some columns of its own.

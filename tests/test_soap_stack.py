@@ -24,7 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "averaged": {"beta1": 0.7},
     "corrected": {"beta1": 0.7, "bias_correction": True},
     "kl": {"statistics": "kl"},
-    "tolerant": {"basis_tolerance": 0.2},
+    "tolerant": {"refresh_tolerance": 0.2},
 }
 
 
@@ -78,7 +78,7 @@ def test_some_rows_are_computed_like_all_and_leave_the_others_alone(
     for name, tensor in some.tensors().items():
         torch.testing.assert_close(tensor[which], few.tensors()[name], rtol=1e-12, atol=1e-14, msg=name)
         assert torch.equal(tensor[others], untouched[name][others]), name
-        if not (name.startswith("Q") and "basis_tolerance" in variant):
+        if not (name.startswith("Q") and "refresh_tolerance" in variant):
             assert not torch.equal(tensor[which], untouched[name][which]), name
 
 
@@ -211,7 +211,7 @@ def off_diagonal(L: Array, Q: Array) -> float:
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("tolerance", [0.0, 0.02, 0.15, 0.9])
 def test_a_tolerance_leaves_exactly_the_bases_alone_that_have_hardly_turned(tolerance: float, rows: str) -> None:
-    stack, which = stack_of((3, 4), 4, basis_tolerance=tolerance), ROWS[rows]
+    stack, which = stack_of((3, 4), 4, refresh_tolerance=tolerance), ROWS[rows]
     step(stack, draw((4, 3, 4), 0), 1)
     assert all(not torch.equal(Q, torch.eye(Q.shape[-1]).to(Q).expand_as(Q)) for Q in stack.roots)
     # New gradients of different sizes, so that some factors have turned a little and some a lot.
@@ -232,7 +232,7 @@ def test_a_tolerance_leaves_exactly_the_bases_alone_that_have_hardly_turned(tole
 
 
 def test_a_broken_factor_is_never_tolerated() -> None:
-    stack = stack_of((3, 4), 2, basis_tolerance=0.9)
+    stack = stack_of((3, 4), 2, refresh_tolerance=0.9)
     step(stack, draw((2, 3, 4), 0), 1)
     stack.statistics[0].tiles[""][1] = torch.nan
     stack.refresh_roots(ALL, 2)

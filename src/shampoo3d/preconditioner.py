@@ -9,12 +9,13 @@ from torch import Tensor
 
 from shampoo3d.background import Background
 from shampoo3d.blocks import Shape, tile_shapes
-from shampoo3d.eigenbasis import PerAxis, divergence_weight, multiply, whiten_others, whitener_of_root
+from shampoo3d.eigenbasis import PerAxis, divergence_weight, multiply, unwhitened, whiten_others, whitener_of_root
 from shampoo3d.hyperparams import ShampooHyperParams, momenta_names, owned_names
 from shampoo3d.momenta import Rows, average, kept_dtype
 from shampoo3d.precision import reduced_products
 from shampoo3d.roots import inverse_roots
 from shampoo3d.roots.choice import at_once
+from shampoo3d.schedule import unconditional
 from shampoo3d.symmetric import Symmetric
 
 
@@ -59,7 +60,7 @@ class Stack:
         }
         self.root_failures = torch.zeros((), dtype=torch.int64, device=device)
         self._wanted: list[tuple[Rows, int]] = []
-        self._coming: list[tuple[int, Rows, Background[tuple[Tensor, ...]]]] = []
+        self._coming: list[Background[list[tuple[int, Rows, tuple[Tensor, ...]]]]] = []
         self._products = reduced_products if hp.computation.products == "bfloat16" else nullcontext
 
     def tensors(self) -> dict[str, Tensor]:
@@ -123,27 +124,45 @@ class Stack:
 
         Not before all products of the step are done: PyTorch's switches of their precision are those of the process.
         """
-        for rows, t in self._wanted:
-            for place, part in self._parts(rows, t):
-                work = Background(partial(self._new_roots, place, part, t), self.device)
-                self._coming.append((place, part, work))
+        self._coming += [Background(partial(self._all_new_roots, rows, t), self.device) for rows, t in self._wanted]
         self._wanted = []
+
+    def _all_new_roots(self, rows: Rows, t: int) -> list[tuple[int, Rows, tuple[Tensor, ...]]]:
+        return [(place, part, self._new_roots(place, part, t)) for place, part in self._parts(rows, t)]
 
     def settle(self) -> None:
         """Put the roots that were launched in their place, before statistics or roots are touched otherwise."""
-        for place, part, work in self._coming:
-            self._take(place, part, *work.result())
+        for place, part, new in (found for work in self._coming for found in work.result()):
+            self._take(place, part, *new)
         self._coming = []
 
     def _parts(self, rows: Rows, t: int) -> Iterator[tuple[int, Rows]]:
-        """Of each factor, by its place in ``axes``, the rows whose roots are computed at once."""
+        """Of each factor, by its place in ``axes``, the rows whose roots are computed at once.
+
+        With a tolerance without those that are within it; the host waits to know them.
+        """
+        tolerance = self.hp.variant.refresh_tolerance
         for place, axis in enumerate(self.axes):
-            most = at_once(self.shape[axis], self.device.type)
-            if isinstance(rows, Tensor):
-                yield from ((place, part) for part in torch.split(rows, most))
-            else:
-                start, stop, _ = rows.indices(self.n)
-                yield from ((place, slice(first, min(first + most, stop))) for first in range(start, stop, most))
+            for part in self._at_once(rows, at_once(self.shape[axis], self.device.type)):
+                if not tolerance or unconditional(t, self.hp):
+                    yield place, part
+                    continue
+                within = self._distance(place, part, t) <= tolerance  # NaN is not
+                far = within.logical_not().nonzero()[:, 0]
+                if len(far):
+                    yield place, torch.arange(self.n, device=self.device)[part][far]
+
+    def _at_once(self, rows: Rows, most: int) -> Iterator[Rows]:
+        if isinstance(rows, Tensor):
+            yield from torch.split(rows, most)
+        else:
+            start, stop, _ = rows.indices(self.n)
+            yield from (slice(first, min(first + most, stop)) for first in range(start, stop, most))
+
+    def _distance(self, place: int, rows: Rows, t: int) -> Tensor:
+        """How far the roots are from those of the statistics that there are now."""
+        L, P = self._averaged_statistics(place, rows, t), self.roots[place][rows].to(self.dtype)
+        return unwhitened(L, P, self.exponent, self.hp.matrix_eps)
 
     @property
     def corrects_statistics(self) -> bool:

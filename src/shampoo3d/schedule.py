@@ -50,6 +50,11 @@ def like(t: int, hp: ShampooHyperParams) -> int:
     return last + 1 + (t - last - 1) % k
 
 
+def unconditional(t: int, hp: ShampooHyperParams) -> bool:
+    """Whether what is due at step t is computed even if it could stay: the first time, and up to ``fresh_steps``."""
+    return t <= max(_first_refresh(hp), hp.fresh_steps)
+
+
 def _first_refresh(hp: ShampooHyperParams) -> int:
     k = hp.preconditioning_compute_steps
     if not hp.age(1):  # the first step does nothing else

@@ -1,7 +1,5 @@
 """Adam in the eigenbases of the factors (SOAP, Vyas et al. 2024, arXiv 2409.11321)."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -56,17 +54,8 @@ class EigenStack(Stack):
         M.div_(squares.sqrt().add_(hp.diagonal_eps).div_(correction**0.5))
         return self._multiplied(M, Q, out)
 
-    def _parts(self, rows: Rows, t: int) -> Iterator[tuple[int, Rows]]:
-        """Without those whose basis has hardly turned, if there is a tolerance; the host waits to know them."""
-        tolerance = self.hp.variant.basis_tolerance
-        for place, part in super()._parts(rows, t):
-            if t == 1 or not tolerance:
-                yield place, part
-                continue
-            L, Q = self.statistics[place].whole(part), self.roots[place][part].to(self.dtype)
-            far = (turned(L, Q) > tolerance).nonzero()[:, 0]
-            if len(far):
-                yield place, torch.arange(self.n, device=self.device)[part][far]
+    def _distance(self, place: int, rows: Rows, t: int) -> Tensor:
+        return turned(self.statistics[place].whole(rows), self.roots[place][rows].to(self.dtype))
 
     def _new_roots(self, place: int, rows: Rows, t: int) -> tuple[Tensor, ...]:
         """New bases, the columns of the previous ones that theirs come from, and which failed."""

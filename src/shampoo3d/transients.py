@@ -195,20 +195,23 @@ def _root_copies(method: Method, p: int) -> int:
 def _due(blocks: Sequence[PlannedBlock], hp: ShampooHyperParams, *, started: bool) -> Iterator[tuple[int, bool]]:
     """How many are refreshed at once before the start step or from then on, and whether they are picked out of a stack.
 
-    The first time and "together" all are, else those of a turn.
+    The first time and "together" all are, else those of a turn. With a tolerance those that are too far off are picked,
+    all of them at worst, but for the first time.
     """
     k, start = hp.preconditioning_compute_steps, hp.start_preconditioning_step
     early = not hp.moves_at_once or (k < start and start % k != 0)  # the first time is before the start step
-    in_turns = hp.computation.refresh == "staggered"
-    if started != early or (started and not in_turns) or hp.fresh_steps:
+    in_turns, tolerant = hp.computation.refresh == "staggered", hp.variant.refresh_tolerance > 0
+    if started != early or hp.fresh_steps:
         yield len(blocks), False
+    if started and not in_turns:
+        yield len(blocks), tolerant
     turns: defaultdict[int, list[int]] = defaultdict(list)
     for row, block in enumerate(blocks):
         turn = block.offset % k
         if in_turns and (started or (early and 0 < turn < start % k)):
             turns[turn].append(row)
     for rows in turns.values():
-        yield len(rows), rows[-1] - rows[0] >= len(rows)
+        yield len(rows), tolerant or rows[-1] - rows[0] >= len(rows)
 
 
 def refreshing(blocks: Sequence[PlannedBlock], hp: ShampooHyperParams, device: str, *, started: bool) -> int:
@@ -240,11 +243,6 @@ def _new_basis(block: PlannedBlock, d: int, hp: ShampooHyperParams, *, started: 
     """Numbers for each d x d basis, and for V in its order."""
     late = hp.computation.asynchronous
     whole, converted = d >= SMALLEST_SPLIT, bytes_of("P", hp, block.dtype) != STATE_BYTES[block.dtype]
-    tried = 0
-    copies = FIRST_BASIS + alone
-    if started:
-        copies = NEXT_BASIS
-        if hp.variant.basis_tolerance:  # those that have turned too far are picked out of these, all of them at worst
-            tried, picked = (whole or picked) + (converted or picked), True
-    copies += tried + (whole or picked) + (converted or picked)
-    return max((copies - late) * d * d, (1 + tried - late) * d * d + (1 + picked) * block.elements)
+    copies = NEXT_BASIS if started else FIRST_BASIS + alone
+    copies += (whole or picked) + (converted or picked)
+    return max((copies - late) * d * d, (1 - late) * d * d + (1 + picked) * block.elements)

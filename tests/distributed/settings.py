@@ -69,7 +69,7 @@ VARIANTS: dict[str, Settings] = {
         "graft_type": LayerwiseGrafting.SGD,
         "preconditioning_compute_steps": 2,
         "statistics_compute_steps": 2,
-        "variant": Variant(direction="adam", statistics="kl", sides="shortest", basis_tolerance=0.2),
+        "variant": Variant(direction="adam", statistics="kl", sides="shortest", refresh_tolerance=0.2),
         "computation": Computation(asynchronous=True, fresh_steps=4),
     },
     "adam-graft": {
@@ -90,6 +90,13 @@ VARIANTS: dict[str, Settings] = {
         "weight_decay": 0.01,
         "preconditioning_compute_steps": 2,
         "variant": Variant(statistics="kl", graft_beta2=0.9, bias_correction=True, decoupled_weight_decay=True),
+    },
+    "tolerant": {
+        "block_size": 6,
+        "beta2": 0.9,
+        "lr": 0.05,
+        "preconditioning_compute_steps": 2,
+        "variant": Variant(bias_correction=True, refresh_tolerance=0.5),
     },
     "default": {  # the preset, in smaller blocks
         **_AVERAGED,

@@ -33,11 +33,9 @@ class Bounded(NamedTuple):
 
 def bounded(A: Tensor, eps: float) -> Bounded:
     """Scale each A (n, d, d) by ``s = ||A^2||_F^(1/2)``, for which ``lambda_max <= s <= d^(1/4) lambda_max`` always."""
-    relative = max(eps, LEAST_RIDGE * torch.finfo(A.dtype).eps)
-    widest = A.shape[-1] ** 0.25
     square = A @ A
-    s = torch.linalg.matrix_norm(square, keepdim=True).sqrt()
-    ridge = relative * _largest_eigenvalue(A, square / s.square()).clamp(s / widest, s)
+    s, ridge, relative = ridge_of(A, square, eps)
+    widest = A.shape[-1] ** 0.25
     scale = (s + ridge) / (1 - MARGIN)
     M = A / scale
     square = (square + 2 * ridge * A) / scale.square()
@@ -45,6 +43,14 @@ def bounded(A: Tensor, eps: float) -> Bounded:
     square.diagonal(dim1=-2, dim2=-1).add_((ridge / scale).square()[..., 0])
     # ridge / scale increases with lambda_max / s, which is at least 1 / widest.
     return Bounded(M, square, scale, ridge, relative / (widest + relative) * (1 - MARGIN))
+
+
+def ridge_of(A: Tensor, square: Tensor, eps: float) -> tuple[Tensor, Tensor, float]:
+    """s of :func:`bounded` and the ridge, (n, 1, 1) for each A, and what part of lambda_max the ridge is."""
+    relative = max(eps, LEAST_RIDGE * torch.finfo(A.dtype).eps)
+    s = torch.linalg.matrix_norm(square, keepdim=True).sqrt()
+    largest = _largest_eigenvalue(A, square / s.square()).clamp(s / A.shape[-1] ** 0.25, s)
+    return s, relative * largest, relative
 
 
 def _largest_eigenvalue(A: Tensor, square: Tensor) -> Tensor:

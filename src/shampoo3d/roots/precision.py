@@ -25,16 +25,20 @@ def products_for(A: Tensor, eps: float, method: Method) -> AbstractContextManage
         RuntimeError: in ``torch.compile``, which cannot change the switches, where they would have to be.
     """
     kind = A.device.type
-    fewer_do = method in TOLERANT and eps >= TOLERABLE
-    if fewer_do or A.dtype != torch.float32 or not _lowered(kind):
+    if method in TOLERANT and eps >= TOLERABLE:
         return nullcontext()
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and A.dtype == torch.float32 and _lowered(kind):
         raise RuntimeError(
             f"compiled roots by {method!r} with a relative ridge of {eps:g} need float32 products of all digits, which "
             f"PyTorch's switches deny on {kind}: call torch.set_float32_matmul_precision('highest'), compute the roots "
             f"outside of torch.compile, or take {' or '.join(map(repr, TOLERANT))} and a ridge of {TOLERABLE:g}"
         )
-    return full_products()
+    return all_digits(A)
+
+
+def all_digits(A: Tensor) -> AbstractContextManager[None]:
+    """A context in which products on A's device have all digits of its dtype."""
+    return full_products() if A.dtype == torch.float32 and _lowered(A.device.type) else nullcontext()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
