@@ -20,8 +20,9 @@ from shampoo3d.computation import Computation
 from shampoo3d.cost import Factored, block_cost, root_cost, within_budget
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import describe
-from shampoo3d.plan import Plan, factored_blocks, make_plan, make_plans, refresh_offsets
+from shampoo3d.plan import Plan, make_plan, make_plans
 from shampoo3d.schedule import like, offsets, phase
+from shampoo3d.turns import factored_blocks, refresh_offsets
 from shampoo3d.variant import Variant
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "update-rule.md"

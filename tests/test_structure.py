@@ -20,9 +20,11 @@ PURE = (
     "variant",
     "hyperparams",
     "layout",
+    "factors",
     "plan",
     "routes",
     "schedule",
+    "turns",
     "distribution",
     "cost",
     "memory",
@@ -68,7 +70,19 @@ def test_planning_is_pure(room: str) -> None:
 
 @pytest.mark.parametrize(
     "room",
-    ["topology", "layout", "plan", "routes", "schedule", "collectives", "exchange", "agreement", "readers", "assemble"],
+    [
+        "topology",
+        "layout",
+        "plan",
+        "turns",
+        "routes",
+        "schedule",
+        "collectives",
+        "exchange",
+        "agreement",
+        "readers",
+        "assemble",
+    ],
 )
 def test_ranks_do_no_linear_algebra(room: str) -> None:
     assert "linalg" not in (SOURCE / f"{room}.py").read_text()

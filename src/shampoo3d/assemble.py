@@ -17,10 +17,12 @@ from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Holder, Matrix, Storage, describe
 from shampoo3d.places import Binding, Place
-from shampoo3d.plan import BlockId, Plan, factored_blocks, in_order, make_plans, timed
+from shampoo3d.plan import Plan, in_order, make_plans
 from shampoo3d.readers import Stored, is_flat, read
+from shampoo3d.schedule import BlockId
 from shampoo3d.slabs import FlatSlab
 from shampoo3d.topology import Mesh
+from shampoo3d.turns import factored_blocks, timed
 
 Ranks = tuple[int, ...]
 Checksum = tuple[float, float]

@@ -29,8 +29,9 @@ from shampoo3d.blocks import (
     rectangles,
     strides_of,
 )
+from shampoo3d.factors import factor_axes
 from shampoo3d.hyperparams import ShampooHyperParams
-from shampoo3d.variant import LONGEST_KERNEL, Variant
+from shampoo3d.variant import LONGEST_KERNEL
 
 GRAFTED_BLOCK = 2**18
 """Elements in a block without factors: small enough that the rows of a large embedding spread over the ranks."""
@@ -334,7 +335,7 @@ def describe(storage: Storage, hp: ShampooHyperParams, world_size: int) -> Matri
         merged = f"{shape} merged into a vector: at most block_size={hp.block_size} elements"
         return _without_factors(storage, "grafted only", kind if len(shape) < 2 else merged)
     cuts = tuple(_cuts(storage, group, hp, world_size) for group in groups)
-    axes, reason = _axes(cuts, [max(_lengths(storage, group)) for group in groups], hp.variant)
+    axes, reason = factor_axes(cuts, [max(_lengths(storage, group)) for group in groups], hp.variant)
     if not axes:
         return _without_factors(storage, "grafted only", reason)
     return Matrix(storage, groups, cuts, grid(cuts), axes, "preconditioned", "")
@@ -361,18 +362,6 @@ def _cuts(storage: Storage, group: Sequence[int], hp: ShampooHyperParams, world_
         cut(length, min(world_size, length) if fair else parts_at_most(length, hp.block_size))
         for length in _lengths(storage, group)
     )
-
-
-def _axes(cuts: Sequence[Cuts], lengths: Sequence[int], variant: Variant) -> tuple[tuple[int, ...], str]:
-    """The merged axes that have a factor, and the reason if there are none."""
-    sides = [max(b - a for a, b in itertools.pairwise(axis)) for axis in cuts]
-    every = tuple(range(len(cuts)))
-    chosen = {"all": every, "first": every[:1], "last": every[-1:], "shortest": (lengths.index(min(lengths)),)}
-    bound = variant.largest_dimension or math.inf
-    axes = tuple(axis for axis in chosen[variant.sides] if sides[axis] <= bound)
-    which = "every axis" if variant.sides == "all" else f"the {variant.sides} axis"
-    reason = f"{which} is longer than largest_dimension={bound} in blocks of {'x'.join(map(str, sides))}"
-    return axes, "" if axes else reason
 
 
 def _without_factors(storage: Storage, path: str, reason: str) -> Matrix:

@@ -10,23 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from shampoo3d.blocks import Shape
-from shampoo3d.cost import (
-    Factored,
-    applied_cost,
-    block_bytes,
-    block_cost,
-    element_bytes,
-    root_cost,
-    statistics_bytes,
-    within_budget,
-)
+from shampoo3d.cost import applied_cost, block_bytes, block_cost, element_bytes, statistics_bytes
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Matrix
-from shampoo3d.schedule import offsets as dealt_out
+from shampoo3d.schedule import BlockId
+from shampoo3d.turns import factored_blocks, timed
 
 Counterparts = Callable[[int], tuple[int, ...]]
-BlockId = tuple[str, str]
-"""A block by the name of its matrix and its key there."""
 
 
 @dataclass(frozen=True)
@@ -129,34 +119,6 @@ class Plan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
 
-def factored_blocks(matrices: Iterable[Matrix]) -> dict[BlockId, Factored]:
-    """The blocks that have factors."""
-    return {
-        (matrix.name, block.key): Factored(block.elements, tuple(block.shape[axis] for axis in matrix.axes))
-        for matrix in matrices
-        if matrix.axes
-        for block in matrix.blocks
-    }
-
-
-def refresh_offsets(blocks: Mapping[BlockId, Factored], hp: ShampooHyperParams) -> dict[BlockId, int]:
-    """The turn of each block that has factors, so that every step refreshes about as much as any other.
-
-    Where refreshes are "together" there is one turn only.
-
-    Args:
-        blocks: all that a run preconditions, on every rank: turns must not depend on who stores what.
-    """
-    every = hp.preconditioning_compute_steps if hp.computation.refresh == "staggered" else 1
-    return dealt_out({id_: root_cost(block.factors) for id_, block in blocks.items()}.items(), every)
-
-
-def timed(blocks: Mapping[BlockId, Factored], hp: ShampooHyperParams) -> tuple[ShampooHyperParams, dict[BlockId, int]]:
-    """The settings within their budget, and the turns that the blocks take in the interval that it leaves."""
-    hp = within_budget(blocks.values(), hp)
-    return hp, refresh_offsets(blocks, hp)
-
-
 def make_plan(
     matrices: Sequence[Matrix],
     ranks: Sequence[int],
@@ -180,7 +142,7 @@ def make_plan(
         fixed: blocks that already have an owner keep it.
         load: what ranks have to do, and bytes that they keep, beside this plan.
         memory_bound: bytes of state that no rank may exceed.
-        offsets: of all blocks with factors, by :func:`refresh_offsets`; taken over ``matrices`` alone unless given.
+        offsets: of all blocks with factors, by ``turns.refresh_offsets``; taken over ``matrices`` alone unless given.
 
     Raises:
         ValueError: naming the block, the bytes and the bound, if there is no rank left to take it.

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from shampoo3d.hyperparams import ShampooHyperParams
 
-Identity = tuple[str, str]
-"""Of a block: the name of its matrix and its key there."""
+BlockId = tuple[str, str]
+"""A block by the name of its matrix and its key there."""
 
 
 class Phase(NamedTuple):
@@ -62,7 +62,7 @@ def _first_refresh(hp: ShampooHyperParams) -> int:
     return max(k, hp.start_preconditioning_step) // k * k
 
 
-def offsets(blocks: Iterable[tuple[Identity, float]], every: int) -> dict[Identity, int]:
+def offsets(blocks: Iterable[tuple[BlockId, float]], every: int) -> dict[BlockId, int]:
     """A turn in 0..every-1 for each block, so that each step has about the same cost.
 
     Greedy, the most expensive block first to the turn that has least to do (Graham 1969), ties to the earlier turn, so
@@ -70,7 +70,7 @@ def offsets(blocks: Iterable[tuple[Identity, float]], every: int) -> dict[Identi
     Neither the order of ``blocks`` nor ranks play a part: of equal costs, "layers.2" comes before "layers.10".
     """
     natural = functools.cache(_natural)  # thousands of blocks share a few names and keys
-    turns: dict[Identity, int] = {}
+    turns: dict[BlockId, int] = {}
     ordered = sorted(blocks, key=lambda block: (-block[1], *map(natural, block[0]), block[0]))
     loads = [(0.0, turn) for turn in range(min(every, len(ordered)))]  # no more turns than blocks are taken
     for identity, cost in ordered:
