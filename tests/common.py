@@ -235,7 +235,8 @@ def some_hyperparams(chance: random.Random) -> ShampooHyperParams:
         start_preconditioning_step=chance.randint(1, 2),
         variant=Variant(
             sides=chance.choice(["all", "all", "first", "last", "shortest"]),
-            largest_dimension=chance.choice([0, 0, 1, 2, 3, 4]),
+            largest_dimension=(bound := chance.choice([0, 0, 1, 2, 3, 4])),
+            long_axes="diagonal" if bound and chance.random() < 0.5 else "none",
         ),
     )
 

@@ -46,6 +46,7 @@ class Settings:
     refresh: str = "staggered"
     sides: str = "all"
     largest_dimension: int = 0
+    long_axes: str = "none"
     kernels: str = "axes"
     statistics: str = "gradient"
     beta1: float = 0.0
@@ -89,11 +90,17 @@ def cut(shape: Sequence[int], block_size: int) -> list[tuple[slice, ...]]:
     return grid
 
 
-def factored_axes(shape: Sequence[int], blocks: Sequence[tuple[slice, ...]], s: Settings) -> list[int]:
-    """The axes that have a factor: those of the chosen sides along which no block is longer than the bound."""
-    sides = {"all": [*range(len(shape))], "first": [0], "last": [len(shape) - 1], "shortest": [int(np.argmin(shape))]}
+def long_axes(blocks: Sequence[tuple[slice, ...]], s: Settings) -> list[int]:
+    """Those along which a block is longer than the bound, if there is one."""
     longest = np.max([[w.stop - w.start for w in where] for where in blocks], axis=0)
-    return [i for i in sides[s.sides] if s.largest_dimension == 0 or longest[i] <= s.largest_dimension]
+    return [i for i, length in enumerate(longest) if 0 < s.largest_dimension < length]
+
+
+def factored_axes(shape: Sequence[int], blocks: Sequence[tuple[slice, ...]], s: Settings) -> list[int]:
+    """The axes that have a factor: those of the chosen sides, without long ones unless these have a diagonal one."""
+    sides = {"all": [*range(len(shape))], "first": [0], "last": [len(shape) - 1], "shortest": [int(np.argmin(shape))]}
+    long = long_axes(blocks, s) if s.long_axes == "none" else []
+    return [i for i in sides[s.sides] if i not in long]
 
 
 def unfolding(G: Array, i: int) -> Array:
@@ -119,6 +126,13 @@ def inverse_root(L: Array, p: int, eps: float, u: float, pseudo: bool = False) -
     return (V * scale) @ V.T
 
 
+def inverse_diagonal_root(L: Array, p: int, eps: float, pseudo: bool = False) -> Array:
+    """The same of a diagonal L, entry by entry; `pseudo` leaves out entries that are 0."""
+    entries = np.diag(L)
+    scale = (entries + eps * entries.max()) ** (-1 / p)
+    return np.diag(np.where(entries == 0, 0.0, scale) if pseudo else scale)
+
+
 def departure(P: Array, L: Array, p: int, eps: float) -> float:
     """||W A W - I||_F / sqrt(d) for the matrix A whose root would be computed, W = P^(p/2): how far P is from it."""
     W = np.linalg.matrix_power(P, p // 2)
@@ -135,15 +149,15 @@ def deal_turns(blocks: Sequence[Block], every: int) -> None:
 
 
 class Block:
-    """A rectangle of the gradient with factors of its own."""
+    """A rectangle of the gradient with factors of its own; those of long axes are diagonal matrices."""
 
-    def __init__(self, where: tuple[slice, ...], axes: Sequence[int], s: Settings) -> None:
-        self.where = where
+    def __init__(self, where: tuple[slice, ...], axes: Sequence[int], long: Sequence[int], s: Settings) -> None:
+        self.where, self.long = where, long
         sizes = {i: where[i].stop - where[i].start for i in axes}
         initial = 0.0 if s.bias_correction or s.statistics == "kl" else s.matrix_eps
         self.L = {i: initial * np.eye(n) for i, n in sizes.items()}
         self.P = {i: np.eye(n) for i, n in sizes.items()}
-        self.cost, self.turn = root_cost(sizes.values()), 0
+        self.cost, self.turn = root_cost(n for i, n in sizes.items() if i not in long), 0
 
     def due(self, t: int, s: Settings) -> bool:
         """Whether roots are computed: of all blocks at one step, which the start may put off, then in turns."""
@@ -175,6 +189,8 @@ class Block:
                     for j, inverse in inverses.items():
                         whitened = whitened if j == i else mode_product(whitened, inverse, j)
                     product = unfolding(whitened, i) @ unfolding(G, i).T * G.shape[i] / G.size
+                if i in self.long:
+                    product = np.diag(np.diag(product))
                 first = not self.L[i].any()
                 self.L[i] = s.beta2 * self.L[i] + w2 * product
                 if s.statistics == "kl" and first and G.any():
@@ -185,7 +201,9 @@ class Block:
                 n = t // s.statistics_compute_steps
                 gathered = 1.0 - s.beta2**n if s.bias_correction and s.beta2 < 1.0 else 1.0
                 averaged = self.L[i] / gathered
-                if not self.may_stay(i, t, averaged, p, s):
+                if i in self.long:
+                    self.P[i] = inverse_diagonal_root(averaged, p, s.matrix_eps, s.pseudo_inverse)
+                elif not self.may_stay(i, t, averaged, p, s):
                     self.P[i] = inverse_root(averaged, p, s.matrix_eps, s.u, s.pseudo_inverse)
 
     def apply(self, G: Array) -> Array:
@@ -210,7 +228,7 @@ class Parameter:
         if s.precondition and len(self.shape) > 1 and prod(self.shape) > 0:
             pieces = cut(self.shape, s.block_size)
             if axes := factored_axes(self.shape, pieces, s):
-                self.blocks = [Block(where, axes, s) for where in pieces]
+                self.blocks = [Block(where, axes, long_axes(pieces, s), s) for where in pieces]
 
     def preconditioned(self, gradient: Array, averaged: Array, s: Settings) -> Array:
         """S before grafting: E x_1 P_1 x_2 P_2 ... in every block, E the average of G; G where t is early."""

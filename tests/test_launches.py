@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rmsprop": {"graft_type": "rmsprop", "variant": Variant(bias_correction=True, vectors="diagonal")},
     "adam": {"graft_type": "adam", "variant": Variant(beta1=0.9, decoupled_weight_decay=True)},
     "one side": {"variant": Variant(sides="shortest", largest_dimension=6)},
+    "diagonals": {"variant": Variant(largest_dimension=6, long_axes="diagonal", statistics="kl")},
     "kl": {"graft_type": "none", "variant": Variant(statistics="kl")},
     "soap": {"graft_type": "none", "variant": Variant(direction="adam", beta1=0.9, vectors="diagonal")},
     "kl soap": {"graft_type": "none", "variant": Variant(direction="adam", statistics="kl", bias_correction=True)},

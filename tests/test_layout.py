@@ -91,7 +91,10 @@ def test_blocks_are_cut_from_the_logical_matrix(storage: Storage, hp: ShampooHyp
         )
     expected = list(itertools.product(*sides))
     largest = [max(lengths[g[0]]) * math.prod(storage.shape[axis] for axis in g[1:]) for g in groups if g]
-    chosen = reference.Settings(sides=hp.variant.sides, largest_dimension=hp.variant.largest_dimension)
+    variant = hp.variant
+    chosen = reference.Settings(
+        sides=variant.sides, largest_dimension=variant.largest_dimension, long_axes=variant.long_axes
+    )
     axes = reference.factored_axes(largest, expected, chosen) if len(groups) > 1 and not storage.excluded else []
     assert (matrix.axes, matrix.factored) == (tuple(axes), bool(axes))
     merged = tuple(math.prod(storage.shape[axis] for axis in group) for group in groups)
@@ -100,7 +103,9 @@ def test_blocks_are_cut_from_the_logical_matrix(storage: Storage, hp: ShampooHyp
         merged = (*storage.shape[:1], *[math.prod(storage.shape[1:])] * (len(storage.shape) > 1))
     assert matrix.merged == (merged or (1,))
     if axes:
-        assert (matrix.path, matrix.reason) == ("preconditioned", "")
+        assert matrix.path == "preconditioned"
+        assert list(matrix.diagonal) == [axis for axis in reference.long_axes(expected, chosen) if axis in axes]
+        assert bool(matrix.reason) == bool(matrix.diagonal)
         assert [block.slices for block in matrix.blocks] == expected
 
 

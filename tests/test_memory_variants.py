@@ -55,6 +55,16 @@ EIGENBASES: list[dict[str, Any]] = [
     {**SOAP, **KL},
     {**ADAM, **KL, "root_storage": "bfloat16"},
 ]
+DIAGONALS: list[dict[str, Any]] = [
+    {"largest_dimension": 63, "long_axes": "diagonal", **given}
+    for given in (
+        {},
+        {"products": "bfloat16", **EMA},
+        {"root_storage": "bfloat16", "sides": "first", "beta1": 0.9, **EMA},
+        {**KL, "bias_correction": True},
+        {**KL, "inverse_exponent_override": 2, "root_storage": "bfloat16"},
+    )
+]
 ROOTS: list[dict[str, Any]] = [
     KL,
     {**KL, "beta1": 0.9, "bias_correction": True},
@@ -66,6 +76,7 @@ ROOTS: list[dict[str, Any]] = [
     {**EMA, "beta1": 0.9, "products": "bfloat16"},
     {**EMA, "beta1": 0.9, "products": "bfloat16", "sides": "last"},
     {**EMA, "beta1": 0.9, "sides": "first", "start_preconditioning_step": 2},
+    *DIAGONALS,
     {**EMA, "refresh_tolerance": 1e-6},
     {**EMA, "refresh_tolerance": 1e-6, "preconditioning_compute_steps": 3, "root_storage": "bfloat16"},
     {**EMA, "refresh_tolerance": 1e-6, "bias_correction": True, "root_method": "minimax"},
@@ -109,6 +120,17 @@ def test_products_along_some_axes(
     check([shape] * 2, settings(root_method=method, matrix_eps=1e-2, sides=sides, **rule), steps=2)
 
 
+@pytest.mark.parametrize("rule", [{}, {"products": "bfloat16"}, KL, {"beta1": 0.9}], ids=ids)
+@pytest.mark.parametrize("bound", [31, 32, 50])
+@pytest.mark.parametrize("shape", [(64, 32, 40), (40, 64, 32), (32, 40, 64), (4, 64, 8, 40)], ids=str)
+def test_products_with_diagonals(
+    shape: tuple[int, ...], bound: int, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_units(monkeypatch)
+    given = {"root_method": "eigh", "matrix_eps": 1e-2, "largest_dimension": bound, "long_axes": "diagonal"}
+    check([shape] * 2, settings(**given, **rule), steps=2)
+
+
 @pytest.mark.usefixtures("in_units")
 @pytest.mark.parametrize("rule", [SOAP, {**SOAP, **KL, "sides": "shortest"}], ids=ids)
 def test_convolutions(rule: dict[str, Any]) -> None:
@@ -141,6 +163,7 @@ def test_random_models_and_settings(seed: int, monkeypatch: pytest.MonkeyPatch) 
         "momentum_storage": ["state", "bfloat16"],
         "sides": ["all", "all", "first", "last", "shortest"],
         "largest_dimension": [0, 0, 64, 100],
+        "long_axes": ["none", "diagonal"],
         "direction": ["root", "root", "adam"],
         "statistics": ["gradient", "gradient", "kl"],
         "beta1": [0.0, 0.0, 0.9],
@@ -152,6 +175,8 @@ def test_random_models_and_settings(seed: int, monkeypatch: pytest.MonkeyPatch) 
         "refresh_tolerance": [0.0, 0.0, 1e-6],
     }
     drawn = {name: chance.choice(values) for name, values in given.items()}
+    if drawn["direction"] == "adam" or not drawn["largest_dimension"]:
+        drawn["long_axes"] = "none"
     if drawn["beta1"] and chance.random() < 0.5:
         drawn["graft_type"] = "ADAM"
     if drawn["direction"] == "adam":

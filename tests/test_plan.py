@@ -255,12 +255,13 @@ def test_owners_and_keepers(chance: Random) -> None:
         assert planned.id == (matrix.name, block.key)
         assert (planned.shape, planned.dtype) == (block.shape, matrix.storage.dtype)
         assert planned.elements == numbers_of(matrix)[block.slices].size
-        assert planned.axes == matrix.axes
-        assert planned.factors == tuple(block.shape[axis] for axis in matrix.axes)
+        assert (planned.axes, planned.diagonal) == (matrix.axes, matrix.diagonal)
+        assert planned.factors == tuple(block.shape[axis] for axis in matrix.axes if axis not in matrix.diagonal)
+        assert planned.diagonals == tuple(block.shape[axis] for axis in matrix.diagonal)
         assert planned.owner in planned.keepers
         covers = [[planned.owner]] if matrix.storage.sharded else matrix.storage.covers.values()
         assert all(keeper in cover for keeper, cover in zip(planned.keepers, covers, strict=True))
-        assert planned.factors or counts[planned.id][planned.owner] == planned.elements
+        assert planned.axes or counts[planned.id][planned.owner] == planned.elements
     for rank in ranks:
         kept_here = [block for block in plan.blocks if rank in block.keepers and rank != block.owner]
         owned = plan.owned_by(rank)

@@ -191,6 +191,8 @@ def test_unfolding_and_norms() -> None:
 STATES: dict[str, dict[str, Any]] = {
     "last side": {"variant": Variant(sides="last")},
     "bound": {"variant": Variant(largest_dimension=256)},
+    "diagonals": {"variant": Variant(largest_dimension=256, long_axes="diagonal")},
+    "diagonals only": {"variant": Variant(largest_dimension=2, long_axes="diagonal", beta1=0.9)},
     "defaults": {},
     "adagrad": {"graft_type": "adagrad"},
     "late": {"graft_type": "adagrad", "start_preconditioning_step": 3},
@@ -218,6 +220,15 @@ def test_the_shapes_of_the_state_are_known_before_it_is_allocated(
     assert {name: tensor.shape[1:] for name, tensor in everything.items()} == state_shapes(shape, axes, hp)
 
 
+def test_the_shapes_of_diagonal_factors() -> None:
+    hp = ShampooHyperParams(variant=Variant(largest_dimension=3, long_axes="diagonal"))
+    stack = Stack((3, 4), (0, 1), 2, hp, torch.float64, torch.device("cpu"), diagonal=(1,))
+    shapes = factor_shapes((3, 4), (0, 1), hp, (1,))
+    assert {name: tensor.shape[1:] for name, tensor in stack.tensors().items()} == shapes
+    assert shapes == {"L0": (3, 3), "L1": (4,), "P0": (3, 3), "P1": (4,)}
+    assert state_shapes((3, 4), (0, 1), hp, (1,)).items() >= shapes.items()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("settings", STATES.values(), ids=STATES.keys())
@@ -232,7 +243,10 @@ def test_the_plan_counts_the_bytes_of_the_state(
     (block,) = make_plan([matrix], (0,), hp).blocks
     state = torch.float64 if dtype == "float64" else torch.float32
     make = EigenStack if hp.variant.direction == "adam" else Stack
-    owner, guest = (make(shape, matrix.axes, 1, hp, state, torch.device("cpu"), guest=guest) for guest in (False, True))
+    owner, guest = (
+        make(shape, matrix.axes, 1, hp, state, torch.device("cpu"), guest=guest, diagonal=matrix.diagonal)
+        for guest in (False, True)
+    )
     momenta = [] if sharded else list(Momenta(shape, hp, state, torch.device("cpu")).tensors().values())
     assert block.bytes == sum(x.nbytes for x in [*owner.tensors().values(), *momenta])
     assert block.kept_bytes == sum(x.nbytes for x in [*guest.tensors().values(), *momenta])

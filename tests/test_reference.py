@@ -30,7 +30,7 @@ from shampoo3d.variant import Variant
 STEPS = 20
 GROUP_KEYS = {"lr", "momentum", "maximize", "precondition"}
 VARIANT_KEYS = {
-    *("sides", "largest_dimension", "kernels", "statistics", "beta1", "graft_beta2"),
+    *("sides", "largest_dimension", "long_axes", "kernels", "statistics", "beta1", "graft_beta2"),
     *("bias_correction", "vectors", "decoupled_weight_decay", "refresh_tolerance"),
 }
 ELSEWHERE = {*GROUP_KEYS, *VARIANT_KEYS, "refresh", "u"}
@@ -193,6 +193,30 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one side of merged axes": ({"block_size": 6, "best_effort_shape_interpretation": True}, {"sides": "first"}),
     "one side, p = 1": ({"inverse_exponent_override": 1}, {"sides": "last"}),
     "bound of blocks": ({"block_size": 3}, {"largest_dimension": 2}),
+    "diagonals of long axes": ({"largest_dimension": 3}, {"long_axes": "diagonal"}),
+    "diagonals only": ({"largest_dimension": 1, "graft_type": "none"}, {"long_axes": "diagonal"}),
+    "diagonals of averages": (
+        {"largest_dimension": 3, "beta2": 0.9, "bias_correction": True, "graft_type": "none"},
+        {"long_axes": "diagonal"},
+    ),
+    "diagonals of one side": ({"largest_dimension": 3, "sides": "first"}, {"long_axes": "diagonal"}),
+    "diagonals of blocks, in turns": (
+        {"largest_dimension": 2, "block_size": 3, "preconditioning_compute_steps": 4},
+        {"long_axes": "diagonal"},
+    ),
+    "diagonals, p = 1": ({"largest_dimension": 3, "inverse_exponent_override": 1}, {"long_axes": "diagonal"}),
+    "diagonals of kl": (
+        {"largest_dimension": 3, "statistics": "kl", "matrix_eps": 1e-1, "beta2": 0.9, "inverse_exponent_override": 2},
+        {"long_axes": "diagonal"},
+    ),
+    "diagonals of kl, corrected, p = 4": (
+        {"largest_dimension": 3, "statistics": "kl", "matrix_eps": 1e-1, "beta2": 0.9, "bias_correction": True},
+        {"long_axes": "diagonal"},
+    ),
+    "diagonals beside roots that stay": (
+        {"largest_dimension": 3, "refresh_tolerance": 0.4, "graft_type": "none"},
+        {"long_axes": "diagonal"},
+    ),
     "bound of one side": ({"sides": "first"}, {"largest_dimension": 3}),
     "one side in turns": ({"sides": "first", "block_size": 3}, {"preconditioning_compute_steps": 4}),
     "no nesterov before the start": ({"start_preconditioning_step": 30}, {"nesterov": False}),
@@ -283,6 +307,7 @@ def hyperparams(draw: st.DrawFn) -> dict[str, Any]:
     chosen["kernels"] = (
         "axes" if chosen["best_effort_shape_interpretation"] else draw(st.sampled_from(["axes", "matrix"]))
     )
+    chosen["long_axes"] = draw(st.sampled_from(["none", "diagonal"])) if chosen["largest_dimension"] else "none"
     chosen["beta1"] = 0.9 if chosen["graft_type"] == "adam" else draw(st.sampled_from([0.0, 0.0, 0.5]))
     stale = chosen["preconditioning_compute_steps"] > 1 or chosen["statistics_compute_steps"] > 1
     few = chosen["sides"] != "all" or chosen["largest_dimension"] > 0  # so that p may be 2

@@ -55,7 +55,7 @@ def a_case(chance: Random) -> Case:
     matrices = [describe(storage, hp, len(ranks)) for storage in found]
     plan = make_plan(matrices, ranks, hp)
     if chance.random() < 0.5:
-        fixed = {block.id: chance.choice(ranks) for block in plan.blocks if block.factors}
+        fixed = {block.id: chance.choice(ranks) for block in plan.blocks if block.axes}
         plan = make_plan(matrices, ranks, hp, fixed)
     return Case(ranks, matrices, plan)
 
@@ -97,7 +97,7 @@ def test_every_element_is_gathered_once_by_each_keeper(case: Case) -> None:
     legs = case.routes.legs
     for slot, number, block in case.slots():
         planned, box = case.plan.blocks[slot], case.matrices[number].blocks[block].slices
-        if not planned.factors:
+        if not planned.axes:
             continue
         mine = [leg for leg in legs if leg.slot == slot]
         assert {leg.keeper for leg in mine} == set(planned.keepers)
@@ -180,7 +180,7 @@ def test_bytes_are_those_of_the_elements_that_are_not_where_they_are_needed(
         state = 8 if storage.dtype == "float64" else 4
         for slot, of, block in case.slots():
             planned = case.plan.blocks[slot]
-            if of != number or not planned.factors:
+            if of != number or not planned.axes:
                 continue
             box = matrix.blocks[block].slices
             for cover, ranks in enumerate(storage.covers.values()):
@@ -191,7 +191,9 @@ def test_bytes_are_those_of_the_elements_that_are_not_where_they_are_needed(
                 away = int((1 - here[keeper][box]).sum())
                 expected[keeper]["gradients"] += away * ITEM_BYTES[storage.dtype]
                 if keeper != planned.owner:
-                    expected[keeper]["roots"] += sum(d * d for d in planned.factors) * state
+                    sizes = {axis: planned.shape[axis] for axis in planned.axes}
+                    numbers_ = sum(d if axis in planned.diagonal else d * d for axis, d in sizes.items())
+                    expected[keeper]["roots"] += numbers_ * state
         for (_, part), ranks in storage.classes.items():
             if len(ranks) > 1:
                 numbers = stored(part, matrix.shape)
@@ -303,7 +305,7 @@ def test_every_process_has_the_same_plan(capsys: pytest.CaptureFixture[str]) -> 
 def test_rounds(case: Case, bucket: int) -> None:
     blocks = case.plan.blocks
     found = rounds(case.plan, bucket)
-    assert sorted(slot for slots in found for slot in slots) == [s for s, b in enumerate(blocks) if b.factors]
+    assert sorted(slot for slots in found for slot in slots) == [s for s, b in enumerate(blocks) if b.axes]
     for slots in found:
         assert slots
         assert len({blocks[slot].dtype for slot in slots}) == 1

@@ -257,9 +257,9 @@ def test_turns_do_not_depend_on_who_stores_what(chance: Random, every: int) -> N
     alone = [describe(storage, hp, 1) for storage in storages]
     assert refresh_offsets(factored_blocks(chance.sample(alone, 5)), hp) == turns
     planned = make_plan(held, range(4), hp).blocks
-    assert {block.id: block.offset for block in planned if block.factors} == turns
-    assert all(block.offset == 0 for block in planned if not block.factors)
-    costs = {block.id: root_cost(block.factors) for block in planned if block.factors}
+    assert {block.id: block.offset for block in planned if block.axes} == turns
+    assert all(block.offset == 0 for block in planned if not block.axes)
+    costs = {block.id: root_cost(block.factors) for block in planned if block.axes}
     assert turns == offsets(costs.items(), every)
     together = replace(hp, computation=Computation(refresh="together"))
     assert set(refresh_offsets(factored_blocks(held), together).values()) <= {0}
@@ -293,7 +293,7 @@ def test_roots_take_at_most_their_budget_and_are_no_older_than_they_must(
 
     def share(k: int) -> float:
         hp = replace(hyperparams(every), preconditioning_compute_steps=k)
-        return sum(map(root_cost, factors)) / k / sum(block_cost(*block, hp) for block in blocks)
+        return sum(map(root_cost, factors)) / k / sum(block_cost(block.elements, block.factors, hp) for block in blocks)
 
     hp = replace(hyperparams(every), computation=Computation(refresh_budget=budget))
     found = within_budget(blocks, hp).preconditioning_compute_steps

@@ -42,6 +42,7 @@ STATES: dict[str, ShampooHyperParams] = {
     "whole": replace(HYPERPARAMS, block_size=0),
     "last side": replace(HYPERPARAMS, variant=Variant(sides="last")),
     "short sides": replace(HYPERPARAMS, block_size=0, variant=Variant(largest_dimension=5)),
+    "diagonals": replace(HYPERPARAMS, block_size=0, variant=Variant(largest_dimension=4, long_axes="diagonal")),
 }
 
 

@@ -210,7 +210,8 @@ def _matrices(
             matrix = describe(stored, facts.hp, mesh.everyone.size)
         except ValueError as error:
             return matrices, str(error)
-        if matrix.axes and (why := refusal(method, facts.hp.exponent(len(matrix.axes)))):
+        full = len(matrix.axes) > len(matrix.diagonal)
+        if full and (why := refusal(method, facts.hp.exponent(len(matrix.axes)))):
             return matrices, f"root_method {method!r} cannot be used for {matrix.name!r} of shape {matrix.shape}: {why}"
         if gaps := matrix.gaps():
             return matrices, f"the storage of {matrix.name!r} of shape {matrix.shape} can't be explained: {gaps}"

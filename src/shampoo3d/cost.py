@@ -18,14 +18,15 @@ _BASIS = 0.7
 
 
 class Factored(NamedTuple):
-    """A block that is preconditioned: its elements, and the sizes of its factors."""
+    """A block that is preconditioned: its elements, and the sizes of its factors, full and diagonal."""
 
     elements: int
     factors: Shape
+    diagonals: Shape = ()
 
 
 def root_cost(factors: Iterable[int]) -> float:
-    """Estimated work of computing the roots of factors of these sizes, in multiply-adds."""
+    """Estimated work of computing the roots of full factors of these sizes, in multiply-adds."""
     return sum(_ROOT_CUBIC * d**3 + _ROOT_SQUARE * d**2 for d in factors)
 
 
@@ -43,12 +44,13 @@ def applied_cost(elements: int, factors: Iterable[int], hp: ShampooHyperParams) 
     return _PER_BLOCK + _PER_ELEMENT * elements + times * elements * sum(factors)
 
 
-def block_cost(elements: int, factors: Shape, hp: ShampooHyperParams) -> float:
+def block_cost(elements: int, factors: Shape, hp: ShampooHyperParams, diagonals: Shape = ()) -> float:
     """Estimated work of a step on a block with factors of these sizes, in multiply-adds, refreshes spread out.
 
-    For "kl" each axis is preconditioned along all others, which takes as much as the statistics of those.
+    For "kl" each axis is preconditioned along all others, which takes as much as the statistics of those. Diagonal
+    factors are applied and accumulated among what each element costs anyway.
     """
-    products = elements * sum(factors) * (len(factors) if hp.variant.statistics == "kl" else 1)
+    products = elements * sum(factors) * (len(factors) + len(diagonals) if hp.variant.statistics == "kl" else 1)
     roots = refresh_cost(factors, hp) / hp.preconditioning_compute_steps
     return applied_cost(elements, factors, hp) + products / hp.statistics_compute_steps + roots
 
@@ -67,7 +69,7 @@ def within_budget(blocks: Iterable[Factored], hp: ShampooHyperParams) -> Shampoo
     factored = list(blocks)
     roots = sum(refresh_cost(block.factors, hp) for block in factored)
     every = hp.preconditioning_compute_steps
-    rest = sum(block_cost(*block, hp) for block in factored) - roots / every
+    rest = sum(block_cost(block.elements, block.factors, hp, block.diagonals) for block in factored) - roots / every
     needed = math.ceil(roots * (1 - budget) / (budget * rest)) if rest else 1
     return replace(hp, preconditioning_compute_steps=max(every, needed))
 
@@ -77,9 +79,10 @@ def bytes_of(name: str, hp: ShampooHyperParams, dtype: str) -> int:
     return 2 if storage_of(name, hp) == "bfloat16" else STATE_BYTES[dtype]
 
 
-def statistics_bytes(factors: Iterable[int], dtype: str) -> int:
+def statistics_bytes(factors: Iterable[int], dtype: str, diagonals: Iterable[int] = ()) -> int:
     """Of the statistics of factors of these sizes, of whose upper triangles little is stored."""
-    return sum(math.prod(tile) for d in factors for tile in tile_shapes(d).values()) * STATE_BYTES[dtype]
+    full = sum(math.prod(tile) for d in factors for tile in tile_shapes(d).values())
+    return (full + sum(diagonals)) * STATE_BYTES[dtype]
 
 
 def element_bytes(hp: ShampooHyperParams, dtype: str, *, factored: bool) -> int:
@@ -92,8 +95,12 @@ def owned_bytes(hp: ShampooHyperParams, dtype: str) -> int:
     return sum(bytes_of(name, hp, dtype) for name in owned_names(hp))
 
 
-def block_bytes(elements: int, factors: Shape, hp: ShampooHyperParams, dtype: str, *, momenta: bool) -> int:
+def block_bytes(
+    elements: int, factors: Shape, hp: ShampooHyperParams, dtype: str, diagonals: Shape = (), *, momenta: bool
+) -> int:
     """Bytes of state of a block with factors of these sizes: statistics, roots and, if asked, its momenta."""
-    kept = sum(d * d for d in factors) * bytes_of("P", hp, dtype) + statistics_bytes(factors, dtype)
-    kept += elements * owned_bytes(hp, dtype) if factors else 0
-    return kept + (elements * element_bytes(hp, dtype, factored=bool(factors)) if momenta else 0)
+    factored = bool(factors or diagonals)
+    kept = (sum(d * d for d in factors) + sum(diagonals)) * bytes_of("P", hp, dtype)
+    kept += statistics_bytes(factors, dtype, diagonals)
+    kept += elements * owned_bytes(hp, dtype) if factored else 0
+    return kept + (elements * element_bytes(hp, dtype, factored=factored) if momenta else 0)

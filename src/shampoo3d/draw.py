@@ -56,9 +56,11 @@ def ownership_table(plans: Sequence[Plan]) -> Table:
     for rank in load:
         blocks = [block for plan in plans for block in plan.owned_by(rank)]
         factors = [size for block in blocks for size in block.factors]
+        diagonals = sum(len(block.diagonal) for block in blocks)
+        count = f"{len(factors)} + {diagonals} diagonal" if diagonals else len(factors)
         elements = sum(block.elements for block in blocks)
         share = f"{load[rank] / mean:.2f}" if mean else "-"
-        rows.append((rank, len(blocks), len(factors), max(factors, default=0), f"{elements:,}", share))
+        rows.append((rank, len(blocks), count, max(factors, default=0), f"{elements:,}", share))
     return _table(("rank", "blocks", "factors", "largest", "elements", "load / mean"), rows)
 
 
@@ -250,7 +252,7 @@ def _draw_page(axes: Any, page: Box, colours: dict[int, Any], size: float) -> No
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
 
-    shades = [to_rgba(colours[tile.block.owner], 1.0 if tile.block.factors else 0.4) for tile in page.tiles]
+    shades = [to_rgba(colours[tile.block.owner], 1.0 if tile.block.axes else 0.4) for tile in page.tiles]
     edges = [min(0.8, size * min(tile.width, tile.height) / 10) for tile in page.tiles]
     shapes = [Rectangle((tile.x, tile.y), tile.width, tile.height) for tile in page.tiles]
     axes.add_collection(PatchCollection(shapes, facecolors=shades, edgecolors="white", linewidths=edges))

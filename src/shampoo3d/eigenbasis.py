@@ -18,12 +18,17 @@ from shampoo3d.roots.interval import ridge_of
 from shampoo3d.roots.precision import all_digits
 
 PerAxis = Mapping[int, Tensor]
-"""A matrix (n, d_i, d_i) for each axis i, from 0, that has one."""
+"""A matrix (n, d_i, d_i) for each axis i, from 0, that has one; of a diagonal one its diagonal (n, d_i)."""
 
 
 def multiply(P: Tensor, G: Tensor, axis: int, out: Tensor | None = None) -> Tensor:
-    """``G x_i P``: P (n, d_i, d_i) applied along axis i of a stack (n, d_1, ..., d_r); ``out`` is contiguous."""
+    """``G x_i P``: P (n, d_i, d_i) applied along axis i of a stack (n, d_1, ..., d_r); ``out`` is contiguous.
+
+    Of a diagonal P it is the diagonal (n, d_i).
+    """
     n, d = G.shape[0], G.shape[axis + 1]
+    if P.dim() == 2:
+        return torch.mul(G, P.view(n, *(d if i == axis else 1 for i in range(G.dim() - 1))), out=out)
     if axis == 0:
         return torch.bmm(P, G.reshape(n, d, -1), out=None if out is None else out.view(n, d, -1)).view(G.shape)
     if axis == G.dim() - 2:
@@ -148,14 +153,16 @@ def eigenvalues(L: Tensor, Q: Tensor) -> Tensor:
 
 
 def whitener_of_root(P: Tensor, p: int) -> Tensor:
-    """W with ``W^T W = L^-1`` of a symmetric root ``P = L^(-1/p)``, (n, d, d).
+    """W with ``W^T W = L^-1`` of a symmetric root ``P = L^(-1/p)``, (n, d, d), or of a diagonal one, (n, d).
 
     Raises:
         ValueError: p is odd.
     """
     if p % 2:
         raise ValueError(f"the inverse is a square of a power of its root L^(-1/p) for even p only, got p={p}")
-    return P if p == 2 else torch.linalg.matrix_power(P, p // 2)
+    if p == 2:
+        return P
+    return P.pow(p // 2) if P.dim() == 2 else torch.linalg.matrix_power(P, p // 2)
 
 
 def unwhitened(L: Tensor, P: Tensor, p: int, eps: float) -> Tensor:

@@ -204,12 +204,12 @@ class Team:
             kind = (guest, slot in self.settled, *block.kind, state_dtype(stored.dtype), stored.device)
             kinds[kind].append(slot)
         batches = []
-        for (guests, at_home, shape, axes, dtype, device), slots in kinds.items():
+        for (guests, at_home, shape, axes, diagonal, dtype, device), slots in kinds.items():
             members = [
                 Kept(slot, *self.slots[slot], row, self.plan.blocks[slot].offset) for row, slot in enumerate(slots)
             ]
             make = EigenStack if self.hp.variant.direction == "adam" else Stack
-            stack = make(shape, axes, len(slots), self.hp, dtype, device, guest=guests)
+            stack = make(shape, axes, len(slots), self.hp, dtype, device, guest=guests, diagonal=diagonal)
             cells = [Member(slot, self.slots[slot][0], self.settled[slot].cell) for slot in slots if at_home]
             batches.append(Batch(stack, members, guests, StackSlab(cells, self.hp) if at_home else None))
         return sorted(batches, key=lambda batch: batch.guests)

@@ -233,8 +233,9 @@ class Matrix:
         blocks: in coordinates of the merged matrix. None of a sharded matrix that is grafted only: its elements are
             updated where they live.
         axes: of the merged matrix, those that have a factor; none for a matrix that is grafted only.
+        diagonal: those of them whose factor is diagonal.
         path: "preconditioned", "grafted only" or "excluded".
-        reason: why it took that path, where that is not plain.
+        reason: why it took that path, where that is not plain, or which of its factors are diagonal.
     """
 
     storage: Storage
@@ -244,6 +245,7 @@ class Matrix:
     axes: tuple[int, ...]
     path: str
     reason: str
+    diagonal: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -335,10 +337,10 @@ def describe(storage: Storage, hp: ShampooHyperParams, world_size: int) -> Matri
         merged = f"{shape} merged into a vector: at most block_size={hp.block_size} elements"
         return _without_factors(storage, "grafted only", kind if len(shape) < 2 else merged)
     cuts = tuple(_cuts(storage, group, hp, world_size) for group in groups)
-    axes, reason = factor_axes(cuts, [max(_lengths(storage, group)) for group in groups], hp.variant)
+    axes, diagonal, reason = factor_axes(cuts, [max(_lengths(storage, group)) for group in groups], hp.variant)
     if not axes:
         return _without_factors(storage, "grafted only", reason)
-    return Matrix(storage, groups, cuts, grid(cuts), axes, "preconditioned", "")
+    return Matrix(storage, groups, cuts, grid(cuts), axes, "preconditioned", reason, diagonal)
 
 
 def _merged_axes(shape: Shape, hp: ShampooHyperParams, split: Collection[int]) -> tuple[tuple[int, ...], ...]:

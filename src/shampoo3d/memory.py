@@ -24,7 +24,7 @@ from shampoo3d.routes import (
     travels,
     width,
 )
-from shampoo3d.transients import Slab, accumulating, preconditioning, refreshing, squares
+from shampoo3d.transients import Slab, accumulating, preconditioning, refreshing, roots
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def _slabs(shares: Sequence["_Share"]) -> list[Slab]:
         flat.update(share.sharded)
         homes = [leg for leg in share.legs if leg.home == share.rank and not share.storage(leg).sharded]
         for leg in sorted(homes, key=share.turn):
-            axes = share.block(leg).axes if leg.slot in share.settled else ()  # stacks are of one kind
-            shape, dtype, factored = leg.cell.piece.box.shape, share.storage(leg).dtype, bool(share.block(leg).factors)
+            axes = share.block(leg).kind[1:] if leg.slot in share.settled else ()  # stacks are of one kind
+            shape, dtype, factored = leg.cell.piece.box.shape, share.storage(leg).dtype, bool(share.block(leg).axes)
             kind = number, *share.turn(leg)[:2], axes, shape, dtype, factored
             cells[kind][leg.matrix] += leg.elements
     return [Slab(elements, elements, dtype, False, True) for dtype, elements in flat.items()] + [
@@ -154,17 +154,18 @@ class _Share:
     @property
     def elements(self) -> int:
         """What is kept of the elements of blocks with factors by whoever keeps their roots."""
-        kept = (block for block in self.plan.blocks if block.factors and self.rank in block.keepers)
+        kept = (block for block in self.plan.blocks if block.axes and self.rank in block.keepers)
         return sum(block.elements * owned_bytes(self.hp, block.dtype) for block in kept)
 
     @property
     def statistics(self) -> int:
-        return sum(statistics_bytes(block.factors, block.dtype) for block in self.plan.owned_by(self.rank))
+        owned = self.plan.owned_by(self.rank)
+        return sum(statistics_bytes(block.factors, block.dtype, block.diagonals) for block in owned)
 
     @property
     def roots(self) -> int:
         kept = [block for block in self.plan.blocks if self.rank in block.keepers]
-        return sum(d * d * bytes_of("P", self.hp, block.dtype) for block in kept for d in block.factors)
+        return sum(block.root_numbers * bytes_of("P", self.hp, block.dtype) for block in kept)
 
     @property
     def sharded(self) -> Counter[str]:
@@ -199,7 +200,7 @@ class _Share:
         most = before = 0
         for _, blocks in (batch for slots in self.rounds for batch in self._batches(slots)):
             if blocks[0].owner == self.rank:
-                before += sum(map(squares, blocks))
+                before += sum(map(roots, blocks))
                 work = max(refreshing(blocks, self.hp, device, started=started) for started in (False, True))
                 most = max(most, before + work)
         return most
@@ -243,7 +244,7 @@ class _Share:
             if self.rank in block.keepers and len(block.keepers) > 1:
                 owned = block.owner == self.rank
                 moments = block.elements * STATE_BYTES[block.dtype] if self.hp.variant.direction == "adam" else 0
-                each = squares(block) + moments
+                each = roots(block) + moments
                 found["roots", not owned] += each * (len(block.keepers) - 1 if owned else 1)
         return found
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from shampoo3d.blocks import Shape
 from shampoo3d.cost import applied_cost, block_bytes, block_cost, element_bytes, statistics_bytes
+from shampoo3d.factors import sizes
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Matrix
 from shampoo3d.schedule import BlockId
@@ -35,6 +36,7 @@ class PlannedBlock:
         model_dtype: of the model's own parameter, where ``dtype`` is that of a master copy.
         offset: its turn to refresh its roots, see :func:`shampoo3d.schedule.phase`.
         kept_cost: work of a keeper that is not the owner: it applies the roots only.
+        diagonal: of the axes, those whose factor is diagonal.
     """
 
     matrix: str
@@ -50,6 +52,7 @@ class PlannedBlock:
     model_dtype: str = ""
     offset: int = 0
     kept_cost: float = 0.0
+    diagonal: tuple[int, ...] = ()
 
     @property
     def id(self) -> BlockId:
@@ -57,18 +60,28 @@ class PlannedBlock:
 
     @property
     def factors(self) -> Shape:
-        """The sizes of its Kronecker factors."""
-        return tuple(self.shape[axis] for axis in self.axes)
+        """The sizes of its Kronecker factors that are not diagonal."""
+        return sizes(self.shape, self.axes, self.diagonal)[0]
 
     @property
-    def kind(self) -> tuple[Shape, tuple[int, ...]]:
-        """Its shape and axes: blocks that have both in common can be in one stack."""
-        return self.shape, self.axes
+    def diagonals(self) -> Shape:
+        """The sizes of its diagonal factors."""
+        return sizes(self.shape, self.axes, self.diagonal)[1]
+
+    @property
+    def root_numbers(self) -> int:
+        """How many numbers its roots are."""
+        return sum(d * d for d in self.factors) + sum(self.diagonals)
+
+    @property
+    def kind(self) -> tuple[Shape, tuple[int, ...], tuple[int, ...]]:
+        """Its shape and axes: blocks that have these in common can be in one stack."""
+        return self.shape, self.axes, self.diagonal
 
     @property
     def kept_bytes(self) -> int:
         """State on a keeper that is not the owner: no statistics."""
-        return self.bytes - statistics_bytes(self.factors, self.dtype)
+        return self.bytes - statistics_bytes(self.factors, self.dtype, self.diagonals)
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,7 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         data = json.loads(text)
-        lists = ("shape", "axes", "keepers")
+        lists = ("shape", "axes", "keepers", "diagonal")
         blocks = (PlannedBlock(**block | {name: tuple(block[name]) for name in lists}) for block in data["blocks"])
         return cls(tuple(data["ranks"]), tuple(blocks), tuple(data["resident"]), data["every"])
 
@@ -156,7 +169,7 @@ def make_plan(
     resident = tuple(stays[rank] for rank in ranks)
     loads = _Loads(ranks, load or {}, resident, memory_bound)
     owners = _balanced(drafts, storing, counterparts, loads)
-    owners |= _nearest([b for b in drafts if b.factors and b.owner < 0], counterparts, ranks, owners, storing)
+    owners |= _nearest([b for b in drafts if b.axes and b.owner < 0], counterparts, ranks, owners, storing)
     blocks = []
     for draft in drafts:
         owner = owners.get(draft.id, draft.owner)
@@ -175,7 +188,7 @@ def _balanced(
     for block in sorted(drafts, key=lambda b: (b.owner < 0, -b.cost, -b.elements, b.offset)):
         owner, others = block.owner, counterparts[block.matrix]
         if owner < 0:
-            owner = owners[block.id] = loads.least(block, others, None if block.factors else storing[block.id])
+            owner = owners[block.id] = loads.least(block, others, None if block.axes else storing[block.id])
         if owner < 0:
             raise ValueError(
                 f"memory_bound={loads.bound} leaves no rank for block {block.key} of {block.matrix!r}: it has "
@@ -269,9 +282,9 @@ def _draft(
 ) -> PlannedBlock:
     """A block that has no owner yet (-1), unless it is fixed."""
     block, dtype = matrix.blocks[number], matrix.storage.dtype
-    id_, factors = (matrix.name, block.key), tuple(block.shape[axis] for axis in matrix.axes)
-    size = block_bytes(block.elements, factors, hp, dtype, momenta=not matrix.storage.sharded)
-    cost = block_cost(block.elements, factors, hp)
+    id_, (factors, diagonals) = (matrix.name, block.key), sizes(block.shape, matrix.axes, matrix.diagonal)
+    size = block_bytes(block.elements, factors, hp, dtype, diagonals, momenta=not matrix.storage.sharded)
+    cost = block_cost(block.elements, factors, hp, diagonals)
     return PlannedBlock(
         matrix.name,
         block.key,
@@ -283,8 +296,9 @@ def _draft(
         cost,
         fixed.get(id_, -1),
         model_dtype=matrix.storage.model_dtype,
-        offset=offsets[id_] if factors else 0,
+        offset=offsets[id_] if matrix.axes else 0,
         kept_cost=applied_cost(block.elements, factors, hp),
+        diagonal=matrix.diagonal,
     )
 
 

@@ -1,6 +1,6 @@
 """The mathematics of Shampoo on a stack of equal blocks (Gupta et al. 2018, arXiv 1802.09568, Algorithm 2)."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -13,10 +13,10 @@ from shampoo3d.eigenbasis import PerAxis, divergence_weight, multiply, unwhitene
 from shampoo3d.hyperparams import ShampooHyperParams, momenta_names, owned_names
 from shampoo3d.momenta import Rows, average, kept_dtype
 from shampoo3d.precision import reduced_products
-from shampoo3d.roots import inverse_roots
+from shampoo3d.roots import inverse_diagonal_roots, inverse_roots
 from shampoo3d.roots.choice import at_once
 from shampoo3d.schedule import unconditional
-from shampoo3d.symmetric import Symmetric
+from shampoo3d.symmetric import Diagonal, Symmetric
 
 
 def unfold(G: Tensor, axis: int) -> Tensor:
@@ -29,8 +29,9 @@ class Stack:
 
     Attributes:
         axes: those that have a factor, at least one.
+        diagonal: those of them whose factor is diagonal.
         statistics: ``L_i`` per axis i of these; none for a guest, whose roots are computed elsewhere.
-        roots: ``P_i`` per axis i of these, each (n, d_i, d_i).
+        roots: ``P_i`` per axis i of these, each (n, d_i, d_i), or the diagonals (n, d_i).
         elements: what is kept for each element, by name.
         root_failures: how often a root could not be computed and the previous one was kept.
     """
@@ -48,13 +49,18 @@ class Stack:
         device: torch.device,
         *,
         guest: bool = False,
+        diagonal: Collection[int] = (),
     ) -> None:
-        self.shape, self.axes, self.n, self.hp = shape, tuple(axes), n, hp
+        self.shape, self.axes, self.diagonal, self.n, self.hp = shape, tuple(axes), diagonal, n, hp
         self.dtype, self.device = dtype, device
-        sizes = [shape[axis] for axis in axes]
-        self.statistics = [] if guest else [Symmetric(n, d, hp.initial, dtype, device) for d in sizes]
+        self.statistics: list[Symmetric | Diagonal] = []
+        self.roots: list[Tensor] = []
         kept = kept_dtype("P", hp, dtype)
-        self.roots = [torch.eye(d, dtype=kept, device=device).repeat(n, 1, 1) for d in sizes]
+        for axis in axes:
+            kind, one = (Diagonal, torch.ones) if axis in diagonal else (Symmetric, torch.eye)
+            if not guest:
+                self.statistics.append(kind(n, shape[axis], hp.initial, dtype, device))
+            self.roots.append(torch.stack([one(shape[axis], dtype=kept, device=device)] * n))
         self.elements = {
             name: torch.zeros(n, *shape, dtype=kept_dtype(name, hp, dtype), device=device) for name in owned_names(hp)
         }
@@ -92,7 +98,7 @@ class Stack:
                 if first is not None:
                     self._start(L, rows, first, t)
 
-    def _start(self, L: Symmetric, rows: Rows, first: Tensor, t: int) -> None:
+    def _start(self, L: Symmetric | Diagonal, rows: Rows, first: Tensor, t: int) -> None:
         """``L <- c^(1/r - 1) (L + c I)`` where L is of the first gradient, c the mean of its squares, r the factors.
 
         That L is singular, and the next gradients would be whitened by its inverse. The powers of c make the product
@@ -139,10 +145,14 @@ class Stack:
     def _parts(self, rows: Rows, t: int) -> Iterator[tuple[int, Rows]]:
         """Of each factor, by its place in ``axes``, the rows whose roots are computed at once.
 
-        With a tolerance without those that are within it; the host waits to know them.
+        With a tolerance without those that are within it; the host waits to know them. Roots of diagonals cost no more
+        than to ask.
         """
         tolerance = self.hp.variant.refresh_tolerance
         for place, axis in enumerate(self.axes):
+            if axis in self.diagonal:
+                yield place, rows
+                continue
             for part in self._at_once(rows, at_once(self.shape[axis], self.device.type)):
                 if not tolerance or unconditional(t, self.hp):
                     yield place, part
@@ -181,14 +191,12 @@ class Stack:
 
     def _new_roots(self, place: int, rows: Rows, t: int) -> tuple[Tensor, ...]:
         """New roots, the previous ones where they fail, and which do."""
-        return inverse_roots(
-            self._averaged_statistics(place, rows, t),
-            self.exponent,
-            self.hp.matrix_eps,
-            method=self.hp.computation.root_method,
-            pseudo_inverse=self.hp.pseudo_inverse,
-            previous=self.roots[place][rows].to(self.dtype),
-        )
+        L, previous = self._averaged_statistics(place, rows, t), self.roots[place][rows].to(self.dtype)
+        p, eps, pseudo = self.exponent, self.hp.matrix_eps, self.hp.pseudo_inverse
+        if self.axes[place] in self.diagonal:
+            return inverse_diagonal_roots(L, p, eps, pseudo_inverse=pseudo, previous=previous)
+        method = self.hp.computation.root_method
+        return inverse_roots(L, p, eps, method=method, pseudo_inverse=pseudo, previous=previous)
 
     def _take(self, place: int, rows: Rows, new: Tensor, failed: Tensor) -> None:
         self.roots[place][rows] = new.to(self.roots[place].dtype)
@@ -237,19 +245,27 @@ class Stack:
         return S if out is None else out.copy_(S)
 
 
-def factor_shapes(shape: Shape, axes: Iterable[int], hp: ShampooHyperParams) -> dict[str, torch.Size]:
+def factor_shapes(
+    shape: Shape, axes: Iterable[int], hp: ShampooHyperParams, diagonal: Collection[int] = ()
+) -> dict[str, torch.Size]:
     """What a :class:`Stack` keeps for a block of ``shape`` with factors for these axes, by name."""
     letter = "Q" if hp.variant.direction == "adam" else "P"
-    sizes = {axis: shape[axis] for axis in axes}
-    statistics = {f"L{i}{name}": torch.Size(tile) for i, d in sizes.items() for name, tile in tile_shapes(d).items()}
-    roots = {f"{letter}{i}": torch.Size((d, d)) for i, d in sizes.items()}
-    return statistics | roots | ({name: torch.Size(shape) for name in owned_names(hp)} if sizes else {})
+    statistics: dict[str, torch.Size] = {}
+    roots: dict[str, torch.Size] = {}
+    for i, d in ((axis, shape[axis]) for axis in axes):
+        tiles = {"": (d,)} if i in diagonal else tile_shapes(d)
+        statistics |= {f"L{i}{name}": torch.Size(tile) for name, tile in tiles.items()}
+        roots[f"{letter}{i}"] = torch.Size((d,) if i in diagonal else (d, d))
+    return statistics | roots | ({name: torch.Size(shape) for name in owned_names(hp)} if roots else {})
 
 
-def state_shapes(shape: Shape, axes: Iterable[int], hp: ShampooHyperParams) -> dict[str, torch.Size]:
+def state_shapes(
+    shape: Shape, axes: Iterable[int], hp: ShampooHyperParams, diagonal: Collection[int] = ()
+) -> dict[str, torch.Size]:
     """All state of a block: its momenta and factors, known before anything is allocated."""
     axes = tuple(axes)
-    return {name: torch.Size(shape) for name in momenta_names(hp, bool(axes))} | factor_shapes(shape, axes, hp)
+    momenta = {name: torch.Size(shape) for name in momenta_names(hp, bool(axes))}
+    return momenta | factor_shapes(shape, axes, hp, diagonal)
 
 
 def squared_norms(stack: Tensor) -> Tensor:

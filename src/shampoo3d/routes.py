@@ -63,7 +63,7 @@ class Routes:
     @property
     def travels(self) -> bool:
         """Whether any preconditioned block's owner is not the home of all its elements."""
-        return any(leg.home != leg.keeper and self.plan.blocks[leg.slot].factors for leg in self.legs)
+        return any(leg.home != leg.keeper and self.plan.blocks[leg.slot].axes for leg in self.legs)
 
 
 def travels(plan: Plan, matrices: Sequence[Matrix]) -> bool:
@@ -96,7 +96,7 @@ def settled(plan: Plan, matrices: Sequence[Matrix], legs: Iterable[Leg], rank: i
     """The blocks kept by a rank of which all elements are at home there, so that nothing of them travels, by slot."""
     mine: defaultdict[int, list[Leg]] = defaultdict(list)
     for leg in legs:
-        if leg.keeper == rank and plan.blocks[leg.slot].factors and not matrices[leg.matrix].storage.sharded:
+        if leg.keeper == rank and plan.blocks[leg.slot].axes and not matrices[leg.matrix].storage.sharded:
             mine[leg.slot].append(leg)
     whole = {slot: legs_[0] for slot, legs_ in mine.items() if len(legs_) == 1 and legs_[0].home == rank}
     return {slot: leg for slot, leg in whole.items() if leg.elements == plan.blocks[slot].elements}
@@ -109,7 +109,7 @@ def rounds(plan: Plan, most: float) -> list[list[int]]:
     """
     by_dtype: defaultdict[tuple[str, str], defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for slot, block in enumerate(plan.blocks):
-        if block.factors:
+        if block.axes:
             by_dtype[block.dtype, block.model_dtype][block.owner].append(slot)
     found: list[list[int]] = []
     for owned in by_dtype.values():
@@ -161,7 +161,7 @@ def traffic(
     copies: defaultdict[tuple[tuple[int, ...], str], list[tuple[int, int]]] = defaultdict(list)
     for leg in Routes.of(plan, matrices, rank).legs:
         storage = matrices[leg.matrix].storage
-        if leg.home != leg.keeper and plan.blocks[leg.slot].factors:
+        if leg.home != leg.keeper and plan.blocks[leg.slot].axes:
             named = storage.model_dtype if distribution.update_precision == "parameter" else storage.state_dtype
             if leg.gathered and leg.keeper == rank:
                 found["gradients"] += leg.elements * ITEM_BYTES[storage.dtype]
@@ -177,6 +177,6 @@ def traffic(
             found["reduced"] += here * (len(ranks) - 1) * ITEM_BYTES[dtype]
     for block in plan.blocks:
         if rank in block.keepers and rank != block.owner:
-            V = block.elements if block.factors and hp.variant.direction == "adam" else 0
-            found["roots"] += (sum(d * d for d in block.factors) + V) * STATE_BYTES[block.dtype]
+            V = block.elements if block.axes and hp.variant.direction == "adam" else 0
+            found["roots"] += (block.root_numbers + V) * STATE_BYTES[block.dtype]
     return dict(found)

@@ -1,4 +1,4 @@
-"""Stacks of symmetric matrices of which little is stored or computed twice."""
+"""Stacks of symmetric matrices of which little is stored or computed twice, and of diagonal ones."""
 
 import torch
 from torch import Tensor
@@ -53,3 +53,32 @@ class Symmetric:
             return self.tiles[""][rows]
         A11, A21, A22 = (tile[rows] for tile in self.tiles.values())
         return torch.cat([torch.cat([A11, A21.mT], 2), torch.cat([A21, A22], 2)], 1)
+
+
+class Diagonal:
+    """n diagonal d x d matrices, with the interface of :class:`Symmetric`.
+
+    Attributes:
+        tiles: their diagonals (n, d), by the name "".
+    """
+
+    def __init__(self, n: int, d: int, scale: float, dtype: torch.dtype, device: torch.device) -> None:
+        """``scale * I``, n times."""
+        self.tiles = {"": torch.full((n, d), scale, dtype=dtype, device=device)}
+
+    def accumulate(self, U: Tensor, rows: Rows, beta: float, weight: float) -> None:
+        """``A <- beta A + weight diag(U U^T)`` for the given rows, U (rows, d, any)."""
+        squares = torch.linalg.vector_norm(U, dim=2).square_()
+        self.tiles[""][rows] = squares.mul_(weight).add_(self.tiles[""][rows], alpha=beta)
+
+    def mean(self, rows: Rows) -> Tensor:
+        """``trace A / d`` of the given rows, (rows,)."""
+        return self.tiles[""][rows].mean(1)
+
+    def adjust(self, rows: Rows, added: Tensor, scale: Tensor) -> None:
+        """``A <- scale (A + added I)`` for the given rows, both (rows,)."""
+        self.tiles[""][rows] = scale[:, None] * (self.tiles[""][rows] + added[:, None])
+
+    def whole(self, rows: Rows) -> Tensor:
+        """The diagonals of the given matrices, (rows, d)."""
+        return self.tiles[""][rows]

@@ -88,9 +88,9 @@ def averages(hp: ShampooHyperParams, state: int, device: str) -> float:
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
-def squares(block: PlannedBlock) -> int:
-    """Bytes of one square matrix per factor, in the state's dtype."""
-    return sum(d * d for d in block.factors) * STATE_BYTES[block.dtype]
+def roots(block: PlannedBlock) -> int:
+    """Bytes of one root per factor, in the state's dtype."""
+    return block.root_numbers * STATE_BYTES[block.dtype]
 
 
 def accumulating(block: PlannedBlock, hp: ShampooHyperParams) -> int:
@@ -110,15 +110,17 @@ def accumulating(block: PlannedBlock, hp: ShampooHyperParams) -> int:
 def _whiteners(block: PlannedBlock, hp: ShampooHyperParams) -> tuple[int, int]:
     """Bytes of the whiteners of all axes, and the most while they are made one after the other."""
     converted = bytes_of("P", hp, block.dtype) != STATE_BYTES[block.dtype]
-    power = hp.exponent(len(block.factors)) // 2
+    power = hp.exponent(len(block.axes)) // 2
     kept = most = 0
-    for d in block.factors:
+    for axis in block.axes:
+        d = block.shape[axis]
+        numbers = d if axis in block.diagonal else d * d
         if hp.variant.direction == "adam":
             mine, making = 1, 2 + (d >= SMALLEST_SPLIT) + converted
         else:
             mine, making = int(converted or power > 1), converted + (power > 1) + (power > 2)
-        most = max(most, kept + making * d * d)
-        kept += mine * d * d
+        most = max(most, kept + making * numbers)
+        kept += mine * numbers
     return kept * STATE_BYTES[block.dtype], max(most, kept) * STATE_BYTES[block.dtype]
 
 
@@ -130,7 +132,7 @@ def preconditioning(block: PlannedBlock, hp: ShampooHyperParams, device: str, *,
         return int(block.elements * making) if hp.moves_at_once else 0
     computed = low if hp.computation.products == "bfloat16" else state
     converted = bytes_of("P", hp, block.dtype) != computed
-    P = squares(block) // state * computed if converted else 0
+    P = block.root_numbers * computed if converted else 0
     adam = hp.variant.direction == "adam"
     most, turned = _products(block, block.axes, computed, averaged=hp.averaged, into=not adam)
     if adam:
@@ -167,9 +169,10 @@ def _products(
     operand = computed if cast else averaged * state
     most, before = averaged * state + cast * computed, 0
     for place, axis in enumerate(axes):
-        copied = turned or _middle(block, axis)
-        turned = _middle(block, axis)
-        in_place = into and 0 < place == len(axes) - 1 and not (turned or cast)
+        diagonal, middle = axis in block.diagonal, _middle(block, axis)  # a diagonal multiplies elements where they are
+        copied = not diagonal and (turned or middle)
+        in_place = into and 0 < place == len(axes) - 1 and not (cast or (middle and not diagonal))
+        turned = turned if diagonal else middle
         before, operand = operand, 0 if in_place else computed
         most = max(most, before + copied * computed + operand)
     return max(most, cast * (before + operand + state)), turned
@@ -230,7 +233,7 @@ def refreshing(blocks: Sequence[PlannedBlock], hp: ShampooHyperParams, device: s
 
 def _new_root(block: PlannedBlock, d: int, hp: ShampooHyperParams, device: str, *, picked: bool) -> int:
     """Numbers for each d x d root: beside the work copies of the statistics and of the previous root."""
-    p = hp.exponent(len(block.factors))
+    p = hp.exponent(len(block.axes))
     double = STATE_BYTES[block.dtype] == 8
     method = choose(hp.computation.root_method, p, hp.pseudo_inverse, d=d, device=device, double=double)
     corrected = hp.variant.bias_correction and hp.beta2 < 1.0

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from shampoo3d.cost import Factored, root_cost, within_budget
+from shampoo3d.factors import sizes
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Matrix
 from shampoo3d.schedule import BlockId, offsets
@@ -11,7 +12,7 @@ from shampoo3d.schedule import BlockId, offsets
 def factored_blocks(matrices: Iterable[Matrix]) -> dict[BlockId, Factored]:
     """The blocks that have factors."""
     return {
-        (matrix.name, block.key): Factored(block.elements, tuple(block.shape[axis] for axis in matrix.axes))
+        (matrix.name, block.key): Factored(block.elements, *sizes(block.shape, matrix.axes, matrix.diagonal))
         for matrix in matrices
         if matrix.axes
         for block in matrix.blocks

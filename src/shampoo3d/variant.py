@@ -9,6 +9,7 @@ from shampoo3d.checks import check_bool, check_choice, check_integer, check_numb
 Direction = Literal["root", "adam"]
 Statistics = Literal["gradient", "kl"]
 Sides = Literal["all", "first", "last", "shortest"]
+LongAxes = Literal["none", "diagonal"]
 Kernels = Literal["axes", "matrix"]
 LONGEST_KERNEL = 16
 """Longer axes are taken for something else: experts, positions."""
@@ -25,7 +26,11 @@ class Variant:
             minimizes a Kullback-Leibler divergence (Lin et al. 2025, arXiv 2509.03378).
         sides: the axes that have a factor: "all", the "first" or "last" only, or the "shortest" of each matrix; with
             one side the exponent is -1/2 (one-sided Shampoo, Xie et al. 2025, arXiv 2503.10537).
-        largest_dimension: axes of blocks that are longer have no factor (Vyas et al. 2024); 0 for no bound.
+        largest_dimension: axes of blocks that are longer have no factor (Vyas et al. 2024), or a diagonal one; 0 for no
+            bound.
+        long_axes: what such axes have: no factor ("none"), or a "diagonal" one, a vector of sums of squares (Gupta et
+            al. 2018, arXiv 1802.09568, on a diagonal variant; Anil et al. 2020, arXiv 2002.09018, on large dimensions).
+            It counts in the exponent. Not for "adam": the eigenbasis of a diagonal matrix is I.
         kernels: what the kernels of a convolution (out, in, height, width) are: all of their "axes" have a factor, or
             they are the "matrix" (out, in height width) (Grosse and Martens 2016, arXiv 1602.01407). Axes from the
             third on count as those of a kernel where they are at most 16 long.
@@ -51,6 +56,7 @@ class Variant:
     statistics: Statistics = "gradient"
     sides: Sides = "all"
     largest_dimension: int = 0
+    long_axes: LongAxes = "none"
     kernels: Kernels = "axes"
     beta1: float = 0.0
     graft_beta2: float = 0.999
@@ -63,6 +69,7 @@ class Variant:
         check_choice("direction", self.direction, ("root", "adam"))
         check_choice("statistics", self.statistics, ("gradient", "kl"))
         check_choice("sides", self.sides, ("all", "first", "last", "shortest"))
+        check_choice("long_axes", self.long_axes, ("none", "diagonal"))
         check_choice("kernels", self.kernels, ("axes", "matrix"))
         check_choice("vectors", self.vectors, ("scaled", "diagonal"))
         check_integer("largest_dimension", self.largest_dimension, least=0)
@@ -73,3 +80,13 @@ class Variant:
         check_number("refresh_tolerance", self.refresh_tolerance, least=0.0, below=above)
         check_bool("bias_correction", self.bias_correction)
         check_bool("decoupled_weight_decay", self.decoupled_weight_decay)
+        if self.long_axes == "diagonal" and not self.largest_dimension:
+            raise ValueError(
+                "long_axes='diagonal' has no meaning with largest_dimension=0, for which no axis is long; take "
+                "largest_dimension > 0"
+            )
+        if self.long_axes == "diagonal" and self.direction == "adam":
+            raise ValueError(
+                "long_axes='diagonal' has no meaning with direction='adam': the eigenbasis of a diagonal factor is I, "
+                "as if there were none; take long_axes='none'"
+            )

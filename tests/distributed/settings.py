@@ -91,6 +91,14 @@ VARIANTS: dict[str, Settings] = {
         "preconditioning_compute_steps": 2,
         "variant": Variant(statistics="kl", graft_beta2=0.9, bias_correction=True, decoupled_weight_decay=True),
     },
+    "diagonals": {
+        "block_size": 0,
+        "beta2": 0.9,
+        "lr": 0.05,
+        "preconditioning_compute_steps": 2,
+        "variant": Variant(largest_dimension=11, long_axes="diagonal", statistics="kl", beta1=0.8),
+        "momentum": 0.0,
+    },
     "tolerant": {
         "block_size": 6,
         "beta2": 0.9,

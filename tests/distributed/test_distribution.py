@@ -20,6 +20,7 @@ from .training import Topology, one_process, unfreeze_after_3, with_deepspeed
 
 SETTINGS = ShampooHyperParams(block_size=6, beta2=0.9, graft_type="adagrad", matrix_eps=1e-6)
 ONE_SIDED = replace(SETTINGS, variant=Variant(sides="last", largest_dimension=6))
+DIAGONALS = replace(SETTINGS, variant=Variant(largest_dimension=5, long_axes="diagonal"))
 SHAPE = Shape()
 FEW_BLOCKS = Shape(layers=0, mix=False, vocabulary=6)
 
@@ -238,11 +239,12 @@ def _resume(folder: Path, topology: Topology, hp: ShampooHyperParams) -> dict[st
         (Topology(data=2), Topology(data=1), SETTINGS, 1e-9),
         (Topology(data=2), Topology(data=3), SETTINGS, 1e-9),
         (Topology(data=2), Topology(data=3), ONE_SIDED, 1e-9),
+        (Topology(data=2), Topology(data=3), DIAGONALS, 1e-9),
         (Topology(pipe=2, data=2), Topology(pipe=2, data=2), SETTINGS, 1e-12),
         (Topology(pipe=2, data=2), Topology(pipe=2, data=1), SETTINGS, 1e-9),
         (Topology(data=2, model=2), Topology(data=2, model=2), SETTINGS, 1e-12),
     ],
-    ids=lambda value: str(value) if not isinstance(value, ShampooHyperParams) else value.variant.sides,
+    ids=lambda of: f"{of.variant.sides}-{of.variant.long_axes}" if isinstance(of, ShampooHyperParams) else str(of),
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(
     saved: Topology, resumed: Topology, hp: ShampooHyperParams, tolerance: float, tmp_path: Path

@@ -149,8 +149,8 @@ def _merged_zeros(binding: Binding, hp: ShampooHyperParams) -> dict[str, Tensor]
 def _all_factors(team: Team, link: Link) -> dict[tuple[int, str], dict[str, Tensor]]:
     """All factors, by matrix and block."""
     kept = {(binding.number, block.key): views for binding, block, views, _ in factors_of(team)}
-    planned = [(team.slots[slot][0].number, block) for slot, block in enumerate(team.plan.blocks) if block.factors]
-    shapes = [factor_shapes(block.shape, block.axes, team.hp) for _, block in planned]
+    planned = [(team.slots[slot][0].number, block) for slot, block in enumerate(team.plan.blocks) if block.axes]
+    shapes = [factor_shapes(block.shape, block.axes, team.hp, block.diagonal) for _, block in planned]
 
     def mine(n: int) -> Tensor:
         matrix, block = planned[n]
@@ -206,7 +206,8 @@ def check_loadable(binding: Binding, saved: ParamState, hp: ShampooHyperParams) 
     if not isinstance(saved.get("step"), int):
         raise ValueError(f"the loaded state of {matrix.name!r} has no step count: 'step' is {saved.get('step')!r}")
     for key, block in blocks.items():
-        wanted = {field: tuple(shape) for field, shape in state_shapes(block.shape, matrix.axes, hp).items()}
+        shapes = state_shapes(block.shape, matrix.axes, hp, matrix.diagonal)
+        wanted = {field: tuple(shape) for field, shape in shapes.items()}
         given = {field: tuple(tensor.shape) for field, tensor in saved[key].items()}
         if given != wanted:
             raise ValueError(
