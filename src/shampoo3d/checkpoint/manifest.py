@@ -31,7 +31,8 @@ class Parameter:
     Attributes:
         shape: of the logical matrix; ``merged``: with the axes joined that became one.
         dtype: of its state.
-        axes, cuts: the merged axes that have a factor, and the boundaries of the blocks; none without factors.
+        axes, diagonal: the merged axes that have a factor, and those of them whose factor is diagonal.
+        cuts: the boundaries of the blocks; none without factors.
         step: how many steps it has taken.
     """
 
@@ -39,17 +40,18 @@ class Parameter:
     merged: Shape
     dtype: str
     axes: tuple[int, ...]
+    diagonal: tuple[int, ...]
     cuts: tuple[Cuts, ...]
     step: int
 
     @classmethod
     def of(cls, matrix: Matrix, step: int) -> "Parameter":
         cuts = matrix.cuts if matrix.factored else ()
-        return cls(matrix.shape, matrix.merged, matrix.storage.state_dtype, matrix.axes, cuts, step)
+        return cls(matrix.shape, matrix.merged, matrix.storage.state_dtype, matrix.axes, matrix.diagonal, cuts, step)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Parameter":
-        tuples = {name: tuple(data[name]) for name in ("shape", "merged", "axes")}
+        tuples = {name: tuple(data[name]) for name in ("shape", "merged", "axes", "diagonal")}
         cuts = tuple(tuple(int(edge) for edge in axis) for axis in data["cuts"])
         return cls(**tuples, cuts=cuts, dtype=str(data["dtype"]), step=int(data["step"]))
 
@@ -205,14 +207,21 @@ def contradictions(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     return [f"{name} was {differing[name][0]!r} and is {differing[name][1]!r}" for name in found]
 
 
+_WORDS = {
+    "shape": "shape",
+    "merged": "merged shape",
+    "axes": "axes with factors",
+    "diagonal": "axes with diagonal ones",
+}
+
+
 def misfits(saved: Mapping[str, Parameter], now: Mapping[str, Parameter]) -> Iterator[str]:
     """Which parameters cannot take the state of the same name, in words."""
     for name in saved.keys() & now.keys():
         old, new = saved[name], now[name]
-        for what in ("shape", "merged", "axes"):
+        for what, words in _WORDS.items():
             a, b = getattr(old, what), getattr(new, what)
             if a != b:
-                words = {"shape": "shape", "merged": "merged shape", "axes": "axes with factors"}[what]
                 yield f"{name!r} has {words} {_joined(b)}, and had {_joined(a)}"
                 break
         else:
