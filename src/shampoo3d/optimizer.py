@@ -15,6 +15,7 @@ from shampoo3d.assemble import (
     flat_groups,
     is_trainable,
 )
+from shampoo3d.checkpoint import slices
 from shampoo3d.checkpoint import state as checkpoint
 from shampoo3d.checkpoint.saving import Checkpointed
 from shampoo3d.checkpoint.state import ParamState
@@ -103,6 +104,7 @@ class Shampoo(Checkpointed):
         self._groups: list[dict[str, Any]] = []  # engines show one at a time in param_groups
         self._saved: dict[Tensor, ParamState] = {}  # loaded state that waits until its parameter is bound
         self._saved_own: dict[str, Any] | None = None  # the same of flat slices
+        self._known: dict[str, Any] = {}  # the matrices, as they were bound last
         self._reduction = OwnerReduction() if distribution.reduce_to_owners else None
         if self._reduction is not None:  # DeepSpeed's engine looks for this method, and obeys it where it is there
             self.get_grads_for_reduction = self._grads_for_reduction
@@ -257,8 +259,8 @@ class Shampoo(Checkpointed):
         saved = {tensor: state for tensor, state in saved.items() if state != {"step": 0}}  # those have not begun
         live = checkpoint.live_state(teams)
         if own is not None:
-            checkpoint.check_own(teams, live, own, saved)
-            checkpoint.load_own(teams, live, own, saved)
+            slices.check_own(teams, live, own, saved)
+            slices.load_own(teams, live, own, saved)
         else:
             for binding in (binding for team in teams for binding in team.bindings):
                 if binding.place.tensor in saved:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from shampoo3d.agreement import StepRefusedError
 from shampoo3d.assemble import DisagreementError, flat_groups
-from shampoo3d.checkpoint import folder
+from shampoo3d.checkpoint import folder, slices
 from shampoo3d.checkpoint import state as checkpoint
 from shampoo3d.checkpoint.state import ParamState
 from shampoo3d.distribution import Distribution
@@ -41,6 +41,7 @@ class Checkpointed(Optimizer):
     _groups: list[dict[str, Any]]
     _saved: dict[Tensor, ParamState]
     _saved_own: dict[str, Any] | None
+    _known: dict[str, Any]
 
     @abstractmethod
     def bind(self) -> None:
@@ -70,6 +71,11 @@ class Checkpointed(Optimizer):
                 begun |= checkpoint.complete_state(team, steps)
         return {param: begun.get(param, {"step": 0}) for group in self.param_groups for param in group["params"]}
 
+    def _parameters(self) -> dict[str, Any]:
+        """The matrices that take part in steps, in plain data; of a copy those that were bound in the original."""
+        steps = {tensor: int(state["step"]) for tensor, state in self.state.items()}
+        return checkpoint.parameters_of(self._teams, steps) if self._mesh is not None else self._known
+
     def state_dict(self) -> dict[str, Any]:
         """The complete state, whoever owns it, as one process would have it; in copies.
 
@@ -81,8 +87,14 @@ class Checkpointed(Optimizer):
             whole = super().state_dict()
         finally:
             self.state = owned
-        if flat_groups(self._facts) and self._mesh is not None:
-            whole["shampoo"] = checkpoint.own_state(self._teams)
+        whole["shampoo"] = checkpoint.description(self._parameters(), self.hyperparams, self.skipped_steps)
+        params = [param for group in self.param_groups for param in group["params"]]
+        if not flat_groups(self._facts):
+            originals = (param for group in self._facts.originals for param in group)
+            whole["shampoo"]["names"] = [self._facts.names[param] for param in originals]
+        elif self._mesh is not None:
+            numbers = {param: number for number, param in enumerate(params)}
+            whole["shampoo"] |= slices.own_state(self._teams, numbers)
         return whole
 
     @torch.no_grad()
@@ -97,20 +109,23 @@ class Checkpointed(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         groups, saved = checkpoint.by_parameter(self.param_groups, state_dict, self._facts.names, self.hyperparams)
-        own: dict[str, Any] | None = state_dict.get("shampoo")
+        described: dict[str, Any] = state_dict.get("shampoo", {})  # PyTorch's conversions leave it out
+        checkpoint.check_settings(described.get("hyperparams", {}), self.hyperparams)
+        own = described if "layout" in described else None
         if saved and flat_groups(self._facts) != (own is not None):
             raise ValueError(
                 "state that was saved under ZeRO loads into the same layout only, and no other state does there"
             )
         distributed = dist.is_available() and dist.is_initialized()
         if self._mesh is None and distributed:
-            self._saved, self._saved_own = saved, own
+            self._saved, self._saved_own, self._known = saved, own, described.get("parameters", {})
         else:
             try:
                 self._assemble(self._mesh or locate(self._claims), saved, own, {})
             except DisagreementError as error:
                 raise StepRefusedError(str(error)) from None
         checkpoint.replace_settings(self.param_groups, groups)
+        self.skipped_steps = described.get("skipped_steps", self.skipped_steps)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -177,5 +192,5 @@ class Checkpointed(Optimizer):
         )
         fresh = {"state": defaultdict(dict), "_facts": facts, "_mesh": None, "_teams": [], "_exchanges": []}
         fresh["_places"] = {}
-        same = {"_groups": self._groups, "_saved": self._complete_state()}
+        same = {"_groups": self._groups, "_saved": self._complete_state(), "_known": self._parameters()}
         return {name: getattr(self, name) for name in kept} | fresh | same

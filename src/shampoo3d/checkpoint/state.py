@@ -5,13 +5,14 @@ The blocks of a checkpoint are those of the logical matrix, so it does not tell,
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shampoo3d.blocks import Block
+from shampoo3d.checkpoint.manifest import FORMAT, Parameter, contradictions, plain
 from shampoo3d.collectives import Link
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams, check_group, momenta_names
@@ -224,7 +225,7 @@ def load(teams: Sequence[Team], live: dict[Tensor, ParamState], saved: Mapping[T
                 live[binding.place.tensor]["step"] = saved[binding.place.tensor]["step"]
         for binding, block, views, _ in factors_of(team):
             if binding.place.tensor in saved:
-                _copy(views, saved[binding.place.tensor][block.key])
+                copy_into(views, saved[binding.place.tensor][block.key])
         _load_momenta(team, saved)
 
 
@@ -235,7 +236,7 @@ def carry(
     factors = owned_factors(now)
     for name, blocks in owned_factors(before).items() if owned else ():
         for key, views in factors.get(name, {}).items():
-            _copy(views, blocks[key])
+            copy_into(views, blocks[key])
     for tensor, state in owned.items():
         for key, kept in state.items():
             if key == "step":
@@ -243,7 +244,7 @@ def carry(
             elif isinstance(kept, Tensor):
                 live[tensor][key].copy_(kept)
             else:
-                _copy(live[tensor][key], kept)
+                copy_into(live[tensor][key], kept)
 
 
 def _load_momenta(team: Team, saved: Mapping[Tensor, ParamState]) -> None:
@@ -269,55 +270,20 @@ def _load_momenta(team: Team, saved: Mapping[Tensor, ParamState]) -> None:
                     binding.view(slab_.momenta.tensors()[name], piece).copy_(values[piece.box.slices])
 
 
-def _copy(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+def copy_into(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, tensor in into.items():
         tensor.copy_(values[name])
 
 
-# ---- flat slices: each rank saves and loads its own ------------------------------------------------------------------
+def parameters_of(teams: Sequence[Team], steps: Mapping[Tensor, int]) -> dict[str, Any]:
+    """The matrices that are bound, in plain data."""
+    bindings = (binding for team in teams for binding in team.bindings)
+    return {b.matrix.name: asdict(Parameter.of(b.matrix, steps[b.place.tensor])) for b in bindings}
 
 
-def own_state(teams: Sequence[Team]) -> dict[str, Any]:
-    """What only this rank keeps of matrices in flat slices, and a fingerprint of the layout that it belongs to."""
-    return {"layout": layout_of(teams), "factors": owned_factors(teams)}
-
-
-def layout_of(teams: Sequence[Team]) -> list[str]:
-    """Fingerprints of the plans: state that each rank keeps for itself fits nothing else."""
-    return [team.plan.digest() for team in teams]
-
-
-def check_own(
-    teams: Sequence[Team],
-    live: Mapping[Tensor, ParamState],
-    saved: Mapping[str, Any],
-    slices: Mapping[Tensor, ParamState],
-) -> None:
-    """Raise unless what :func:`own_state` and :func:`live_state` saved belongs to this layout.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    if saved["layout"] != layout_of(teams):
-        raise ValueError(
-            "the loaded state was saved under another layout (number of ranks, ZeRO stage, block_size or parameters): "
-            f"plans {saved['layout']}, here {layout_of(teams)}"
-        )
-    for tensor, state in slices.items():
-        given = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
-        wanted = {name: tuple(value.shape) for name, value in live[tensor].items() if isinstance(value, Tensor)}
-        if given != wanted:
-            raise ValueError(f"the loaded state of a slice of {tensor.numel()} elements holds {given}, not {wanted}")
-
-
-def load_own(teams: Sequence[Team], live: dict[Tensor, ParamState], saved: Mapping[str, Any], slices: Any) -> None:
-    """Take back what :func:`own_state` and :func:`live_state` saved on this rank, already checked."""
-    for tensor, state in slices.items():
-        live[tensor]["step"] = int(state["step"])
-        _copy({name: value for name, value in live[tensor].items() if name != "step"}, state)
-    for name, blocks in owned_factors(teams).items():
-        for key, views in blocks.items():
-            _copy(views, saved["factors"][name][key])
+def description(parameters: Mapping[str, Any], hp: ShampooHyperParams, skipped_steps: int) -> dict[str, Any]:
+    """What ``state_dict()`` says of itself, in words and numbers."""
+    return {"format": FORMAT, "hyperparams": plain(hp), "skipped_steps": skipped_steps, "parameters": dict(parameters)}
 
 
 def loaded_groups(
@@ -371,3 +337,9 @@ def replace_settings(groups: Sequence[dict[str, Any]], loaded: Sequence[Mapping[
         kept = dict(settings)  # which may be of the group itself
         group.clear()
         group.update(kept)
+
+
+def check_settings(saved: Mapping[str, Any], hp: ShampooHyperParams) -> None:
+    """Raise ValueError, naming settings and values, if under these ones saved state would mean something else."""
+    if wrong := contradictions(saved, plain(hp)):
+        raise ValueError(f"the loaded state was saved with other hyperparams: {'; '.join(wrong)}")

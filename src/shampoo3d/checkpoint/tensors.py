@@ -17,11 +17,12 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from shampoo3d.blocks import Block, Shape
+from shampoo3d.checkpoint.slices import first_cover, parts_of
 from shampoo3d.checkpoint.state import factors_of
 from shampoo3d.engines import zero
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import momenta_names, owned_names
-from shampoo3d.layout import Matrix, Part, Piece
+from shampoo3d.layout import Matrix, Piece
 from shampoo3d.places import Binding, Place
 
 WEIGHT = "weight"
@@ -264,7 +265,7 @@ def _momenta(team: Team, *, everything: bool) -> Iterator[Rectangle]:
     for stack in team.stack_slabs:
         tensors = stack.momenta.tensors()
         for row, member in enumerate(stack.members):
-            if everything or member.cell.cover == _first_cover(member.binding):
+            if everything or member.cell.cover == first_cover(member.binding):
                 for what, values in tensors.items():
                     yield member.binding, what, member.binding.matrix.merged, member.cell.piece.box, values[row]
     for binding in (binding for binding in team.bindings if binding.matrix.storage.sharded):
@@ -274,17 +275,6 @@ def _momenta(team: Team, *, everything: bool) -> Iterator[Rectangle]:
                 yield binding, what, binding.matrix.merged, piece.box, binding.view(tensors[what], piece)
 
 
-def _first_cover(binding: Binding) -> int:
-    return min(binding.matrix.storage.covers)
-
-
-def parts_of(team: Team, binding: Binding, *, everything: bool) -> Iterator[Part]:
-    """What this rank stores of a matrix, unless only the first cover is wanted and it belongs to another."""
-    for holder in binding.matrix.storage.holders:
-        if holder.rank == team.rank and (everything or holder.cover == _first_cover(binding)):
-            yield holder.part
-
-
 def _at_home(team: Team, binding: Binding) -> Iterator[Piece]:
     """What of a matrix is at home here, in the first cover."""
     if binding.matrix.storage.sharded:
@@ -292,5 +282,5 @@ def _at_home(team: Team, binding: Binding) -> Iterator[Piece]:
             yield from binding.matrix.pieces(part)
         return
     for leg in team.legs:
-        if (leg.matrix, leg.home, leg.cell.cover) == (binding.number, team.rank, _first_cover(binding)):
+        if (leg.matrix, leg.home, leg.cell.cover) == (binding.number, team.rank, first_cover(binding)):
             yield leg.cell.piece

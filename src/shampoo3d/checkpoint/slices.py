@@ -1,0 +1,77 @@
+"""State of matrices in flat slices: each rank saves and loads its own, as DeepSpeed's files are."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from shampoo3d.checkpoint.state import ParamState, copy_into, owned_factors
+from shampoo3d.holdings import Team
+from shampoo3d.layout import Part
+from shampoo3d.places import Binding
+
+
+def own_state(teams: Sequence[Team], numbers: Mapping[Tensor, int]) -> dict[str, Any]:
+    """What only this rank keeps of matrices in flat slices, and a fingerprint of the layout that it belongs to.
+
+    "slices" tells what lies where: of each matrix the number of the flat tensor, -1 if the groups do not show it, and
+    for each rectangle in it start, shape, offset and strides. Of several covers the first only.
+    """
+    slices: dict[str, Any] = {}
+    for team in teams:
+        for binding in (binding for binding in team.bindings if binding.matrix.storage.sharded):
+            pieces = (p for part in parts_of(team, binding, everything=False) for p in binding.matrix.pieces(part))
+            found = [(p.box.start, p.box.shape, binding.offset + p.offset, p.strides) for p in pieces]
+            if found:
+                slices[binding.matrix.name] = {"tensor": numbers.get(binding.place.tensor, -1), "pieces": found}
+    return {"layout": layout_of(teams), "factors": owned_factors(teams), "slices": slices}
+
+
+def parts_of(team: Team, binding: Binding, *, everything: bool) -> Iterator[Part]:
+    """What this rank stores of a matrix, unless only the first cover is wanted and it belongs to another."""
+    for holder in binding.matrix.storage.holders:
+        if holder.rank == team.rank and (everything or holder.cover == first_cover(binding)):
+            yield holder.part
+
+
+def first_cover(binding: Binding) -> int:
+    """The number of the first ranks that store the whole matrix between them."""
+    return min(binding.matrix.storage.covers)
+
+
+def layout_of(teams: Sequence[Team]) -> list[str]:
+    """Fingerprints of the plans: state that each rank keeps for itself fits nothing else."""
+    return [team.plan.digest() for team in teams]
+
+
+def check_own(
+    teams: Sequence[Team],
+    live: Mapping[Tensor, ParamState],
+    saved: Mapping[str, Any],
+    slices: Mapping[Tensor, ParamState],
+) -> None:
+    """Raise unless what :func:`own_state` and :func:`live_state` saved belongs to this layout.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if saved["layout"] != layout_of(teams):
+        raise ValueError(
+            "the loaded state was saved under another layout (number of ranks, ZeRO stage, block_size or parameters): "
+            f"plans {saved['layout']}, here {layout_of(teams)}"
+        )
+    for tensor, state in slices.items():
+        given = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+        wanted = {name: tuple(value.shape) for name, value in live[tensor].items() if isinstance(value, Tensor)}
+        if given != wanted:
+            raise ValueError(f"the loaded state of a slice of {tensor.numel()} elements holds {given}, not {wanted}")
+
+
+def load_own(teams: Sequence[Team], live: dict[Tensor, ParamState], saved: Mapping[str, Any], slices: Any) -> None:
+    """Take back what :func:`own_state` and :func:`live_state` saved on this rank, already checked."""
+    for tensor, state in slices.items():
+        live[tensor]["step"] = int(state["step"])
+        copy_into({name: value for name, value in live[tensor].items() if name != "step"}, state)
+    for name, blocks in owned_factors(teams).items():
+        for key, views in blocks.items():
+            copy_into(views, saved["factors"][name][key])
