@@ -24,6 +24,12 @@ class Block:
         """Its place in the logical matrix, such as ``"0:128,256:384"``: the name of its state in a checkpoint."""
         return ",".join(f"{a}:{a + n}" for a, n in zip(self.start, self.shape, strict=True))
 
+    @classmethod
+    def of_key(cls, key: str) -> "Block":
+        """The block of a :attr:`key`."""
+        edges = [tuple(map(int, side.split(":"))) for side in key.split(",")]
+        return cls(tuple(a for a, _ in edges), tuple(b - a for a, b in edges))
+
     @property
     def slices(self) -> tuple[slice, ...]:
         return tuple(slice(a, a + n) for a, n in zip(self.start, self.shape, strict=True))

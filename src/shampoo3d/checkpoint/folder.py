@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, Parameter, 
 from shampoo3d.checkpoint.naming import for_loading, for_saving
 from shampoo3d.checkpoint.reading import Reader, described, read_metadata
 from shampoo3d.checkpoint.state import loaded_groups
-from shampoo3d.checkpoint.tensors import Scattered, Weights, held
+from shampoo3d.checkpoint.tensors import Held, Scattered, Weights, held
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.places import Binding, Place
@@ -50,21 +50,6 @@ class Source:
     models: Mapping[str, Tensor]
     hp: ShampooHyperParams
     skipped_steps: int
-
-    @property
-    def first(self) -> bool:
-        """Whether this rank does what one has to do for all."""
-        return self.mesh.rank == self.mesh.everyone.ranks[0]
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is no other rank."""
-        return self.mesh.everyone.size == 1
-
-    @property
-    def share(self) -> tuple[int, int]:
-        """The place of this rank, and how many there are."""
-        return self.mesh.everyone.ranks.index(self.mesh.rank), self.mesh.everyone.size
 
     def parameters(self, called: Mapping[Binding, str]) -> dict[str, Parameter]:
         """The matrices of all ranks. Collective."""
@@ -108,24 +93,28 @@ def save(source: Source, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: on all ranks, if it exists already or could not be written; there is no such folder then.
     """
-    folder = Path(path)
-    _refuse(source.mesh, _prepare(folder, source.groups) if source.first else "")
     names = for_saving(source.mesh, source.teams)
-    kept = held(source.teams, names.written, source.weights(), everything=False)
+    parameters, idle = source.parameters(names.called), source.everyones_idle()
+    groups, settings = tuple(map(settings_of, source.groups)), of_folder.plain(source.hp)
+    described = Manifest(parameters, idle, settings, groups, source.skipped_steps, {})
+    write(source.mesh, path, held(source.teams, names.written, source.weights(), everything=False), described)
+
+
+def write(mesh: Mesh, path: str | os.PathLike[str], kept: Sequence[Held], described: Manifest) -> None:
+    """Write what each rank has into one folder, with this manifest but for its files. Collective; raises as `save`."""
+    folder, first = Path(path), mesh.rank == mesh.everyone.ranks[0]
+    _refuse(mesh, _prepare(folder, described) if first else "")
     tensors: dict[str, Any] = {of.key: of.scattered() for of in kept}
     complaint = ""
     try:
         with _quiet():
             writer = FileSystemWriter(partial(folder))
-            state_dict_saver.save(tensors, storage_writer=writer, no_dist=source.alone)
+            state_dict_saver.save(tensors, storage_writer=writer, no_dist=mesh.everyone.size == 1)
     except Exception as error:  # of the disk, on any rank
         complaint = f"{folder} could not be written: {_words(error)}"
-    _refuse(source.mesh, complaint)
-    parameters, idle = source.parameters(names.called), source.everyones_idle()
-    files = _checksums(source, partial(folder))
-    groups, settings = tuple(map(_settings, source.groups)), of_folder.plain(source.hp)
-    written = Manifest(parameters, idle, settings, groups, source.skipped_steps, files)
-    _refuse(source.mesh, _finish(folder, written) if source.first else "")
+    _refuse(mesh, complaint)
+    written = replace(described, files=_checksums(mesh, partial(folder)))
+    _refuse(mesh, _finish(folder, written) if first else "")
 
 
 def _refuse(mesh: Mesh, complaint: str) -> None:
@@ -151,12 +140,12 @@ def _words(error: Exception) -> str:
     return f"{type(cause).__name__} on rank {rank}: {cause}"
 
 
-def _prepare(folder: Path, groups: Sequence[Mapping[str, Any]]) -> str:
+def _prepare(folder: Path, described: Manifest) -> str:
     """Make room; what forbids it, or empty."""
     if folder.exists():
         return f"{folder} exists already: a checkpoint is written into a folder of its own"
-    for number, group in enumerate(groups):
-        for name, value in _settings(group).items():
+    for number, group in enumerate(described.groups):
+        for name, value in group.items():
             try:
                 json.dumps(value)
             except (TypeError, ValueError):
@@ -170,15 +159,21 @@ def _prepare(folder: Path, groups: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What is saved of a parameter group."""
     return {name: value for name, value in group.items() if name not in ("params", "param_names")}
 
 
-def _checksums(source: Source, folder: Path) -> dict[str, tuple[int, int]]:
+def _share(mesh: Mesh) -> tuple[int, int]:
+    """The place of this rank, and how many there are."""
+    return mesh.everyone.ranks.index(mesh.rank), mesh.everyone.size
+
+
+def _checksums(mesh: Mesh, folder: Path) -> dict[str, tuple[int, int]]:
     """Sizes and CRC-32 of all files, which the ranks share. Collective."""
-    place, size = source.share
+    place, size = _share(mesh)
     mine = {path.name: (path.stat().st_size, checksum(path)) for path in sorted(folder.iterdir())[place::size]}
-    return {name: found for of in everyones(source.mesh.everyone, mine) for name, found in of.items()}
+    return {name: found for of in everyones(mesh.everyone, mine) for name, found in of.items()}
 
 
 def _finish(folder: Path, written: Manifest) -> str:
@@ -226,7 +221,7 @@ class Loading:
         self.called = for_loading(source.mesh, source.teams, self.manifest.parameters)
         self.parameters, idle = source.parameters(self.called), source.everyones_idle()
         try:
-            place, size = source.share
+            place, size = _share(source.mesh)
             complaint = self.manifest.damage(self.folder, share=place, of=size)
             complaint = complaint or self._misfit({*idle} if strict else None) or self._unequal_steps()
             if strict or len(self.groups) == len(self.manifest.groups):
@@ -319,7 +314,9 @@ class Loading:
 
     def _read(self, into: Mapping[str, Tensor]) -> None:
         with _quiet():
-            state_dict_loader.load(dict(into), storage_reader=Reader(self.folder), no_dist=self.source.alone)
+            state_dict_loader.load(
+                dict(into), storage_reader=Reader(self.folder), no_dist=self.source.mesh.everyone.size == 1
+            )
 
     def loaded(self) -> Loaded:
         """What was done."""

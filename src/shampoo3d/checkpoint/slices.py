@@ -7,6 +7,7 @@ from torch import Tensor
 
 from shampoo3d.checkpoint.state import ParamState, copy_into, owned_factors
 from shampoo3d.holdings import Team
+from shampoo3d.hyperparams import momenta_names
 from shampoo3d.layout import Part
 from shampoo3d.places import Binding
 
@@ -14,8 +15,9 @@ from shampoo3d.places import Binding
 def own_state(teams: Sequence[Team], numbers: Mapping[Tensor, int]) -> dict[str, Any]:
     """What only this rank keeps of matrices in flat slices, and a fingerprint of the layout that it belongs to.
 
-    "slices" tells what lies where: of each matrix the number of the flat tensor, -1 if the groups do not show it, and
-    for each rectangle in it start, shape, offset and strides. Of several covers the first only.
+    "slices" tells what lies where: of each matrix the number of the flat tensor, -1 if the groups do not show it,
+    what is kept of its elements, and for each rectangle start, shape, offset and strides. Of several covers it is the
+    first.
     """
     slices: dict[str, Any] = {}
     for team in teams:
@@ -23,7 +25,9 @@ def own_state(teams: Sequence[Team], numbers: Mapping[Tensor, int]) -> dict[str,
             pieces = (p for part in parts_of(team, binding, everything=False) for p in binding.matrix.pieces(part))
             found = [(p.box.start, p.box.shape, binding.offset + p.offset, p.strides) for p in pieces]
             if found:
-                slices[binding.matrix.name] = {"tensor": numbers.get(binding.place.tensor, -1), "pieces": found}
+                momenta = momenta_names(team.hp, binding.matrix.factored)
+                number = numbers.get(binding.place.tensor, -1)
+                slices[binding.matrix.name] = {"tensor": number, "pieces": found, "momenta": momenta}
     return {"layout": layout_of(teams), "factors": owned_factors(teams), "slices": slices}
 
 

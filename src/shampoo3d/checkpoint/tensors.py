@@ -22,7 +22,7 @@ from shampoo3d.checkpoint.state import factors_of
 from shampoo3d.engines import zero
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import momenta_names, owned_names
-from shampoo3d.layout import Matrix, Piece
+from shampoo3d.layout import Piece
 from shampoo3d.places import Binding, Place
 
 WEIGHT = "weight"
@@ -239,7 +239,7 @@ def _rectangles(team: Team, weights: Weights | None, *, everything: bool) -> Ite
         for piece, values in found:
             yield binding, WEIGHT, binding.matrix.merged, piece.box, values
     of_elements = owned_names(team.hp)
-    equals = {binding: _equals(binding.matrix) for binding in team.bindings if binding.matrix.factored}
+    equals = {binding: among_equals(binding.matrix.blocks) for binding in team.bindings if binding.matrix.factored}
     for binding, block, views, guest in factors_of(team):
         for what, values in views.items() if everything or not guest else ():
             if what in of_elements:
@@ -247,18 +247,23 @@ def _rectangles(team: Team, weights: Weights | None, *, everything: bool) -> Ite
             else:
                 place, count = equals[binding][block]
                 box = Block((place, *(0,) * values.dim()), (1, *values.shape))
-                yield binding, f"{'x'.join(map(str, block.shape))}/{what}", (count, *values.shape), box, values[None]
+                yield binding, f"{block_name(block)}/{what}", (count, *values.shape), box, values[None]
 
 
-def _equals(matrix: Matrix) -> Mapping[Block, tuple[int, int]]:
+def among_equals(blocks: Sequence[Block]) -> dict[Block, tuple[int, int]]:
     """For each block its place among those of its shape, and how many these are."""
-    counts = Counter(block.shape for block in matrix.blocks)
+    counts = Counter(block.shape for block in blocks)
     seen: Counter[Shape] = Counter()
     found = {}
-    for block in matrix.blocks:
+    for block in blocks:
         found[block] = seen[block.shape], counts[block.shape]
         seen[block.shape] += 1
     return found
+
+
+def block_name(block: Block) -> str:
+    """What the blocks of one shape are called."""
+    return "x".join(map(str, block.shape))
 
 
 def _momenta(team: Team, *, everything: bool) -> Iterator[Rectangle]:

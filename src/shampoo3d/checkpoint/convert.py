@@ -1,0 +1,124 @@
+"""Makes of the files that DeepSpeed's engine wrote a folder that loads into any layout."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shampoo3d.blocks import Block, Shape, grid
+from shampoo3d.checkpoint.folder import settings_of, write
+from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, Parameter
+from shampoo3d.checkpoint.state import FLAT_NAMES
+from shampoo3d.checkpoint.tensors import WEIGHT, Held, among_equals, block_name, joined
+from shampoo3d.engines.deepspeed_files import RankState, checkpoint_of, rank_states
+from shampoo3d.topology import Mesh
+
+Parts = dict[Block, Tensor]
+Found = tuple[str, str, Shape, Block, Tensor]
+"""Of which matrix what, its shape, a rectangle of it, the values."""
+
+
+def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Manifest:
+    """Write a folder from a checkpoint of DeepSpeed, of ZeRO stage 0 to 3, in this process alone.
+
+    At stage 0 DeepSpeed keeps the weights with the model: the folder has none, and loads with ``weights=False``.
+
+    Raises:
+        CheckpointError: naming what is damaged, missing or contradictory; nothing is written.
+    """
+    try:
+        ranks = rank_states(checkpoint_of(Path(source)))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from None
+    described = _described(ranks)
+    kept = _collected(ranks, described.parameters)
+    _check_complete(kept, described, Path(source))
+    write(Mesh.alone(), target, kept, described)
+    return described
+
+
+def _described(ranks: Sequence[RankState]) -> Manifest:
+    parameters: dict[str, Parameter] = {}
+    for rank in ranks:
+        try:
+            told = {name: Parameter.from_json(of) for name, of in rank.state["shampoo"]["parameters"].items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{rank.path} is damaged: its parameters are not described: {error}") from None
+        for name, of in told.items():
+            if parameters.setdefault(name, of) != of:
+                raise CheckpointError(f"{rank.path} has {name!r} as {of}, and another file as {parameters[name]}")
+    first = ranks[0].state
+    groups = tuple(settings_of(group) for group in first["param_groups"])
+    shampoo = first["shampoo"]
+    return Manifest(parameters, (), dict(shampoo["hyperparams"]), groups, int(shampoo["skipped_steps"]), {})
+
+
+def _collected(ranks: Sequence[RankState], parameters: Mapping[str, Parameter]) -> list[Held]:
+    sizes: dict[tuple[str, str], Shape] = {}
+    parts: dict[tuple[str, str], Parts] = {}
+    for rank in ranks:
+        for name, what, size, block, values in _found(rank, parameters):
+            sizes[name, what] = size
+            known = parts.setdefault((name, what), {}).setdefault(block, values)
+            if known is not values and not torch.equal(known, values):
+                raise CheckpointError(
+                    f"{rank.path} has another {what} of {name!r} than a file before it: ranks call different matrices "
+                    "(experts?) by one name; use save_checkpoint instead"
+                )
+    return [Held(*key, sizes[key], tuple(joined(of.items()))) for key, of in parts.items()]
+
+
+def _found(rank: RankState, parameters: Mapping[str, Parameter]) -> list[Found]:
+    try:
+        return list((_sliced if "slices" in rank.state["shampoo"] else _whole)(rank, parameters))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{rank.path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _whole(rank: RankState, parameters: Mapping[str, Parameter]) -> Iterator[Found]:
+    """Of a file that has the complete state of its parameters, by number."""
+    names = rank.state["shampoo"]["names"]
+    for number, state in rank.state["state"].items():
+        for key, tensors in state.items():
+            if key != "step":
+                name = names[number]
+                yield from _of_block(name, parameters[name], Block.of_key(key), tensors)
+
+
+def _sliced(rank: RankState, parameters: Mapping[str, Parameter]) -> Iterator[Found]:
+    """Of a file that has slices, and factors of some blocks."""
+    described = rank.state["shampoo"]
+    for name, where in described["slices"].items():
+        number, size = where["tensor"], parameters[name].merged
+        state = rank.state["state"][number]
+        flats = {what: state[flat] for what, flat in FLAT_NAMES.items() if what in where["momenta"]}
+        for start, shape, offset, strides in where["pieces"]:
+            box = Block(tuple(start), tuple(shape))
+            for what, flat in (flats | {WEIGHT: rank.masters[number]}).items():
+                yield name, what, size, box, flat.as_strided(box.shape, tuple(strides), flat.storage_offset() + offset)
+    for name, blocks in described["factors"].items():
+        for key, tensors in blocks.items():
+            yield from _of_block(name, parameters[name], Block.of_key(key), tensors)
+
+
+def _of_block(name: str, of: Parameter, block: Block, tensors: Mapping[str, Tensor]) -> Iterator[Found]:
+    equals = among_equals(grid(of.cuts)) if of.axes else {}
+    for what, values in tensors.items():
+        if what[0] not in "LPQ":
+            yield name, what, of.merged, block, values
+            continue
+        place, count = equals[block]
+        box = Block((place, *(0,) * values.dim()), (1, *values.shape))
+        yield name, f"{block_name(block)}/{what}", (count, *values.shape), box, values[None]
+
+
+def _check_complete(kept: Sequence[Held], described: Manifest, source: Path) -> None:
+    for of in kept:
+        there = sum(chunk.block.elements for chunk in of.chunks)
+        total = torch.Size(of.size).numel()
+        if there != total:
+            raise CheckpointError(f"{source} has {there} of {total} elements of {of.key}: files of ranks are missing")
+    if missing := described.parameters.keys() - {of.name for of in kept}:
+        raise CheckpointError(f"{source} has no state of {sorted(missing)[:5]}")
