@@ -1,4 +1,4 @@
-"""The command line: `shampoo3d train`, `shampoo3d plan`."""
+"""The command line: `shampoo3d train`, `shampoo3d plan`, `shampoo3d checkpoint inspect`, `... convert`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ INTERRUPTED = 130
 """The exit code of a process that Ctrl-C ended."""
 
 app = typer.Typer(add_completion=False, help="3D-Shampoo: train with it, see who owns what.")
+
+checkpoint = typer.Typer(help="Look at checkpoints, and make those of DeepSpeed load into any layout.")
+app.add_typer(checkpoint, name="checkpoint")
 
 ALL = tuple(setting.name for setting in fields(Settings))
 PLANNED = (
@@ -127,6 +130,64 @@ def plan(
             ownership_figure(forecast.plans, picture)
         except ValueError as error:
             raise RunError(f"--picture {picture}: {error}") from None
+
+
+@checkpoint.command("inspect")
+def show(
+    path: Annotated[Path, typer.Argument(help="A folder that save_checkpoint wrote, or one of DeepSpeed.")],
+) -> None:
+    """Show what a checkpoint holds, and whether it is whole."""
+    from shampoo3d.checkpoint.convert import describe
+    from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, holds_checkpoint, plain
+    from shampoo3d.draw import checkpoint_table
+    from shampoo3d.hyperparams import ShampooHyperParams
+
+    console = Console(highlight=False)
+    try:
+        ours = holds_checkpoint(path)
+        manifest = Manifest.read(path) if ours else describe(path)
+        if damage := manifest.damage(path) if ours else "":
+            raise CheckpointError(damage)
+    except CheckpointError as error:
+        raise RunError(str(error)) from None
+    defaults = plain(ShampooHyperParams())
+    settings = (f"{name}={value!r}" for name, value in manifest.hyperparams.items() if value != defaults.get(name))
+    size = sum(size for size, _ in manifest.files.values())
+    kind = (
+        f"3D-Shampoo, format {manifest.format}" if ours else "DeepSpeed: `shampoo3d checkpoint convert` makes it load"
+    )
+    console.print(f"{path}: {kind}", soft_wrap=True)
+    console.print(
+        f"step {manifest.step}, {len(manifest.parameters)} parameters, {manifest.skipped_steps} steps skipped"
+    )
+    if ours:
+        console.print(
+            f"{len(manifest.files)} files of {size:,} bytes, as they were written by version {manifest.package}"
+        )
+    console.print("settings:", ", ".join(settings) or "the defaults", soft_wrap=True)
+    for number, group in enumerate(manifest.groups):
+        told = ", ".join(f"{name}={value!r}" for name, value in group.items())
+        console.print(f"group {number}: {told}", soft_wrap=True)
+    console.print(checkpoint_table(manifest))
+
+
+@checkpoint.command()
+def convert(
+    path: Annotated[
+        Path, typer.Argument(help="A checkpoint of DeepSpeed, of a step or the folder above; or a saved state_dict().")
+    ],
+    target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+) -> None:
+    """Make a folder that loads into any layout of what DeepSpeed's engine or torch.save wrote."""
+    from shampoo3d.checkpoint.convert import convert as made
+    from shampoo3d.checkpoint.manifest import CheckpointError
+
+    try:
+        manifest = made(path, target)
+    except CheckpointError as error:
+        raise RunError(str(error)) from None
+    console = Console(highlight=False)
+    console.print(f"Written: {target}, step {manifest.step}, {len(manifest.parameters)} parameters", soft_wrap=True)
 
 
 def _require(*packages: str) -> None:

@@ -15,6 +15,8 @@ from shampoo3d.plan import Plan, PlannedBlock
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from shampoo3d.checkpoint.manifest import Manifest
+
 # Hues that stay apart in the common kinds of colour blindness (after Paul Tol's "muted" set).
 PALETTE = ("#4477AA", "#EE9944", "#44AA99", "#CC6677", "#882255", "#999933", "#88CCEE", "#332288", "#117733", "#AA4499")
 INK, FAINT = "#333333", "#999999"
@@ -69,6 +71,16 @@ def memory_table(memory: Mapping[int, Memory]) -> Table:
     kinds = [field.name for field in fields(Memory)]
     rows = [[rank, *(_kib(getattr(of, kind)) for kind in (*kinds, "total"))] for rank, of in memory.items()]
     return _table(("rank", *kinds, "total"), rows, "KiB on each rank")
+
+
+def checkpoint_table(manifest: Manifest) -> Table:
+    """One row per parameter of a checkpoint."""
+    rows = []
+    for name, of in sorted(manifest.parameters.items()):
+        blocks = math.prod(len(edges) - 1 for edges in of.cuts) if of.cuts else 0
+        factors = ", ".join(f"{axis} (diagonal)" if axis in of.diagonal else str(axis) for axis in of.axes)
+        rows.append((name, "x".join(map(str, of.shape)) or "()", of.dtype, blocks, factors or "none", of.step))
+    return _table(("parameter", "shape", "state", "blocks", "axes with factors", "step"), rows)
 
 
 def traffic_table(received: Mapping[int, Mapping[str, int]]) -> Table:

@@ -113,12 +113,14 @@ class Stack:
         roots = zip(self.axes, self.roots, strict=True)
         return {axis: whitener_of_root(P[rows].to(self.dtype), self.exponent) for axis, P in roots}
 
-    def refresh_roots(self, rows: Rows, t: int = 1) -> None:
+    def refresh_roots(self, rows: Rows, t: int = 1, *, tolerant: bool = True) -> None:
         """``P_i = (L_i + matrix_eps lambda_max(L_i) I)^(-1/p)``; where that fails the previous root stays.
 
-        ``t``: the step of the blocks.
+        Args:
+            t: the step of the blocks.
+            tolerant: if there is a tolerance, those within it stay, too.
         """
-        for place, part in self._parts(rows, t):
+        for place, part in self._parts(rows, t, tolerant=tolerant):
             self._take(place, part, *self._new_roots(place, part, t))
 
     def refresh_later(self, rows: Rows, t: int = 1) -> None:
@@ -142,7 +144,7 @@ class Stack:
             self._take(place, part, *new)
         self._coming = []
 
-    def _parts(self, rows: Rows, t: int) -> Iterator[tuple[int, Rows]]:
+    def _parts(self, rows: Rows, t: int, *, tolerant: bool = True) -> Iterator[tuple[int, Rows]]:
         """Of each factor, by its place in ``axes``, the rows whose roots are computed at once.
 
         With a tolerance without those that are within it; the host waits to know them. Roots of diagonals cost no more
@@ -154,7 +156,7 @@ class Stack:
                 yield place, rows
                 continue
             for part in self._at_once(rows, at_once(self.shape[axis], self.device.type)):
-                if not tolerance or unconditional(t, self.hp):
+                if not (tolerant and tolerance) or unconditional(t, self.hp):
                     yield place, part
                     continue
                 within = self._distance(place, part, t) <= tolerance  # NaN is not

@@ -1,5 +1,7 @@
 """Stacks of symmetric matrices of which little is stored or computed twice, and of diagonal ones."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,10 +51,20 @@ class Symmetric:
 
     def whole(self, rows: Rows) -> Tensor:
         """The given matrices, (rows, d, d); a view where they are stored so."""
-        if len(self._spans) == 1:
-            return self.tiles[""][rows]
-        A11, A21, A22 = (tile[rows] for tile in self.tiles.values())
-        return torch.cat([torch.cat([A11, A21.mT], 2), torch.cat([A21, A22], 2)], 1)
+        return assembled([tile[rows] for tile in self.tiles.values()])
+
+    def put(self, row: int, A: Tensor) -> None:
+        """Another matrix (d, d) in the place of one."""
+        for name, (i, j) in self._spans.items():
+            self.tiles[name][row] = A[i, j]
+
+
+def assembled(tiles: Sequence[Tensor]) -> Tensor:
+    """Symmetric matrices (..., d, d) from their stored tiles, in the order of :func:`shampoo3d.blocks.tiles`."""
+    if len(tiles) == 1:
+        return tiles[0]
+    A11, A21, A22 = tiles
+    return torch.cat([torch.cat([A11, A21.mT], -1), torch.cat([A21, A22], -1)], -2)
 
 
 class Diagonal:
@@ -78,6 +90,10 @@ class Diagonal:
     def adjust(self, rows: Rows, added: Tensor, scale: Tensor) -> None:
         """``A <- scale (A + added I)`` for the given rows, both (rows,)."""
         self.tiles[""][rows] = scale[:, None] * (self.tiles[""][rows] + added[:, None])
+
+    def put(self, row: int, A: Tensor) -> None:
+        """Another diagonal (d,) in the place of one."""
+        self.tiles[""][row] = A
 
     def whole(self, rows: Rows) -> Tensor:
         """The diagonals of the given matrices, (rows, d)."""

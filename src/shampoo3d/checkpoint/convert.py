@@ -1,4 +1,4 @@
-"""Makes of the files that DeepSpeed's engine wrote a folder that loads into any layout."""
+"""Makes of what DeepSpeed's engine or ``torch.save`` wrote a folder that loads into any layout."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,22 +21,47 @@ Found = tuple[str, str, Shape, Block, Tensor]
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Manifest:
-    """Write a folder from a checkpoint of DeepSpeed, of ZeRO stage 0 to 3, in this process alone.
+    """Write a folder from a checkpoint of DeepSpeed, of ZeRO stage 0 to 3, or a saved ``state_dict()``, in one process.
 
-    At stage 0 DeepSpeed keeps the weights with the model: the folder has none, and loads with ``weights=False``.
+    At stage 0, and in a ``state_dict()``, there are no weights: the folder loads with ``weights=False``.
 
     Raises:
         CheckpointError: naming what is damaged, missing or contradictory; nothing is written.
     """
-    try:
-        ranks = rank_states(checkpoint_of(Path(source)))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(str(error)) from None
+    ranks = _read(Path(source))
     described = _described(ranks)
     kept = _collected(ranks, described.parameters)
     _check_complete(kept, described, Path(source))
     write(Mesh.alone(), target, kept, described)
     return described
+
+
+def describe(source: str | os.PathLike[str]) -> Manifest:
+    """What a checkpoint of DeepSpeed would be called as a folder.
+
+    Raises:
+        CheckpointError: as :func:`convert`.
+    """
+    return _described(_read(Path(source)))
+
+
+def _read(source: Path) -> list[RankState]:
+    try:
+        return [_saved(source)] if source.is_file() else rank_states(checkpoint_of(source))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _saved(path: Path) -> RankState:
+    """A file that has a ``state_dict()``, alone or as "optimizer" among others."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes of itself
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+    state = saved.get("optimizer", saved) if isinstance(saved, dict) else None
+    if not isinstance(state, dict) or "shampoo" not in state:
+        raise CheckpointError(f"{path} has no state of 3D-Shampoo")
+    return RankState(path, state, [])
 
 
 def _described(ranks: Sequence[RankState]) -> Manifest:

@@ -10,12 +10,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from shampoo3d.agreement import everyones, first_complaint
@@ -23,8 +25,9 @@ from shampoo3d.checkpoint import manifest as of_folder
 from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, Parameter, checksum, partial
 from shampoo3d.checkpoint.naming import for_loading, for_saving
 from shampoo3d.checkpoint.reading import Reader, described, read_metadata
+from shampoo3d.checkpoint.reblock import Reblocking
 from shampoo3d.checkpoint.state import loaded_groups
-from shampoo3d.checkpoint.tensors import Held, Scattered, Weights, held
+from shampoo3d.checkpoint.tensors import WEIGHT, Held, Scattered, Weights, held
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.places import Binding, Place
@@ -79,12 +82,15 @@ class Loaded:
         changed: the settings that are other ones now, with what they were and what they are.
         begun: the parameters that begin anew, since the checkpoint has no state of them.
         left: the parameters whose state in the checkpoint nobody takes.
+        reblocked: the parameters that are cut into other blocks now, and whether their statistics are "exact" or
+            "approximate"; all else of them is carried over as it was.
     """
 
     step: int
     changed: Mapping[str, tuple[Any, Any]]
     begun: tuple[str, ...]
     left: tuple[str, ...]
+    reblocked: Mapping[str, str]
 
 
 def save(source: Source, path: str | os.PathLike[str]) -> None:
@@ -110,7 +116,7 @@ def write(mesh: Mesh, path: str | os.PathLike[str], kept: Sequence[Held], descri
         with _quiet():
             writer = FileSystemWriter(partial(folder))
             state_dict_saver.save(tensors, storage_writer=writer, no_dist=mesh.everyone.size == 1)
-    except Exception as error:  # of the disk, on any rank
+    except (Exception, CheckpointException) as error:  # of the disk, on any rank
         complaint = f"{folder} could not be written: {_words(error)}"
     _refuse(mesh, complaint)
     written = replace(described, files=_checksums(mesh, partial(folder)))
@@ -131,13 +137,14 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _words(error: Exception) -> str:
+def _words(error: BaseException) -> str:
     """What happened, of the errors of all ranks the first."""
     causes = getattr(error, "failures", None)
     if not causes:
         return f"{type(error).__name__}: {error}"
     rank, (cause, _) = next(iter(causes.items()))
-    return f"{type(cause).__name__} on rank {rank}: {cause}"
+    kind = "" if isinstance(cause, CheckpointError) else f"{type(cause).__name__} "
+    return f"{kind}on rank {rank}: {cause}"
 
 
 def _prepare(folder: Path, described: Manifest) -> str:
@@ -203,7 +210,9 @@ def _sync(path: Path) -> None:
 class Loading:
     """A folder on its way into an optimizer: first all is read and checked, then all is taken."""
 
-    def __init__(self, source: Source, path: str | os.PathLike[str], *, weights: bool, strict: bool) -> None:
+    def __init__(
+        self, source: Source, path: str | os.PathLike[str], *, weights: bool, strict: bool, reblock: bool
+    ) -> None:
         """Read what the folder says of itself, and compare. Collective.
 
         Raises:
@@ -223,8 +232,8 @@ class Loading:
         try:
             place, size = _share(source.mesh)
             complaint = self.manifest.damage(self.folder, share=place, of=size)
-            complaint = complaint or self._misfit({*idle} if strict else None) or self._unequal_steps()
-            if strict or len(self.groups) == len(self.manifest.groups):
+            complaint = complaint or self._misfit({*idle} if strict else None, reblock) or self._unequal_steps()
+            if not complaint and (strict or len(self.groups) == len(self.manifest.groups)):
                 self.groups = self._settings()
         except (TypeError, ValueError) as error:
             complaint = str(error)
@@ -238,6 +247,11 @@ class Loading:
         with_params = [{**theirs, "params": ours["params"]} for theirs, ours in zip(saved, now, strict=True)]
         return loaded_groups(now, with_params, self.source.hp)
 
+    @cached_property
+    def recut(self) -> list[str]:
+        """The parameters that are cut into other blocks than they were."""
+        return of_folder.recut(self.manifest.parameters, self.parameters)
+
     @property
     def begun(self) -> tuple[str, ...]:
         """The parameters of which the folder has no state."""
@@ -248,7 +262,7 @@ class Loading:
         """The parameters whose state nobody takes."""
         return tuple(sorted(self.manifest.parameters.keys() - self.parameters.keys()))
 
-    def _misfit(self, idle: set[str] | None) -> str:
+    def _misfit(self, idle: set[str] | None, reblock: bool) -> str:
         """What of the folder the optimizer cannot take, or empty; ``idle`` is None if names may be missing."""
         saved, now = self.manifest.hyperparams, of_folder.plain(self.source.hp)
         words = [f"saved with other hyperparams: {what}" for what in of_folder.contradictions(saved, now)]
@@ -260,9 +274,19 @@ class Loading:
             words += [f"it has nothing for {len(begun)} parameters: {begun[:5]}"] * bool(begun)
             words += [f"{len(left)} of its parameters are not in the model: {left[:5]}"] * bool(left)
             words += [f"{len(frozen)} of its parameters are frozen or empty here: {frozen[:5]}"] * bool(frozen)
-        if recut := of_folder.recut(self.manifest.parameters, self.parameters):
-            words.append(f"{len(recut)} matrices were cut into other blocks: {recut[:5]}")
+        if self.recut and (why := self._not_reblocked(reblock)):
+            words.append(f"{len(self.recut)} matrices were cut into other blocks, such as {self.recut[:3]}: {why}")
         return f"{self.folder} does not fit: {'; '.join(words[:5])}" if words else ""
+
+    def _not_reblocked(self, reblock: bool) -> str:
+        """Why state is not carried over into other blocks, or empty."""
+        if not reblock:
+            return "reblock=True carries momenta over, and statistics as far as they are known"
+        if self.source.hp.variant.direction == "adam":
+            return "eigenbases and what is kept in them cannot be cut or joined; take the block_size that they had"
+        if any(len(block.keepers) > 1 for team in self.source.teams for block in team.plan.blocks):
+            return "reblock=True needs root_copies=1"
+        return ""
 
     def _unequal_steps(self) -> str:
         """Which parameters of one flat slice have taken different numbers of steps, if there are any."""
@@ -291,10 +315,11 @@ class Loading:
         Raises:
             CheckpointError: on all ranks, if a tensor is missing, does not fit or cannot be read.
         """
-        begun = {*self.begun}
-        kept = [
-            of for of in held(self.source.teams, self.called, self.weights, everything=True) if of.name not in begun
-        ]
+        begun, recut = {*self.begun}, {*self.recut}
+        called = {binding: name for binding, name in self.called.items() if name not in begun}
+        kept = held(self.source.teams, called, self.weights, everything=True)
+        self._reblocking = Reblocking(self.source.teams, self.called, self.manifest.parameters, recut)
+        kept = [of for of in kept if not (of.name in recut and of.is_factor)] + self._reblocking.held()
         staged, complaint = [of.staged() for of in kept], ""
         wanted = {of.key: scattered for of, (scattered, _) in zip(kept, staged, strict=True)}
         try:
@@ -304,11 +329,12 @@ class Loading:
         _refuse(self.source.mesh, complaint)
         try:
             self._read(wanted)
-        except Exception as error:  # of the disk or of what is on it, on any rank
+        except (Exception, CheckpointException) as error:  # of the disk or of what is on it, on any rank
             complaint = f"{self.folder} could not be read: {_words(error)}"
         _refuse(self.source.mesh, complaint)
         for of, (_, room) in zip(kept, staged, strict=True):
             of.take(room)
+        self._reblocking.finish(self.source.hp)
         for place, flat in self.weights.flats.items() if self.weights else ():
             place.store(flat)
 
@@ -319,9 +345,11 @@ class Loading:
             )
 
     def loaded(self) -> Loaded:
-        """What was done."""
+        """What was done. Collective."""
         changed = of_folder.changed(self.manifest.hyperparams, of_folder.plain(self.source.hp))
-        return Loaded(self.manifest.step, changed, self.begun, self.left)
+        exact = everyones(self.source.mesh.everyone, self._reblocking.exact) if self.recut else []
+        reblocked = {name: "exact" if all(of.get(name, True) for of in exact) else "approximate" for name in self.recut}
+        return Loaded(self.manifest.step, changed, self.begun, self.left, reblocked)
 
 
 def _undescribed(folder: Path, wanted: Mapping[str, Scattered]) -> str:
@@ -329,7 +357,10 @@ def _undescribed(folder: Path, wanted: Mapping[str, Scattered]) -> str:
     found = described(read_metadata(folder))
     for key, tensor in wanted.items():
         if key not in found:
-            return f"{folder} does not fit: it has no {key}"
+            hint = (
+                ": it was converted without weights, load it with weights=False" if key.endswith(f"/{WEIGHT}") else ""
+            )
+            return f"{folder} does not fit: it has no {key}{hint}"
         if found[key].size != tensor.shape:
             return f"{folder} does not fit: {key} is {tuple(found[key].size)}, and {tuple(tensor.shape)} is needed"
         dtype = found[key].properties.dtype

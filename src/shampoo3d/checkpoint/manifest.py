@@ -148,6 +148,11 @@ def partial(folder: Path) -> Path:
     return folder.with_name(folder.name + ".partial")
 
 
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether :meth:`Manifest.read` is what tells of a folder, if only that it is not there."""
+    return (folder / MANIFEST).exists() or partial(folder).exists() or not folder.is_dir()
+
+
 def _absent(folder: Path) -> str:
     if partial(folder).exists():
         return f"{folder} was never finished: a save ended early and left {partial(folder)}; take an earlier one"

@@ -64,6 +64,8 @@ class Reader(FileSystemReader):
             for item in items:
                 values = stored[tuple(slice(a, a + n) for a, n in zip(item.storage_offsets, item.lengths, strict=True))]
                 into = planner.resolve_tensor(item)
+                if values.shape != into.shape:
+                    raise CheckpointError(f"{index.fqn} is damaged: {tuple(stored.shape)} where more was described")
                 into.copy_(values)
                 planner.commit_tensor(item, into)
         done: Future[None] = Future()
@@ -79,7 +81,14 @@ class Reader(FileSystemReader):
         with (Path(self.path) / name).open("rb") as file:
             file.seek(offset)
             data = BytesIO(file.read(self.storage_data[index].length))
-        stored: Tensor = torch.load(data, map_location="cpu", weights_only=True)
+        try:
+            stored = torch.load(data, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # whose advice would be to run what stands there
+            raise CheckpointError(f"{name} holds something else than tensors at {index.fqn}") from None
+        except Exception as error:  # whatever a damaged file makes of itself
+            raise CheckpointError(f"{name} is damaged at {index.fqn}: {str(error)[:200]}") from None
+        if not isinstance(stored, Tensor):
+            raise CheckpointError(f"{name} holds something else than tensors at {index.fqn}")
         return stored
 
 

@@ -155,7 +155,7 @@ class Checkpointed(Optimizer):
 
     @torch.no_grad()
     def load_checkpoint(
-        self, path: str | os.PathLike[str], *, weights: bool = True, strict: bool = True
+        self, path: str | os.PathLike[str], *, weights: bool = True, strict: bool = True, reblock: bool = False
     ) -> folder.Loaded:
         """Take over what :meth:`save_checkpoint` wrote, in any layout and on any number of ranks.
 
@@ -164,12 +164,17 @@ class Checkpointed(Optimizer):
         Args:
             weights: take the weights over, too; where an engine keeps master copies, both they and the model's own.
             strict: all parameters must have state there and all of it must be taken, but for those without steps.
+            reblock: the matrices may be cut into other blocks than they were: what belongs to elements is carried over,
+                and statistics as far as they are known, see ``docs/checkpoints.md``.
+
+        Returns:
+            What was done: settings that changed, parameters that begin anew or were left, and reblocked ones.
 
         Raises:
             CheckpointError: on every rank, naming what is damaged or does not fit; nothing was changed.
         """
         self.bind()
-        loading = folder.Loading(self._source(), path, weights=weights, strict=strict)
+        loading = folder.Loading(self._source(), path, weights=weights, strict=strict, reblock=reblock)
         loading.finish()
         for tensor, step in loading.steps().items():
             self.state[tensor]["step"] = step

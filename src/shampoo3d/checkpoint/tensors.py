@@ -153,6 +153,11 @@ class Held:
         return f"{self.name}/{self.what}"
 
     @property
+    def is_factor(self) -> bool:
+        """Whether it belongs to blocks, and not to elements."""
+        return "/" in self.what
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.chunks[0].members[0][1].dtype
 

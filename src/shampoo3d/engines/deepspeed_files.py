@@ -111,7 +111,9 @@ def rank_states(folder: Path) -> list[RankState]:
     sharded = bool(files)
     files = files or sorted(folder.glob("mp_rank_*_model_states.pt"))
     if not files:
-        raise ValueError(f"{folder} holds no checkpoint of DeepSpeed: no *_optim_states.pt and no mp_rank_*")
+        raise ValueError(
+            f"{folder} holds no checkpoint: no manifest of 3D-Shampoo, no *_optim_states.pt or mp_rank_* of DeepSpeed"
+        )
     found = []
     for path in files:
         held = _load(path)

@@ -1,0 +1,152 @@
+"""Statistics of blocks from those of other blocks of the same matrix.
+
+Where a new block reaches over old ones b, its statistics along axis i are those of b, as far as rows are in both, times
+the share of b's other axes that it has: ``L_i = sum_b share_b L_i^b``. For sums of ``G_(i) G_(i)^T`` this is exact if
+the new block has all of the other axes of every b, and its rows are those of one b; between rows of two b it is 0, and
+a share is what columns contribute on the average. Averages ("kl") are weighted by what they have of the new block.
+"""
+
+import bisect
+import itertools
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from shampoo3d.blocks import Block, Cuts, Shape, grid, tile_shapes
+from shampoo3d.checkpoint.manifest import Parameter
+from shampoo3d.checkpoint.tensors import Held, among_equals, block_name, joined
+from shampoo3d.holdings import Batch, Kept, Team
+from shampoo3d.hyperparams import ShampooHyperParams
+from shampoo3d.places import Binding
+from shampoo3d.symmetric import assembled
+
+Name = str
+Tiles = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Old:
+    """An old block with room for its statistics, by name."""
+
+    block: Block
+    place: int
+    count: int
+    tiles: Tiles
+
+
+@dataclass(eq=False)
+class Reblocking:
+    """The new blocks that this rank owns of matrices that are cut otherwise now.
+
+    Attributes:
+        exact: for each matrix whether all its statistics on this rank are carried over exactly.
+    """
+
+    teams: Sequence[Team]
+    called: Mapping[Binding, Name]
+    saved: Mapping[Name, Parameter]
+    recut: Collection[Name]
+    exact: dict[Name, bool] = field(default_factory=dict)
+    _old: dict[Name, dict[Block, _Old]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for _, _, member, name in self._new():
+            known = self._old.setdefault(name, {})
+            equals = among_equals(grid(self.saved[name].cuts))
+            for block in _reached(self.saved[name].cuts, member.block):
+                if block not in known:
+                    known[block] = _Old(block, *equals[block], self._room(name, block, member))
+
+    def _new(self) -> Iterator[tuple[Team, Batch, Kept, Name]]:
+        for team in self.teams:
+            for batch in (batch for batch in team.batches if not batch.guests):
+                for member in batch.members:
+                    if (name := self.called.get(member.binding, "")) in self.recut:
+                        yield team, batch, member, name
+
+    def _room(self, name: Name, block: Block, member: Kept) -> Tiles:
+        of, dtype = self.saved[name], getattr(torch, member.binding.matrix.storage.state_dtype)
+        shapes: dict[str, Shape] = {}
+        for axis in of.axes:
+            d = block.shape[axis]
+            tiles: Mapping[str, Shape] = {"": (d,)} if axis in of.diagonal else tile_shapes(d)
+            shapes |= {f"L{axis}{tile}": shape for tile, shape in tiles.items()}
+        return {what: torch.zeros(shape, dtype=dtype) for what, shape in shapes.items()}
+
+    def held(self) -> list[Held]:
+        """The statistics of old blocks that are needed here, to be read."""
+        found: dict[tuple[Name, str], tuple[Shape, list[tuple[Block, Tensor]]]] = {}
+        for name, blocks in self._old.items():
+            for old in blocks.values():
+                for what, values in old.tiles.items():
+                    box = Block((old.place, *(0,) * values.dim()), (1, *values.shape))
+                    key = name, f"{block_name(old.block)}/{what}"
+                    found.setdefault(key, ((old.count, *values.shape), []))[1].append((box, values[None]))
+        return [Held(*key, size, tuple(joined(parts))) for key, (size, parts) in found.items()]
+
+    def finish(self, hp: ShampooHyperParams) -> None:
+        """Put the new statistics in their place, once the old ones are read, and compute their roots."""
+        rows: dict[tuple[Batch, int], list[int]] = {}
+        for _, batch, member, name in self._new():
+            old = [self._old[name][block] for block in _reached(self.saved[name].cuts, member.block)]
+            for place, axis in enumerate(batch.stack.axes):
+                of = batch.stack.statistics[place]
+                of.put(member.row, _statistics(member.block, axis, old, kl=hp.variant.statistics == "kl"))
+                same = hp.variant.statistics != "kl" and _is_exact(member.block, axis, old)
+                self.exact[name] = self.exact.get(name, True) and same
+            rows.setdefault((batch, self.saved[name].step), []).append(member.row)
+        for (batch, t), numbers in rows.items():
+            if hp.terms(t):
+                index = torch.tensor(numbers, device=batch.stack.device)
+                batch.stack.refresh_roots(index, t, tolerant=False)
+
+
+def _reached(cuts: Sequence[Cuts], block: Block) -> Iterator[Block]:
+    """The blocks of a grid that meet a block."""
+    sides = []
+    for edges, start, stop in zip(cuts, block.start, block.stop, strict=True):
+        first, last = bisect.bisect_right(edges, start) - 1, bisect.bisect_left(edges, stop)
+        sides.append(list(itertools.pairwise(edges[first : last + 1])))
+    for corner in itertools.product(*sides):
+        yield Block(tuple(a for a, _ in corner), tuple(b - a for a, b in corner))
+
+
+def _statistics(block: Block, axis: int, old: Sequence[_Old], *, kl: bool) -> Tensor:
+    """L along an axis of a new block."""
+    sample = _whole(old[0], axis)
+    L = sample.new_zeros((block.shape[axis],) * sample.dim())
+    for of in old:
+        both = of.block.intersect(block)
+        assert both is not None
+        here, there = both.within(block)[axis], both.within(of.block)[axis]
+        share = _others(both, axis) / _others(block if kl else of.block, axis)
+        if L.dim() == 1:
+            L[here] += share * _whole(of, axis)[there]
+        else:
+            L[here, here] += share * _whole(of, axis)[there, there]
+    return L
+
+
+def _is_exact(block: Block, axis: int, old: Sequence[_Old]) -> bool:
+    within_one = all(
+        of.block.start[axis] <= block.start[axis] and block.stop[axis] <= of.block.stop[axis] for of in old
+    )
+    return within_one and all(_has_all_others(block, of.block, axis) for of in old)
+
+
+def _has_all_others(block: Block, old: Block, axis: int) -> bool:
+    sides = zip(block.start, block.stop, old.start, old.stop, strict=True)
+    return all(i == axis or (a <= c and d <= b) for i, (a, b, c, d) in enumerate(sides))
+
+
+def _others(block: Block, axis: int) -> int:
+    """How many elements have one place along the axis."""
+    return math.prod(block.shape) // block.shape[axis]
+
+
+def _whole(of: _Old, axis: int) -> Tensor:
+    tiles = [values for what, values in of.tiles.items() if what.split("_")[0] == f"L{axis}"]
+    return assembled(tiles)
