@@ -64,9 +64,16 @@ def test_every_mode_goes_on_in_another_layout(number: int, name: str, tmp_path: 
 
 @slow
 @needs_deepspeed
-@pytest.mark.parametrize("name", ["default", "soap", "refresh-3-start-4"])
+@pytest.mark.parametrize("name", ["default"])
 def test_every_layout_goes_on_in_every_other(name: str, tmp_path: Path) -> None:
     _check(LAYOUTS, LAYOUTS, [name], tmp_path)
+
+
+@slow
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["soap", "refresh-3-start-4", "diagonals"])
+def test_other_modes_go_on_between_some_layouts(name: str, tmp_path: Path) -> None:
+    _check(LAYOUTS[::4], LAYOUTS[2::4], [name], tmp_path)
 
 
 def test_one_process_and_replicas(tmp_path: Path) -> None:
