@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from common import HYPERPARAMS, assert_equal, draw, parameters, put_gradients, snapshot
-from shampoo3d import CheckpointError, LayerwiseGrafting, Shampoo, ShampooHyperParams, Variant
+from shampoo3d import CheckpointError, LayerwiseGrafting, Shampoo, ShampooHyperParams, Variant, latest_checkpoint
 from shampoo3d.checkpoint.manifest import MANIFEST, partial
 
 HP = replace(HYPERPARAMS, graft_type=LayerwiseGrafting.ADAGRAD)
@@ -102,6 +102,16 @@ def test_a_disk_that_refuses_leaves_no_folder(folder: Path, monkeypatch: pytest.
         optimizer.save_checkpoint(folder.with_name("other"))
     assert not folder.with_name("other").exists()
     assert_equal(snapshot(optimizer), before)
+
+
+def test_the_latest_is_the_finished_one_of_the_highest_step(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
+    optimizer = made()
+    for step in range(8, 11):  # as names, "step-9" comes after "step-10"
+        train(optimizer, range(step, step + 1)).save_checkpoint(tmp_path / f"step-{step}")
+    (tmp_path / "step-11.partial").mkdir()
+    shutil.copy(tmp_path / "step-10" / MANIFEST, tmp_path / "step-11.partial" / MANIFEST)
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-10"
 
 
 # ---- settings that changed ----

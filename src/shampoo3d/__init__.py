@@ -2,7 +2,7 @@
 
 from shampoo3d.agreement import StepRefusedError
 from shampoo3d.checkpoint.folder import Loaded
-from shampoo3d.checkpoint.manifest import CheckpointError
+from shampoo3d.checkpoint.manifest import CheckpointError, latest_checkpoint
 from shampoo3d.computation import Computation
 from shampoo3d.distribution import Distribution
 from shampoo3d.hyperparams import LayerwiseGrafting, ShampooHyperParams
@@ -26,4 +26,5 @@ __all__ = [
     "StepRefusedError",
     "Topology",
     "Variant",
+    "latest_checkpoint",
 ]

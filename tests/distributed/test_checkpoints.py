@@ -4,12 +4,17 @@ import functools
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from .fsdp import Sharding, with_torch
 from .harness import needs_deepspeed, run
 from .layouts import LAYOUTS, ONE, SHAPE, Layout
 from .settings import SETTINGS, VARIANTS, shampoo
-from .training import one_process
+from .training import Topology, one_process, relative_distance
+from .zero import TWO, Recipe, Zero, with_zero
 
 SAVED, STEPS = 4, 8
 slow = pytest.mark.slow
@@ -78,3 +83,54 @@ def test_other_modes_go_on_between_some_layouts(name: str, tmp_path: Path) -> No
 
 def test_one_process_and_replicas(tmp_path: Path) -> None:
     _check([ONE, LAYOUTS[2]], [ONE, LAYOUTS[1]], ["default"], tmp_path)
+
+
+def _precise(zero: Zero, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights after all steps, at once and with a folder in between."""
+    recipe = Recipe(shampoo("default", "float32"))
+    session = with_zero(SHAPE, zero, recipe).train(0, SAVED)
+    session.optimizer.save_checkpoint(folder / "saved")
+    at_once = session.train(SAVED, STEPS).weights()
+    resumed = with_zero(SHAPE, zero, recipe)
+    resumed.optimizer.load_checkpoint(folder / "saved")
+    return at_once, resumed.train(SAVED, STEPS).weights()
+
+
+def _elsewhere(zero: Zero, folder: Path) -> dict[str, Tensor]:
+    session = with_zero(SHAPE, zero, Recipe(shampoo("default", "float32")))
+    session.optimizer.load_checkpoint(folder / "saved")
+    return session.train(SAVED, STEPS).weights()
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_on_the_same_ranks_it_goes_on_bit_for_bit(stage: int, precision: str, tmp_path: Path) -> None:
+    """Master weights and those that the model computes with: both are there again. Elsewhere to rounding."""
+    for at_once, resumed in run(_precise, 2, Zero(stage, TWO, precision), tmp_path):
+        for name, weight in at_once.items():
+            assert torch.equal(weight, resumed[name]), name
+    other = Zero(3 if stage < 3 else 1, Topology(data=3), precision)
+    for weights in run(_elsewhere, 3, other, tmp_path):
+        assert relative_distance(weights, at_once) < (2e-2 if precision == "bf16" else 2e-3)
+
+
+def _by_pytorch(sharding: Sharding, folder: Path, saving: bool, reference: dict[str, Tensor]) -> float:
+    """PyTorch's own conversions of an optimizer's state, which take a trial step of a new one."""
+    session = with_torch(SHAPE, sharding, shampoo("default"), torch.float64)
+    options = StateDictOptions(full_state_dict=True)
+    if saving:
+        session.train(0, SAVED)
+        weights, state = get_state_dict(session.module, session.optimizer, options=options)
+        if dist.get_rank() == 0:
+            torch.save((weights, state), folder / "saved")
+        return 0.0
+    weights, state = torch.load(folder / "saved", weights_only=True)
+    set_state_dict(session.module, session.optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
+    return max(session.train(SAVED, STEPS).distances(reference).values())
+
+
+@pytest.mark.parametrize("sharding", [Sharding(shards=2), Sharding(shards=2, replicas=2)], ids=str)
+def test_pytorchs_own_conversions(sharding: Sharding, tmp_path: Path) -> None:
+    run(_by_pytorch, 3, Sharding(shards=3), tmp_path, True, {})
+    assert max(run(_by_pytorch, sharding.world, sharding, tmp_path, False, uninterrupted("default"))) < 1e-9

@@ -1,6 +1,7 @@
 """What a folder says of itself: format, settings, parameters, files. Plain data and JSON."""
 
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -151,6 +152,19 @@ def partial(folder: Path) -> Path:
 def holds_checkpoint(folder: Path) -> bool:
     """Whether :meth:`Manifest.read` is what tells of a folder, if only that it is not there."""
     return (folder / MANIFEST).exists() or partial(folder).exists() or not folder.is_dir()
+
+
+def latest_checkpoint(path: str | os.PathLike[str]) -> Path | None:
+    """The folder in ``path`` that :meth:`shampoo3d.Shampoo.save_checkpoint` has finished at the highest step.
+
+    What a crash has left unfinished does not count. None if there is no such folder.
+
+    Raises:
+        CheckpointError: naming a finished folder whose manifest is damaged.
+    """
+    folders = sorted(path for path in Path(path).glob(f"*/{MANIFEST}"))
+    finished = [folder.parent for folder in folders if folder.parent.suffix != ".partial"]
+    return max(finished, key=lambda folder: Manifest.read(folder).step, default=None)
 
 
 def _absent(folder: Path) -> str:
