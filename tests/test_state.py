@@ -223,6 +223,22 @@ def test_a_state_that_does_not_fit_is_refused_by_name(broken: Callable[[Any], An
         train(target, range(3, 5))
 
 
+def test_a_state_says_with_which_settings_it_was_made() -> None:
+    state, target = state_and_target(fresh=False)
+    described = state["shampoo"]
+    assert described["names"] == [f"layer.{number}.weight" for number in range(4)]
+    assert described["parameters"]["layer.0.weight"]["shape"] == (6, 5)
+    for change, message in (
+        ({"format": 99}, "has format 99; this version reads 1 to 1"),
+        ({"hyperparams": described["hyperparams"] | {"graft_type": "ADAM"}}, "graft_type was 'ADAM' and is 'SGD'"),
+    ):
+        before = snapshot(target)
+        with pytest.raises(ValueError, match=message):
+            target.load_state_dict(state | {"shampoo": described | change})
+        assert_equal(snapshot(target), before)
+    target.load_state_dict({key: part for key, part in state.items() if key != "shampoo"})  # as PyTorch hands it on
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 def test_a_state_without_an_entry_for_one_parameter_is_refused_at_once(fresh: bool) -> None:
     state, target = state_and_target(fresh)

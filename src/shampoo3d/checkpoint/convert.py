@@ -1,6 +1,7 @@
 """Makes of what DeepSpeed's engine or ``torch.save`` wrote a folder that loads into any layout."""
 
 import os
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -56,8 +57,10 @@ def _saved(path: Path) -> RankState:
     """A file that has a ``state_dict()``, alone or as "optimizer" among others."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose advice would be to run what stands there
+        raise CheckpointError(f"{path} holds something else than tensors and plain data") from None
     except Exception as error:  # whatever a damaged file makes of itself
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     state = saved.get("optimizer", saved) if isinstance(saved, dict) else None
     if not isinstance(state, dict) or "shampoo" not in state:
         raise CheckpointError(f"{path} has no state of 3D-Shampoo")

@@ -110,7 +110,7 @@ class Checkpointed(Optimizer):
             state_dict = before(self, state_dict) or state_dict
         groups, saved = checkpoint.by_parameter(self.param_groups, state_dict, self._facts.names, self.hyperparams)
         described: dict[str, Any] = state_dict.get("shampoo", {})  # PyTorch's conversions leave it out
-        checkpoint.check_settings(described.get("hyperparams", {}), self.hyperparams)
+        checkpoint.check_described(described, self.hyperparams)
         own = described if "layout" in described else None
         if saved and flat_groups(self._facts) != (own is not None):
             raise ValueError(

@@ -339,7 +339,12 @@ def replace_settings(groups: Sequence[dict[str, Any]], loaded: Sequence[Mapping[
         group.update(kept)
 
 
-def check_settings(saved: Mapping[str, Any], hp: ShampooHyperParams) -> None:
-    """Raise ValueError, naming settings and values, if under these ones saved state would mean something else."""
-    if wrong := contradictions(saved, plain(hp)):
+def check_described(described: Mapping[str, Any], hp: ShampooHyperParams) -> None:
+    """Raise ValueError if what a ``state_dict()`` says of itself forbids to load it.
+
+    Its format is one of the future, or under these settings it would mean something else: then their names and values.
+    """
+    if not 1 <= described.get("format", FORMAT) <= FORMAT:
+        raise ValueError(f"the loaded state has format {described['format']!r}; this version reads 1 to {FORMAT}")
+    if wrong := contradictions(described.get("hyperparams", {}), plain(hp)):
         raise ValueError(f"the loaded state was saved with other hyperparams: {'; '.join(wrong)}")
