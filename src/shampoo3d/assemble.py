@@ -105,6 +105,7 @@ def _read(
     tied: dict[Tensor, Ranks] = {}
     try:
         facts.learn_replaced()
+        facts.count_experts()
         for model in facts.models:
             tied |= deepspeed.tied_holders(model)
         exact = distribution.tensor_parallel == "exact"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shampoo3d.blocks import Split
-from shampoo3d.engines import native
+from shampoo3d.engines import deepspeed, native
 from shampoo3d.fused import Splits, splits_of
 from shampoo3d.hyperparams import ShampooHyperParams
 
@@ -37,6 +37,7 @@ class Facts:
     split: dict[Tensor, Split] = field(default_factory=dict)
     models: list[nn.Module] = field(default_factory=list)
     originals: list[list[Tensor]] = field(default_factory=list)
+    _counted: set[Tensor] = field(default_factory=set)
 
     def learn(self, params: list[Tensor], names: Sequence[str] | None) -> None:
         """Take in a new group of parameters; where that raises, nothing has been learned.
@@ -73,6 +74,12 @@ class Facts:
         self.names = {param: name for param, name in self.names.items() if param in current}
         self.split = {param: split for param, split in self.split.items() if param in current}
         self.embeddings &= current
+
+    def count_experts(self) -> None:
+        """Give the experts, once the engine has spread them over the ranks, names that count over all ranks."""
+        fresh = deepspeed.expert_names(self.names) if not self._counted else {}
+        self.names |= fresh
+        self._counted |= fresh.keys()
 
     def _names_of(self, group: int, params: Sequence[Tensor], given: Sequence[str] | None) -> dict[Tensor, str]:
         """Names as given, as in the model, or by place; unique."""

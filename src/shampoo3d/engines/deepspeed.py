@@ -3,8 +3,9 @@
 DeepSpeed is never imported here: it is read only where the user's script has imported and started it.
 """
 
+import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from shampoo3d.topology import Group, Mesh, Topology, group_of, world_group
 
 NAME = "DeepSpeed"
 """The source of places that were found here."""
+
+
+_EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)")
 
 
 def is_running() -> bool:
@@ -49,6 +53,23 @@ def _model_group(rank: int) -> Group:
 def is_expert(param: Tensor) -> bool:
     """Whether it belongs to an expert, which not all data-parallel ranks have."""
     return not getattr(param, "allreduce", True) and hasattr(param, "group_name")
+
+
+def expert_names(names: Mapping[Tensor, str]) -> dict[Tensor, str]:
+    """The experts' names with numbers that count over all ranks: DeepSpeed's begin at 0 on each.
+
+    Args:
+        names: as the modules have them, of all parameters on this rank.
+    """
+    found = {param: match for param, name in names.items() if is_expert(param) and (match := _EXPERT.fullmatch(name))}
+    held: dict[str, set[str]] = {}
+    for match in found.values():
+        held.setdefault(match[1], set()).add(match[2])
+    renamed = {}
+    for param, match in found.items():
+        place = int(_groups()._get_expert_parallel_rank(param.group_name))  # type: ignore[attr-defined]
+        renamed[param] = f"{match[1]}{place * len(held[match[1]]) + int(match[2])}{match[3]}"
+    return renamed
 
 
 def expert_replicas(param: Tensor) -> tuple[int, ...] | None:
