@@ -60,8 +60,15 @@ def _check(sources: list[Layout], targets: list[Layout], names: list[str], folde
 NEXT = [*zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)]
 
 
+FAST = ("uneven-blocks", "refresh-3-start-4", "soap", "default")
+MODES = [
+    pytest.param(number, name, id=name, marks=() if name in FAST else slow)
+    for number, name in enumerate([*SETTINGS, *VARIANTS])
+]
+
+
 @needs_deepspeed
-@pytest.mark.parametrize(("number", "name"), list(enumerate([*SETTINGS, *VARIANTS])))
+@pytest.mark.parametrize(("number", "name"), MODES)
 def test_every_mode_goes_on_in_another_layout(number: int, name: str, tmp_path: Path) -> None:
     source, target = NEXT[number % len(NEXT)]
     _check([source], [target], [name], tmp_path)
@@ -103,8 +110,13 @@ def _elsewhere(zero: Zero, folder: Path) -> dict[str, Tensor]:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        *((0, "bf16"), (3, "float32")),
+        *(pytest.param(*case, marks=slow) for case in ((0, "float32"), (1, "float32"), (1, "bf16"), (3, "bf16"))),
+    ],
+)
 def test_on_the_same_ranks_it_goes_on_bit_for_bit(stage: int, precision: str, tmp_path: Path) -> None:
     """Master weights and those that the model computes with: both are there again. Elsewhere to rounding."""
     for at_once, resumed in run(_precise, 2, Zero(stage, TWO, precision), tmp_path):
@@ -130,7 +142,9 @@ def _by_pytorch(sharding: Sharding, folder: Path, saving: bool, reference: dict[
     return max(session.train(SAVED, STEPS).distances(reference).values())
 
 
-@pytest.mark.parametrize("sharding", [Sharding(shards=2), Sharding(shards=2, replicas=2)], ids=str)
+@pytest.mark.parametrize(
+    "sharding", [Sharding(shards=2), pytest.param(Sharding(shards=2, replicas=2), marks=slow)], ids=str
+)
 def test_pytorchs_own_conversions(sharding: Sharding, tmp_path: Path) -> None:
     run(_by_pytorch, 3, Sharding(shards=3), tmp_path, True, {})
     assert max(run(_by_pytorch, sharding.world, sharding, tmp_path, False, uninterrupted("default"))) < 1e-9

@@ -56,7 +56,7 @@ def _started(layout: Layout, name: str) -> tuple[Any, Any]:
 
 PAIRS = [
     (NamedExperts(stage=1), NamedExperts(stage=2, world=2)),
-    (Experts(stage=0, world=2), Experts(stage=0, spread=(2, 4))),
+    pytest.param(Experts(stage=0, world=2), Experts(stage=0, spread=(2, 4)), marks=slow),
     (AutoTensorParallel(stage=1), AutoTensorParallel(stage=3, zero_init=True)),
     pytest.param(NamedExperts(stage=2, spread=(2, 4)), NamedExperts(stage=1, spread=(4, 2)), marks=slow),
     pytest.param(ExpertsOnShards(stage=0), Experts(stage=0, world=2), marks=slow),
@@ -83,7 +83,7 @@ def _shared(distribution: Distribution, folder: Path, save: bool, reference: dic
     return max(session.train(SAVED, STEPS).distances(reference).values())
 
 
-@pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize(("before", "now"), [(2, 1), *(pytest.param(*case, marks=slow) for case in ((1, 2), (2, 4)))])
 def test_another_ownership_of_blocks(before: int, now: int, tmp_path: Path) -> None:
     reference = one(SHAPE, shampoo("default")).train(0, STEPS).weights()
     run(_shared, 4, Distribution(root_copies=before), tmp_path / "saved", True, {})
