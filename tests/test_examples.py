@@ -56,6 +56,22 @@ def test_deepspeed_zero(stage: tuple[str, ...]) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+    found = [
+        output_of(*launcher, str(ranks), str(EXAMPLES / "deepspeed_resume.py"), str(folder), str(stage))
+        for ranks, folder, stage in ((4, tmp_path / "a", 1), (2, tmp_path / "a", 3), (1, tmp_path / "b", 0))
+    ]
+    found.append(output_of(*launcher, "1", str(EXAMPLES / "deepspeed_resume.py"), str(tmp_path / "b"), "0"))
+    moved, stayed = (re.findall(r"step (\d+): loss ([\d.]+)", a + b) for a, b in (found[:2], found[2:]))
+    assert [step for step, _ in moved] == [str(step) for step in range(5, 41, 5)]
+    assert float(moved[-1][1]) < float(moved[0][1]) / 2
+    for (_, a), (_, b) in zip(moved, stayed, strict=True):
+        assert float(a) == pytest.approx(float(b), rel=0.02, abs=2e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp.py", "fsdp2.py"])
 def test_torch_alone(name: str) -> None:
     found = output_of_ranks(2, str(EXAMPLES / name))
