@@ -115,6 +115,7 @@ def _whole_momenta(team: Team, link: Link) -> dict[int, dict[str, Tensor]]:
         for leg in routes.legs
         if not team.bindings[leg.matrix].matrix.storage.sharded
     )
+    items = [item for item in items if names[item[1]]]  # Adam in eigenbases needs nothing at the homes
     kept = {}
     for slab in team.stack_slabs:
         for row, member in enumerate(slab.members):
