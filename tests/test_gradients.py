@@ -170,6 +170,7 @@ def test_a_nonfinite_gradient_skips_the_step_and_is_counted(bad: float, where: i
     params[where].grad.view(-1)[-1] = bad
     optimizer.step()
     assert optimizer.skipped_steps == 1
+    before["state"]["shampoo"]["skipped_steps"] = 1
     assert_equal(snapshot(optimizer), before)
     train(optimizer, range(3, 6))
     train(undisturbed, range(3, 6))
@@ -188,6 +189,7 @@ def test_a_nonfinite_gradient_at_the_first_step() -> None:
     assert_equal(params, before)
     train(optimizer)
     train(undisturbed)
+    undisturbed.skipped_steps = 1
     assert_equal(snapshot(optimizer), snapshot(undisturbed))
 
 

@@ -78,10 +78,14 @@ def agree(
         places = [place for place in team.places if place in present]
         norms = {} if hp.nonfinite_gradient == "ignore" else gradient_norms(places)
         names = {place: names for place, names in team.names.items() if place in present}
-        if bad := [place for place, norm in norms.items() if not math.isfinite(norm)]:
+        most = {place: largest_norm(state_dtype(place.tensor.dtype), hp) for place in norms}
+        if bad := [place for place, norm in norms.items() if not norm <= most[place]]:  # NaN is not
             finite = False
             if hp.nonfinite_gradient == "raise" and not complaint:
-                complaint = f"the gradient of {names[bad[0]][0]!r} is NaN or infinite, or its squares are"
+                complaint = (
+                    f"the gradient of {names[bad[0]][0]!r} has a norm of {norms[bad[0]]:.3g}: it must be finite and at "
+                    f"most {most[bad[0]]:.3g}, so that no sum of its squares can overflow"
+                )
         # A shared weight may be clipped by its own stage's norm, so that copies on two stages differ by a factor.
         largest = 0.0 if team.tied or not averaged else max(norms.values(), default=0.0)
         if team.group.size > 1 and places:
@@ -99,6 +103,19 @@ def agree(
     if unbound:
         return Verdict.BIND
     return Verdict.SKIP if nonfinite else Verdict.STEP
+
+
+def largest_norm(dtype: torch.dtype, hp: ShampooHyperParams) -> float:
+    """The largest norm of a gradient with state of this dtype of which sums of squares stay finite, however many.
+
+    A sum that is 4 / eps times as large as what is added does not grow any more. The rest is room for 512 ranks that
+    store a part of one matrix each.
+    """
+    c = hp.computation
+    if "bfloat16" in (c.products, c.root_storage, c.momentum_storage):
+        dtype = torch.float32  # which has the same range
+    kind = torch.finfo(dtype)
+    return math.sqrt(kind.max * kind.eps / 4 / 512)
 
 
 def gradient_norms(places: Sequence[Place]) -> dict[Place, float]:

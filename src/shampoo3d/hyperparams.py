@@ -44,7 +44,7 @@ class ShampooHyperParams:
 
     Args:
         beta2: decay of the statistics L; 1.0 sums them (AdaGrad-like), below 1 averages with weight ``1 - beta2``.
-        diagonal_eps: added to the square root in the AdaGrad graft.
+        diagonal_eps: added to the square root in the AdaGrad graft; at least the root of the least normal number.
         matrix_eps: L starts at ``matrix_eps * I`` and each root is taken of ``L + matrix_eps * lambda_max(L) * I``.
         weight_decay: the default of every parameter group; added to the direction as ``weight_decay * W``.
         inverse_exponent_override: p in ``L^(-1/p)``; 0 means twice the number of axes that have a factor.
@@ -59,8 +59,9 @@ class ShampooHyperParams:
         ignore_embedding_layer: leave embeddings without preconditioner (they are grafted only).
         fair_blocks: cut each tensor-parallel matrix along its partitioned axis into as many blocks as the run has
             ranks, so that blocks are the same for every topology of that many ranks.
-        nonfinite_gradient: what a gradient on any rank that is NaN or infinite, or whose squares are, does: "skip" the
-            step on all ranks, or "raise"; "ignore" does not look, which spares the host to wait for the GPU.
+        nonfinite_gradient: what a gradient on any rank that is NaN or infinite, or so large that sums of its squares
+            may be, does: "skip" the step on all ranks, or "raise"; "ignore" does not look, which spares the host to
+            wait for the GPU.
         pseudo_inverse: leave out the directions in which L is zero up to rounding, instead of giving them the ridge.
         variant: which Shampoo: choices beyond the thesis.
         computation: how all this is computed.
