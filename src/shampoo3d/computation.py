@@ -29,8 +29,8 @@ class Computation:
             the "state", or "bfloat16"; sums stay in the state's.
         root_storage, momentum_storage: the dtype in which roots and momenta are kept, that of the "state" or
             "bfloat16".
-        max_root_failures: how many roots may fail, so that the previous one was kept, before a step raises; None for
-            any number.
+        max_root_failures: how many roots may fail, so that the previous one was kept or a block was not moved, before a
+            step raises; None for any number.
 
     Raises:
         TypeError, ValueError: naming the setting, its value and its bound.

@@ -207,7 +207,7 @@ class Shampoo(Checkpointed):
             return "the ranks were found before DeepSpeed was started: bind or load after deepspeed.initialize"
         most = self.hyperparams.computation.max_root_failures
         if most is not None and self.root_failures > most:
-            return f"{self.root_failures} roots could not be computed, more than max_root_failures={most}"
+            return f"{self.root_failures} roots could not be computed or used, more than max_root_failures={most}"
         for team in self._teams:
             for place, names in team.names.items():
                 if place.tensor.grad is not None and not place.has_dense_gradient:
@@ -302,7 +302,8 @@ class Shampoo(Checkpointed):
 
     @property
     def root_failures(self) -> int:
-        """How many roots of this rank's blocks could not be computed, so that the previous one was kept."""
+        """How many roots of this rank's blocks could not be computed, so that the previous one was kept, or not be
+        used, so that the block was not moved or its statistics started anew, see ``docs/update-rule.md``."""
         settle(self._teams)
         return sum(int(batch.stack.root_failures) for team in self._teams for batch in team.batches)
 

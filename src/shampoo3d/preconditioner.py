@@ -33,7 +33,8 @@ class Stack:
         statistics: ``L_i`` per axis i of these; none for a guest, whose roots are computed elsewhere.
         roots: ``P_i`` per axis i of these, each (n, d_i, d_i), or the diagonals (n, d_i).
         elements: what is kept for each element, by name.
-        root_failures: how often a root could not be computed and the previous one was kept.
+        root_failures: how often a root could not be computed, so that the previous one was kept, or could not be used,
+            since the direction had no finite length, or statistics with it.
     """
 
     letter = "P"
@@ -91,12 +92,19 @@ class Stack:
         beta2, kl = self.hp.beta2, self.hp.variant.statistics == "kl"
         with self._products():
             W = self._whiteners(rows) if kl else {}
+            sound = torch.ones((), dtype=torch.bool, device=self.device)
             for axis, L in zip(self.axes, self.statistics, strict=True):
                 weight = self.hp.w2 * divergence_weight(self.shape, axis) if kl else self.hp.w2
                 first = L.mean(rows) == 0 if kl else None
-                L.accumulate(unfold(whiten_others(G, W, axis), axis), rows, beta2, weight)
+                U = whiten_others(G, W, axis)
+                if first is not None and U is not G:
+                    torch.where(first.view(-1, *[1] * len(self.shape)), G, U, out=U)
+                L.accumulate(unfold(U, axis), rows, beta2, weight)
                 if first is not None:
                     self._start(L, rows, first, t)
+                    sound = sound & L.mean(rows).isfinite()
+        if kl:
+            self._start_anew(rows, ~sound)
 
     def _start(self, L: Symmetric | Diagonal, rows: Rows, first: Tensor, t: int) -> None:
         """``L <- c^(1/r - 1) (L + c I)`` where L is of the first gradient, c the mean of its squares, r the factors.
@@ -107,6 +115,12 @@ class Stack:
         c = L.mean(rows) / self.hp.w2
         scale = torch.where(first & (c > 0), c, 1.0).pow(1.0 / len(self.axes) - 1.0)
         L.adjust(rows, torch.where(first, c * self._gathered(t), 0.0), scale)
+
+    def _start_anew(self, rows: Rows, lost: Tensor) -> None:
+        """``L <- 0`` where the squares of a gradient overflow that roots of far smaller ones have whitened."""
+        for L in self.statistics:
+            L.clear(rows, lost)
+        self.root_failures += lost.sum()
 
     def _whiteners(self, rows: Rows) -> PerAxis:
         """``W_i`` with ``W_i^T W_i = L_i^-1``."""
@@ -201,7 +215,12 @@ class Stack:
         return inverse_roots(L, p, eps, method=method, pseudo_inverse=pseudo, previous=previous)
 
     def _take(self, place: int, rows: Rows, new: Tensor, failed: Tensor) -> None:
-        self.roots[place][rows] = new.to(self.roots[place].dtype)
+        roots, kept = self.roots[place], new.to(self.roots[place].dtype)
+        if kept.dtype != new.dtype:  # that may have no room for it
+            lost = kept.isfinite().flatten(1).all(1).logical_not()
+            kept = torch.where(lost.view(-1, *[1] * (kept.dim() - 1)), roots[rows], kept)
+            failed = failed | lost
+        roots[rows] = kept
         self.root_failures += failed.sum()
 
     @property
@@ -226,7 +245,13 @@ class Stack:
 
         ``out`` may be G itself.
         """
-        return self._multiplied(G, self._matrices(rows, self._computed), out, averaged=(rows, t))
+        return self._usable(self._multiplied(G, self._matrices(rows, self._computed), out, averaged=(rows, t)))
+
+    def _usable(self, S: Tensor) -> Tensor:
+        """S, with 0 for blocks in which it has no finite length: those whose roots are of far smaller gradients."""
+        lost = torch.linalg.vector_norm(S.flatten(1), dim=1).isfinite().logical_not()
+        self.root_failures += lost.sum()
+        return S.masked_fill_(lost.view(-1, *[1] * len(self.shape)), 0.0)
 
     def _matrices(self, rows: Rows, dtype: torch.dtype) -> PerAxis:
         """The roots of some rows."""

@@ -12,6 +12,7 @@ from shampoo3d.eigenbasis import (
     turned,
     whitener_of_basis,
 )
+from shampoo3d.grafting import least_root
 from shampoo3d.momenta import Rows
 from shampoo3d.preconditioner import Stack
 
@@ -51,8 +52,8 @@ class EigenStack(Stack):
             del M  # before there is another
             M = self._multiplied(G, transposed, averaged=(rows, t))
         correction = hp.correction(hp.beta2, hp.age(t))
-        M.div_(squares.sqrt().add_(hp.diagonal_eps).div_(correction**0.5))
-        return self._multiplied(M, Q, out)
+        M.div_(squares.sqrt().add_(least_root(V.dtype, hp)).div_(correction**0.5))
+        return self._usable(self._multiplied(M, Q, out))
 
     def _distance(self, place: int, rows: Rows, t: int) -> Tensor:
         return turned(self.statistics[place].whole(rows), self.roots[place][rows].to(self.dtype))

@@ -49,6 +49,13 @@ class Symmetric:
         for tile in self.tiles.values():
             tile[rows] *= scale[:, None, None]
 
+    def clear(self, rows: Rows, which: Tensor) -> None:
+        """``A <- 0`` for those of the given rows that are chosen, (rows,)."""
+        for tile in self.tiles.values():
+            cleared = tile[rows].masked_fill_(which[:, None, None], 0.0)
+            if isinstance(rows, Tensor):  # that was a copy
+                tile[rows] = cleared
+
     def whole(self, rows: Rows) -> Tensor:
         """The given matrices, (rows, d, d); a view where they are stored so."""
         return assembled([tile[rows] for tile in self.tiles.values()])
@@ -94,6 +101,10 @@ class Diagonal:
     def put(self, row: int, A: Tensor) -> None:
         """Another diagonal (d,) in the place of one."""
         self.tiles[""][row] = A
+
+    def clear(self, rows: Rows, which: Tensor) -> None:
+        """``A <- 0`` for those of the given rows that are chosen, (rows,)."""
+        self.tiles[""][rows] = self.tiles[""][rows].masked_fill_(which[:, None], 0.0)
 
     def whole(self, rows: Rows) -> Tensor:
         """The diagonals of the given matrices, (rows, d)."""
