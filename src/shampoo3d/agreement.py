@@ -14,6 +14,7 @@ from torch import Tensor
 from shampoo3d.collectives import all_gather, communicating_device
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams
+from shampoo3d.lost import awaiting
 from shampoo3d.places import Place, state_dtype
 from shampoo3d.topology import Group, Mesh
 
@@ -36,7 +37,8 @@ def everyones(group: Group, value: T) -> list[T]:
     """The values of all ranks of the group, in their order."""
     values: list[T] = [value] * group.size
     if group.size > 1:
-        dist.all_gather_object(values, value, group=group.handle)
+        with awaiting("the messages", group.ranks):
+            dist.all_gather_object(values, value, group=group.handle)
     return values
 
 
@@ -95,7 +97,8 @@ def agree(
     if mesh.everyone.size > 1:
         here = teams[0].device if teams else torch.device("cpu")  # a rank may have no parameters
         votes = torch.tensor(verdict, dtype=torch.int32, device=communicating_device(mesh.everyone, here))
-        dist.all_reduce(votes, dist.ReduceOp.MAX, group=mesh.everyone.handle)
+        with awaiting("the agreement", mesh.everyone.ranks):
+            dist.all_reduce(votes, dist.ReduceOp.MAX, group=mesh.everyone.handle)
         verdict = votes.bool().tolist()
     nonfinite, refused, unbound = verdict
     if refused:
@@ -142,7 +145,8 @@ def _compare(team: Team, names: Mapping[Place, list[str]], groups: Sequence[Mapp
     ranks, device = team.group.ranks, communicating_device(team.group, team.device)
     mine = torch.tensor(numbers, dtype=torch.float64, device=device)
     table = torch.empty(len(ranks) * len(numbers), dtype=torch.float64, device=device)
-    all_gather(table, mine, group=team.group.handle)
+    with awaiting("the agreement", ranks):
+        all_gather(table, mine, group=team.group.handle)
     rows = dict(zip(ranks, table.view(len(ranks), -1).tolist(), strict=True))
     first = rows[ranks[0]]
     for other, (count, present, norm, options_) in rows.items():

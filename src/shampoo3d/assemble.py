@@ -16,6 +16,7 @@ from shampoo3d.facts import Facts
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Holder, Matrix, Storage, describe
+from shampoo3d.lost import during
 from shampoo3d.places import Binding, Place
 from shampoo3d.plan import Plan, in_order, make_plans
 from shampoo3d.readers import Stored, is_flat, read
@@ -37,6 +38,7 @@ class DisagreementError(ValueError):
     """Ranks of one team differ in what they hold, and all of them know it."""
 
 
+@during("about the plan")
 def assemble(
     groups: Sequence[Mapping[str, Any]],
     facts: Facts,

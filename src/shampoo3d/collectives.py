@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shampoo3d.lost import awaiting
 from shampoo3d.routes import buckets, width
 from shampoo3d.topology import Group
 
@@ -18,13 +20,15 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 class Swap:
     """An uneven all-to-all that may still be under way."""
 
-    def __init__(self, pieces: Sequence[Tensor], work: Any) -> None:
+    def __init__(self, what: str, group: Group, pieces: Sequence[Tensor], work: Any) -> None:
+        self._what, self._group = what, group
         self._pieces, self._work = pieces, work
 
     def wait(self) -> Sequence[Tensor]:
         """The flat pieces that arrived, in the order in which they were asked for; their buffer is used again."""
         if self._work is not None:
-            self._work.wait()
+            with _exchanging(self._what, self._group):
+                self._work.wait()
         return self._pieces
 
 
@@ -69,18 +73,19 @@ class Link:
             places = send.split_with_sizes([piece.numel() for piece in pieces])
             torch._foreach_copy_([p.view(x.shape) for p, x in zip(places, pieces, strict=True)], pieces)
         # As bytes, since not every backend carries every dtype.
-        work = dist.all_to_all_single(
-            receive.view(torch.uint8),
-            send.view(torch.uint8),
-            [n * dtype.itemsize for n in counts_in],
-            [n * dtype.itemsize for n in counts_out],
-            group=self.group.handle,
-            async_op=True,
-        )
+        with _exchanging(what, self.group):
+            work = dist.all_to_all_single(
+                receive.view(torch.uint8),
+                send.view(torch.uint8),
+                [n * dtype.itemsize for n in counts_in],
+                [n * dtype.itemsize for n in counts_out],
+                group=self.group.handle,
+                async_op=True,
+            )
         self.received[what] += receive.nbytes
         arrived = receive.split_with_sizes([into[i][1] for i in taken]) if into else ()
         places_of = dict(zip(taken, arrived, strict=True))
-        return Swap([places_of[i] for i in range(len(into))], work)
+        return Swap(what, self.group, [places_of[i] for i in range(len(into))], work)
 
     def share(
         self, what: str, items: Sequence[tuple[int, int]], mine: Callable[[int], Tensor], dtype: torch.dtype, most: int
@@ -104,7 +109,8 @@ class Link:
             own = bucket[self.rank]
             for number, place in zip(own, _split(send, [items[n][1] for n in own]), strict=True):
                 place.copy_(mine(number).reshape(-1))
-            all_gather(receive.view(torch.uint8), send.view(torch.uint8), group=self.group.handle)
+            with _exchanging(what, self.group):
+                all_gather(receive.view(torch.uint8), send.view(torch.uint8), group=self.group.handle)
             self.received[what] += receive.nbytes - send.nbytes
             arrived: dict[int, Tensor] = {}
             for peer, row in zip(self.group.ranks, receive.view(self.group.size, wide), strict=True):
@@ -115,7 +121,8 @@ class Link:
         """The sum over the ranks, in place."""
         if self.group.size > 1:
             total = values.to(self.device)
-            dist.all_reduce(total, group=self.group.handle)
+            with _exchanging(what, self.group):
+                dist.all_reduce(total, group=self.group.handle)
             self.received[what] += total.nbytes
             values.copy_(total)
         return values
@@ -136,6 +143,10 @@ class Link:
         if key not in self._buffers or self._buffers[key].nbytes < needed:
             self._buffers[key] = torch.empty(needed, dtype=torch.uint8, device=self.device)
         return self._buffers[key][:needed].view(dtype)
+
+
+def _exchanging(what: str, group: Group) -> AbstractContextManager[None]:
+    return awaiting(f"the exchange of {what}", group.ranks)
 
 
 def _split(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:

@@ -26,6 +26,7 @@ from shampoo3d.facts import Embeddings, Facts
 from shampoo3d.fused import Splits, copied
 from shampoo3d.holdings import Team, state_bytes
 from shampoo3d.hyperparams import ShampooHyperParams, check_group
+from shampoo3d.lost import during
 from shampoo3d.places import Place
 from shampoo3d.plan import Plan
 from shampoo3d.readers import locate, unwrapped
@@ -156,28 +157,40 @@ class Shampoo(Checkpointed):
             StepRefusedError: on every rank alike, before anything changed: sparse gradients, replicas with different
                 parameters or gradients, storage that can't be explained, or gradients that are not finite if
                 ``nonfinite_gradient="raise"``.
+            RankLostError: where others were waited for in vain; the message names what for, and the step.
+            UnfinishedStepError: if an earlier step ended in its middle and nothing was loaded since.
         """
+        self._must_be_whole()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self._mesh is None and self._is_trial():
             return loss
+        with during(lambda: f"before step {self._steps_taken() + 1}"):
+            verdict = self._verdict()
+        if verdict is Verdict.SKIP:
+            self.skipped_steps += 1
+            return loss
+        with during(lambda: f"in step {self._unfinished}"):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        steps = {place: self._count(place) for place in self._present() if place.gradient is not None}
+        self._unfinished = max(steps.values(), default=0)
+        take_step(self._teams, self._exchanges, self._groups, self.hyperparams, steps)
+        self._unfinished = 0
+
+    def _verdict(self) -> Verdict:
+        """What all ranks do next, once their parameters are bound."""
         mesh = self._mesh or locate(self._claims)
         averaged = self._reduction is None or not self._reduction.done
         complaint = self._unusable() or (self._reduction.complaint() if self._reduction is not None else "")
         verdict = self._agree(mesh, complaint, self._has_unbound(), averaged=averaged)
         if verdict is Verdict.BIND:
             verdict = self._agree(mesh, self._bind(mesh) or self._unusable(), unbound=False, averaged=averaged)
-        if verdict is Verdict.SKIP:
-            self.skipped_steps += 1
-            return loss
-        self._step()
-        return loss
-
-    def _step(self) -> None:
-        steps = {place: self._count(place) for place in self._present() if place.gradient is not None}
-        take_step(self._teams, self._exchanges, self._groups, self.hyperparams, steps)
+        return verdict
 
     def _agree(self, mesh: Mesh, complaint: str, unbound: bool, *, averaged: bool) -> Verdict:
         hp, present = self.hyperparams, self._present()
@@ -186,7 +199,8 @@ class Shampoo(Checkpointed):
     def _grads_for_reduction(self) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
         """The gradients that DeepSpeed's engine has to all-reduce: dense ones, and those of experts by their group."""
         assert self._reduction is not None
-        return self._reduction.reduce((p for params in self._facts.originals for p in params), self._exchanges), {}
+        with during(lambda: f"before step {self._steps_taken() + 1}"):
+            return self._reduction.reduce((p for params in self._facts.originals for p in params), self._exchanges), {}
 
     def _is_trial(self) -> bool:
         """Whether an engine's wrapper is trying the optimizer out with zero gradients, which must change nothing."""
@@ -196,6 +210,10 @@ class Shampoo(Checkpointed):
             for group, originals in zip(self._groups, self._facts.originals, strict=True):
                 unwrapped(group["params"], originals)  # refuses a wrapper that it does not know at once
         return trial
+
+    def _steps_taken(self) -> int:
+        """Those of the parameter that has taken most."""
+        return max((int(state["step"]) for state in self.state.values()), default=0)
 
     def _count(self, place: Place) -> int:
         self.state[place.tensor]["step"] += 1
@@ -274,6 +292,7 @@ class Shampoo(Checkpointed):
         self.state.clear()
         self.state.update(live)
 
+    @during("in bind()")
     def bind(self) -> None:
         """Find the ranks and plan now, instead of at the first step. Collective where the work is shared.
 

@@ -153,10 +153,13 @@ class Stack:
         return [(place, part, self._new_roots(place, part, t)) for place, part in self._parts(rows, t)]
 
     def settle(self) -> None:
-        """Put the roots that were launched in their place, before statistics or roots are touched otherwise."""
+        """Put the roots that were launched in their place, before statistics or roots are touched otherwise.
+
+        Roots are wanted and not launched only after a step that was never finished: they are forgotten.
+        """
         for place, part, new in (found for work in self._coming for found in work.result()):
             self._take(place, part, *new)
-        self._coming = []
+        self._coming, self._wanted = [], []
 
     def _parts(self, rows: Rows, t: int, *, tolerant: bool = True) -> Iterator[tuple[int, Rows]]:
         """Of each factor, by its place in ``axes``, the rows whose roots are computed at once.

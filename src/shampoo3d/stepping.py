@@ -12,6 +12,10 @@ from shampoo3d.hyperparams import LayerwiseGrafting, ShampooHyperParams
 from shampoo3d.places import Steps
 
 
+class UnfinishedStepError(RuntimeError):
+    """An earlier step ended in its middle, so that parameters and state are neither those before it nor after it."""
+
+
 def take_step(
     teams: Sequence[Team],
     exchanges: Sequence[Exchange],

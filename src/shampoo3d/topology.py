@@ -4,9 +4,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+
+from shampoo3d.lost import awaiting
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,12 @@ class Mesh:
     def group(self, ranks: Sequence[int]) -> Group:
         """The group of exactly these ranks; made on first use, when all of them must ask for it."""
         wanted = tuple(ranks)
-        for known in (self.data, self.model, self.everyone, *self._groups.values()):
+        for known in (self.everyone, self.data, self.model, *self._groups.values()):
             if known.ranks == wanted:
                 return known
         if len(wanted) > 1:
-            handle = dist.new_group(list(wanted), use_local_synchronization=True)
+            with awaiting("a new process group", wanted):
+                handle = dist.new_group(list(wanted), timeout=_timeout(), use_local_synchronization=True)
             self._groups[wanted] = Group(wanted, handle)
         else:
             self._groups[wanted] = Group(wanted)
@@ -145,6 +149,13 @@ def mesh_of(topology: Topology, rank: int, everyone: Group, source: str) -> Mesh
 def world_group() -> Group:
     """All ranks of ``torch.distributed``."""
     return Group(tuple(range(dist.get_world_size())), dist.group.WORLD)
+
+
+def _timeout() -> timedelta | None:
+    """That of all ranks, which PyTorch does not give to new groups; None for PyTorch's own, where it can't be asked."""
+    world: Any = dist.group.WORLD
+    options = getattr(world._get_backend(world._device_types[0]), "options", None)
+    return getattr(options, "_timeout", None)
 
 
 def group_of(handle: dist.ProcessGroup) -> Group:

@@ -14,7 +14,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerContext
@@ -49,30 +50,49 @@ def run(case: Callable[..., Any], world: int, *args: Any, seconds: float = 120.0
     `case`, its arguments and its results are pickled. A rank's exception fails the test with the rank's traceback.
     Ranks that take longer than `seconds` are killed, and the error shows where each of them stood.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [_Rank(rank, world, store.port, Path(folder), seconds, case, args) for rank in range(world)]
-        try:
-            _wait(ranks, seconds)
-        finally:
-            for rank in ranks:
-                rank.end()
-        failures = [rank.failure() for rank in ranks if rank.error]
-    if failures:
+    with started(case, world, *args, seconds=seconds) as ranks:
+        wait(ranks, seconds)
+    if failures := [rank.failure for rank in ranks if rank.error]:
         raise RankFailedError("\n".join(failures))
     return [rank.result for rank in ranks]
 
 
-class _Rank:
-    """One process, as the test sees it."""
+@contextmanager
+def started(
+    case: Callable[..., Any],
+    world: int,
+    *args: Any,
+    seconds: float = 120.0,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
+) -> Iterator[list["Rank"]]:
+    """As `run`, for tests in which ranks are lost: the processes, which are ended on the way out."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as folder:
+        given = (Path(folder), seconds, timeout, case, args)
+        ranks = [Rank(rank, world, store.port, *given) for rank in range(world)]
+        try:
+            yield ranks
+        finally:
+            for rank in ranks:
+                rank.end()
 
-    def __init__(self, rank: int, world: int, port: int, folder: Path, seconds: float, case: Any, args: Any) -> None:
-        self.rank, self.result, self.error = rank, None, ""
+
+class Rank:
+    """One process, as the test sees it.
+
+    Attributes:
+        result: what its case returned; ``error``: why there is none, and ``failure`` the same with what it printed.
+    """
+
+    def __init__(
+        self, rank: int, world: int, port: int, folder: Path, seconds: float, timeout: timedelta, case: Any, args: Any
+    ) -> None:
+        self.rank, self.result, self.error, self.failure = rank, None, "", ""
         self.log = folder / f"rank{rank}.log"
         self.connection, theirs = connection.Pipe()
         work = pickle.dumps((case, args))
         self.process: BaseProcess = _server().Process(
-            target=_rank_main, args=(rank, world, port, str(self.log), seconds, work, theirs), daemon=True
+            target=_rank_main, args=(rank, world, port, str(self.log), seconds, timeout, work, theirs), daemon=True
         )
         self.process.start()
         theirs.close()
@@ -90,13 +110,11 @@ class _Rank:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
-
-    def failure(self) -> str:
         log = self.log.read_text(errors="replace")[-4000:] if self.log.exists() else ""
-        return f"rank {self.rank}: {self.error}\n{log}"
+        self.failure = f"rank {self.rank}: {self.error}\n{log}"
 
 
-def _wait(ranks: list[_Rank], seconds: float) -> None:
+def wait(ranks: list[Rank], seconds: float, patience: float = SECONDS_AFTER_FAILURE) -> None:
     """Collect results until all are here, time is up, or the peers of a failed rank had their time to fail, too."""
     waiting = {rank.connection: rank for rank in ranks}
     start = time.monotonic()
@@ -111,7 +129,7 @@ def _wait(ranks: list[_Rank], seconds: float) -> None:
             rank = waiting.pop(pipe)
             rank.receive()
             if rank.error:
-                deadline = min(deadline, time.monotonic() + SECONDS_AFTER_FAILURE)
+                deadline = min(deadline, time.monotonic() + patience)
 
 
 @functools.cache
@@ -130,7 +148,14 @@ def _server() -> ForkServerContext:
 
 
 def _rank_main(
-    rank: int, world: int, port: int, log: str, seconds: float, work: bytes, results: connection.Connection
+    rank: int,
+    world: int,
+    port: int,
+    log: str,
+    seconds: float,
+    timeout: timedelta,
+    work: bytes,
+    results: connection.Connection,
 ) -> None:
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -141,7 +166,7 @@ def _rank_main(
     try:
         case, args = pickle.loads(work)
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
         results.send_bytes(pickle.dumps((case(*args), "")))
         results.poll(None)  # until all ranks are done: leaving earlier would cut the connections of the others
     except BaseException:

@@ -21,9 +21,10 @@ from shampoo3d.distribution import Distribution
 from shampoo3d.facts import Facts
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams
+from shampoo3d.lost import during
 from shampoo3d.places import Place
 from shampoo3d.readers import locate
-from shampoo3d.stepping import settle
+from shampoo3d.stepping import UnfinishedStepError, settle
 from shampoo3d.topology import Claims, Mesh
 
 
@@ -42,6 +43,7 @@ class Checkpointed(Optimizer):
     _saved: dict[Tensor, ParamState]
     _saved_own: dict[str, Any] | None
     _known: dict[str, Any]
+    _unfinished: int = 0  # the step that is under way, or ended in its middle
 
     @abstractmethod
     def bind(self) -> None:
@@ -56,6 +58,12 @@ class Checkpointed(Optimizer):
         owned: Mapping[Tensor, ParamState],
     ) -> None:
         """Make teams with new stacks, with the state in them that was saved or is owned already."""
+
+    def _must_be_whole(self) -> None:
+        if self._unfinished:
+            raise UnfinishedStepError(
+                f"step {self._unfinished} ended in its middle; parameters and state are of no step: load a checkpoint"
+            )
 
     def _complete_state(self) -> dict[Tensor, ParamState]:
         """The state of every parameter, whoever keeps it; of flat slices, what this rank keeps of them."""
@@ -76,12 +84,14 @@ class Checkpointed(Optimizer):
         steps = {tensor: int(state["step"]) for tensor, state in self.state.items()}
         return checkpoint.parameters_of(self._teams, steps) if self._mesh is not None else self._known
 
+    @during("in state_dict()")
     def state_dict(self) -> dict[str, Any]:
         """The complete state, whoever owns it, as one process would have it; in copies.
 
         Collective where the work is shared: every rank must call it. It loads into any number of ranks. Under ZeRO it
         is what this rank keeps, without communication, as DeepSpeed's files are; that loads into the same layout.
         """
+        self._must_be_whole()
         owned, self.state = self.state, defaultdict(dict, self._complete_state())
         try:
             whole = super().state_dict()
@@ -98,6 +108,7 @@ class Checkpointed(Optimizer):
         return whole
 
     @torch.no_grad()
+    @during("in load_state_dict()")
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state that :meth:`state_dict` made; each rank takes what it stores and owns.
 
@@ -126,6 +137,7 @@ class Checkpointed(Optimizer):
                 raise StepRefusedError(str(error)) from None
         checkpoint.replace_settings(self.param_groups, groups)
         self.skipped_steps = described.get("skipped_steps", self.skipped_steps)
+        self._unfinished = 0
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -150,8 +162,10 @@ class Checkpointed(Optimizer):
         Raises:
             CheckpointError: on every rank, if the folder exists or could not be written.
         """
-        self.bind()
-        folder.save(self._source(), path)
+        self._must_be_whole()
+        with during(f"about the checkpoint {os.fspath(path)}"):
+            self.bind()
+            folder.save(self._source(), path)
 
     @torch.no_grad()
     def load_checkpoint(
@@ -173,13 +187,15 @@ class Checkpointed(Optimizer):
         Raises:
             CheckpointError: on every rank, naming what is damaged or does not fit; nothing was changed.
         """
-        self.bind()
-        loading = folder.Loading(self._source(), path, weights=weights, strict=strict, reblock=reblock)
-        loading.finish()
+        with during(f"about the checkpoint {os.fspath(path)}"):
+            self.bind()
+            loading = folder.Loading(self._source(), path, weights=weights, strict=strict, reblock=reblock)
+            loading.finish()
         for tensor, step in loading.steps().items():
             self.state[tensor]["step"] = step
         checkpoint.replace_settings(self._groups, loading.groups)
         self.skipped_steps = loading.manifest.skipped_steps
+        self._unfinished = 0
         return loading.loaded()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -194,6 +210,7 @@ class Checkpointed(Optimizer):
             "_claims",
             "_saved_own",
             "_reduction",
+            "_unfinished",
         )
         fresh = {"state": defaultdict(dict), "_facts": facts, "_mesh": None, "_teams": [], "_exchanges": []}
         fresh["_places"] = {}
