@@ -90,6 +90,8 @@ def agree(
                 )
         # A shared weight may be clipped by its own stage's norm, so that copies on two stages differ by a factor.
         largest = 0.0 if team.tied or not averaged else max(norms.values(), default=0.0)
+        if bad:  # on this replica only, perhaps: no number to compare, and what is done is decided among everyone
+            largest = math.nan
         if team.group.size > 1 and places:
             differences = _compare(team, names, groups, largest)
             complaint = complaint or differences
