@@ -43,8 +43,10 @@ def everyones(group: Group, value: T) -> list[T]:
 
 
 def first_complaint(mesh: Mesh, complaint: str) -> str:
-    """That of the first rank that has one, told to all."""
-    return next(filter(None, everyones(mesh.everyone, complaint)), "")
+    """That of the first rank that has one, told to all; with the rank, if others have none."""
+    told = everyones(mesh.everyone, complaint)
+    rank, first = next(((rank, words) for rank, words in zip(mesh.everyone.ranks, told, strict=True) if words), (0, ""))
+    return first if all(told) or not first else f"{first} (on rank {rank})"
 
 
 def agree(

@@ -3,7 +3,7 @@
 import math
 from collections import ChainMap, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -196,9 +196,8 @@ def _matrices(
         parts.append((cover, s.part))
         flat = dtensor.local(s.tensor).reshape(-1)
         values.append(native.checksum(flat[s.offset : s.offset + s.part.elements]))
-    table = everyones(
-        mesh.group(ranks), ({"hyperparams": facts.hp, "distribution": distribution}, storages, parts, values)
-    )
+    settings = {field.name: getattr(of, field.name) for of in (facts.hp, distribution) for field in fields(of)}
+    table = everyones(mesh.group(ranks), (settings, storages, parts, values))
     matrices: list[Matrix] = []
     method = facts.hp.computation.root_method
     complaint = _differences(ranks, table)

@@ -33,6 +33,9 @@ from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.places import Binding, Place
 from shampoo3d.topology import Mesh
 
+ANY_ERROR = (Exception, CheckpointException)
+"""PyTorch's own, which has the errors of all ranks, is no Exception."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -111,16 +114,17 @@ def write(mesh: Mesh, path: str | os.PathLike[str], kept: Sequence[Held], descri
     folder, first = Path(path), mesh.rank == mesh.everyone.ranks[0]
     _refuse(mesh, _prepare(folder, described) if first else "")
     tensors: dict[str, Any] = {of.key: of.scattered() for of in kept}
-    complaint = ""
+    complaint, sums = "", {}
     try:
         with _quiet():
             writer = FileSystemWriter(partial(folder))
             state_dict_saver.save(tensors, storage_writer=writer, no_dist=mesh.everyone.size == 1)
-    except (Exception, CheckpointException) as error:  # of the disk, on any rank
+        sums = _checksums(mesh, partial(folder))
+    except ANY_ERROR as error:  # of the disk, on any rank
         complaint = f"{folder} could not be written: {_words(error)}"
     _refuse(mesh, complaint)
-    written = replace(described, files=_checksums(mesh, partial(folder)))
-    _refuse(mesh, _finish(folder, written) if first else "")
+    files = {name: found for of in everyones(mesh.everyone, sums) for name, found in of.items()}
+    _refuse(mesh, _finish(folder, replace(described, files=files)) if first else "")
 
 
 def _refuse(mesh: Mesh, complaint: str) -> None:
@@ -149,8 +153,6 @@ def _words(error: BaseException) -> str:
 
 def _prepare(folder: Path, described: Manifest) -> str:
     """Make room; what forbids it, or empty."""
-    if folder.exists():
-        return f"{folder} exists already: a checkpoint is written into a folder of its own"
     for number, group in enumerate(described.groups):
         for name, value in group.items():
             try:
@@ -158,6 +160,8 @@ def _prepare(folder: Path, described: Manifest) -> str:
             except (TypeError, ValueError):
                 return f"group {number} has a setting {name!r} of type {type(value).__name__}, which cannot be saved"
     try:
+        if folder.exists():
+            return f"{folder} exists already: a checkpoint is written into a folder of its own"
         if partial(folder).exists():
             shutil.rmtree(partial(folder))
         partial(folder).mkdir(parents=True)
@@ -177,10 +181,9 @@ def _share(mesh: Mesh) -> tuple[int, int]:
 
 
 def _checksums(mesh: Mesh, folder: Path) -> dict[str, tuple[int, int]]:
-    """Sizes and CRC-32 of all files, which the ranks share. Collective."""
+    """Sizes and CRC-32 of this rank's share of all files."""
     place, size = _share(mesh)
-    mine = {path.name: (path.stat().st_size, checksum(path)) for path in sorted(folder.iterdir())[place::size]}
-    return {name: found for of in everyones(mesh.everyone, mine) for name, found in of.items()}
+    return {path.name: (path.stat().st_size, checksum(path)) for path in sorted(folder.iterdir())[place::size]}
 
 
 def _finish(folder: Path, written: Manifest) -> str:
@@ -235,6 +238,8 @@ class Loading:
             complaint = complaint or self._misfit({*idle} if strict else None, reblock) or self._unequal_steps()
             if not complaint and (strict or len(self.groups) == len(self.manifest.groups)):
                 self.groups = self._settings()
+        except OSError as error:  # of the disk, on any rank
+            complaint = f"{self.folder} could not be read: {_words(error)}"
         except (TypeError, ValueError) as error:
             complaint = str(error)
         _refuse(source.mesh, complaint)
@@ -329,7 +334,7 @@ class Loading:
         _refuse(self.source.mesh, complaint)
         try:
             self._read(wanted)
-        except (Exception, CheckpointException) as error:  # of the disk or of what is on it, on any rank
+        except ANY_ERROR as error:  # of the disk or of what is on it, on any rank
             complaint = f"{self.folder} could not be read: {_words(error)}"
         _refuse(self.source.mesh, complaint)
         for of, (_, room) in zip(kept, staged, strict=True):
