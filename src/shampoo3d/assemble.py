@@ -226,8 +226,8 @@ def _differences(ranks: Ranks, table: Sequence[tuple[dict[str, Any], list[Storag
     settings, storages, _, _ = table[0]
     for rank, (settings_, storages_, _, _) in zip(ranks, table, strict=True):
         pairs: list[tuple[str, Any, Any]] = [(name, settings[name], settings_[name]) for name in settings]
-        pairs.append(("number of parameters", len(storages), len(storages_)))
         pairs += ((f"parameter {i}", a, b) for i, (a, b) in enumerate(zip(storages, storages_, strict=False)))
+        pairs.append(("number of parameters", len(storages), len(storages_)))
         for what, first, other in pairs:
             if first != other:
                 return _differ(what, ranks[0], first, rank, other)
