@@ -1,4 +1,4 @@
-"""Work beside the main line: on a side stream of a GPU, or on a thread of the host."""
+"""Work beside the main line, on a side stream of a GPU or on a thread of the host; and when the host need not wait."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -6,6 +6,7 @@ from functools import cache
 from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -43,3 +44,8 @@ class Background(Generic[T]):
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).wait_stream(_stream(self._device))
         return self._done.result()
+
+
+def perhaps(mask: Tensor) -> bool:
+    """Whether any entry may be set: False if the host knows of none. For an accelerator's answer it does not wait."""
+    return mask.device.type != "cpu" or bool(mask.any())

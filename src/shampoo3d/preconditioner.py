@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from shampoo3d.background import Background
+from shampoo3d.background import Background, perhaps
 from shampoo3d.blocks import Shape, tile_shapes
 from shampoo3d.eigenbasis import PerAxis, divergence_weight, multiply, unwhitened, whiten_others, whitener_of_root
 from shampoo3d.hyperparams import ShampooHyperParams, momenta_names, owned_names
@@ -66,6 +66,7 @@ class Stack:
             name: torch.zeros(n, *shape, dtype=kept_dtype(name, hp, dtype), device=device) for name in owned_names(hp)
         }
         self.root_failures = torch.zeros((), dtype=torch.int64, device=device)
+        self._anew = torch.zeros(n, dtype=torch.bool, device=device)  # whose roots are of gradients that are forgotten
         self._wanted: list[tuple[Rows, int]] = []
         self._coming: list[Background[list[tuple[int, Rows, tuple[Tensor, ...]]]]] = []
         self._products = reduced_products if hp.computation.products == "bfloat16" else nullcontext
@@ -97,13 +98,16 @@ class Stack:
                 weight = self.hp.w2 * divergence_weight(self.shape, axis) if kl else self.hp.w2
                 first = L.mean(rows) == 0 if kl else None
                 U = whiten_others(G, W, axis)
-                if first is not None and U is not G:
-                    torch.where(first.view(-1, *[1] * len(self.shape)), G, U, out=U)
-                L.accumulate(unfold(U, axis), rows, beta2, weight)
+                if first is not None and U is not G and perhaps(again := first & self._anew[rows]):
+                    torch.where(again.view(-1, *[1] * len(self.shape)), G, U, out=U)
+                U = unfold(U, axis)
+                L.accumulate(U, rows, beta2, weight)
+                del U  # before there is another
                 if first is not None:
-                    self._start(L, rows, first, t)
+                    if perhaps(first):
+                        self._start(L, rows, first, t)
                     sound = sound & L.mean(rows).isfinite()
-        if kl:
+        if kl and perhaps(~sound):
             self._start_anew(rows, ~sound)
 
     def _start(self, L: Symmetric | Diagonal, rows: Rows, first: Tensor, t: int) -> None:
@@ -120,6 +124,7 @@ class Stack:
         """``L <- 0`` where the squares of a gradient overflow that roots of far smaller ones have whitened."""
         for L in self.statistics:
             L.clear(rows, lost)
+        self._anew[rows] |= lost
         self.root_failures += lost.sum()
 
     def _whiteners(self, rows: Rows) -> PerAxis:
@@ -252,7 +257,9 @@ class Stack:
 
     def _usable(self, S: Tensor) -> Tensor:
         """S, with 0 for blocks in which it has no finite length: those whose roots are of far smaller gradients."""
-        lost = torch.linalg.vector_norm(S.flatten(1), dim=1).isfinite().logical_not()
+        lost = torch.linalg.vector_norm(S, dim=tuple(range(1, S.dim()))).isfinite().logical_not()
+        if not perhaps(lost):
+            return S
         self.root_failures += lost.sum()
         return S.masked_fill_(lost.view(-1, *[1] * len(self.shape)), 0.0)
 
