@@ -90,25 +90,33 @@ class Stack:
 
     def accumulate(self, G: Tensor, rows: Rows, t: int = 2) -> None:
         """``L_i <- beta2 L_i + w2 G_(i) G_(i)^T`` at step t, or what "kl" takes in its place."""
-        beta2, kl = self.hp.beta2, self.hp.variant.statistics == "kl"
         with self._products():
-            W = self._whiteners(rows) if kl else {}
-            sound = torch.ones((), dtype=torch.bool, device=self.device)
+            if self.hp.variant.statistics == "kl":
+                self._accumulate_whitened(G, rows, t)
+                return
             for axis, L in zip(self.axes, self.statistics, strict=True):
-                weight = self.hp.w2 * divergence_weight(self.shape, axis) if kl else self.hp.w2
-                first = L.mean(rows) == 0 if kl else None
-                U = whiten_others(G, W, axis)
-                if first is not None and U is not G and perhaps(again := first & self._anew[rows]):
-                    torch.where(again.view(-1, *[1] * len(self.shape)), G, U, out=U)
-                U = unfold(U, axis)
-                L.accumulate(U, rows, beta2, weight)
-                del U  # before there is another
-                if first is not None:
-                    if perhaps(first):
-                        self._start(L, rows, first, t)
-                    sound = sound & L.mean(rows).isfinite()
-        if kl and perhaps(~sound):
-            self._start_anew(rows, ~sound)
+                L.accumulate(unfold(G, axis), rows, self.hp.beta2, self.hp.w2)
+
+    def _accumulate_whitened(self, G: Tensor, rows: Rows, t: int) -> None:
+        """``L_i <- beta2 L_i + w2 U_(i) U_(i)^T / prod_(j != i) d_j``, U being G whitened by the other factors."""
+        W, lost = self._whiteners(rows), torch.zeros((), dtype=torch.bool, device=self.device)
+        for axis, L in zip(self.axes, self.statistics, strict=True):
+            first, weight = L.mean(rows) == 0, self.hp.w2 * divergence_weight(self.shape, axis)
+            U = unfold(self._whitened(G, W, axis, first & self._anew[rows]), axis)
+            L.accumulate(U, rows, self.hp.beta2, weight)
+            del U  # before there is another
+            if perhaps(first):
+                self._start(L, rows, first, t)
+            lost = lost | ~L.mean(rows).isfinite()
+        if perhaps(lost):
+            self._start_anew(rows, lost)
+
+    def _whitened(self, G: Tensor, W: PerAxis, axis: int, plain: Tensor) -> Tensor:
+        """G whitened by the factors of all axes but this; itself where it is to be ``plain``, (rows,)."""
+        U = whiten_others(G, W, axis)
+        if U is not G and perhaps(plain):
+            torch.where(plain.view(-1, *[1] * len(self.shape)), G, U, out=U)
+        return U
 
     def _start(self, L: Symmetric | Diagonal, rows: Rows, first: Tensor, t: int) -> None:
         """``L <- c^(1/r - 1) (L + c I)`` where L is of the first gradient, c the mean of its squares, r the factors.
