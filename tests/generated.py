@@ -185,6 +185,7 @@ KINDS: dict[str, Callable[[random.Random, tuple[int, ...], torch.dtype], Tensor]
     "zero": lambda chance, shape, dtype: torch.zeros(shape, dtype=torch.float64),
     "one entry": lambda chance, shape, dtype: one_entry(chance, shape),
     "huge": lambda chance, shape, dtype: noise(chance, shape) * huge(chance, dtype),
+    "largest": lambda chance, shape, dtype: noise(chance, shape).sign() * torch.finfo(dtype).max ** 0.34,
     "huge rank one": lambda chance, shape, dtype: rank_one(chance, shape).clamp(-1, 1) * huge(chance, dtype),
     "tiny": lambda chance, shape, dtype: noise(chance, shape) * tiny(chance, dtype),
     "denormal": lambda chance, shape, dtype: noise(chance, shape).sign() * torch.finfo(dtype).smallest_normal / 4,

@@ -175,9 +175,13 @@ class Case:
         assert moved >= 0.98 * least - slack, f"moved by {moved:.3g}, at least {least:.3g} is borrowed"
 
     def _least(self, p: nn.Parameter, group: dict[str, Any]) -> float:
-        """SGD lends the very length of the gradient, where S is far from the 1e-16 that are added to its length."""
+        """SGD lends the very length of the gradient, where S is far from the 1e-16 that are added to its length.
+
+        In bfloat16 S may cancel to 0: a root has entries 1000 times as large as what is left of their products.
+        """
         hp, bound = self.hp, self.bounds[p]
         usual = hp.graft_type is LayerwiseGrafting.SGD and not hp.averaged and not hp.pseudo_inverse
+        usual &= "bfloat16" not in (hp.computation.products, hp.computation.root_storage)
         usual &= hp.inverse_exponent_override == 0 and self.optimizer.root_failures == 0 and hp.age(bound.steps) > 0
         bound.ordinary &= p.grad is not None and 1e-3 < p.grad.double().norm() < 1e3
         alone = group["momentum"] == group["weight_decay"] == 0.0
@@ -252,7 +256,7 @@ def outcome(seed: int) -> str:
             raise
         return "groups refused"
     case = Case(chance, hp, optimizer, params, optimizer.param_groups)
-    usual = chance.sample(list(KINDS), 3)
+    usual = chance.sample(list(KINDS), 3) if chance.random() < 0.8 else ["tiny", "denormal", "largest", "zero"]
     copied_at, twin, twins, came = chance.choice([1, 2, *[99] * 6]), None, [], []
     for t in range(chance.randint(3, 6)):
         if t == copied_at and optimizer.plans and not case.poisoned:
