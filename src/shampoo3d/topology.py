@@ -91,7 +91,10 @@ class Mesh:
         return cls(0, me, me, me, "one process")
 
     def group(self, ranks: Sequence[int]) -> Group:
-        """The group of exactly these ranks; made on first use, when all of them must ask for it."""
+        """The group of exactly these ranks; made on first use, when all of them must ask for it.
+
+        Of all ranks the one with the timeout that the user gave, though an engine may have made another.
+        """
         wanted = tuple(ranks)
         for known in (self.everyone, self.data, self.model, *self._groups.values()):
             if known.ranks == wanted:

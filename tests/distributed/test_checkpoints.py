@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from shampoo3d import CheckpointError
+
 from .fsdp import Sharding, with_torch
 from .harness import needs_deepspeed, run
 from .layouts import LAYOUTS, ONE, SHAPE, Layout
@@ -86,6 +88,16 @@ def test_every_layout_goes_on_in_every_other(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["soap", "refresh-3-start-4", "diagonals"])
 def test_other_modes_go_on_between_some_layouts(name: str, tmp_path: Path) -> None:
     _check(LAYOUTS[::4], LAYOUTS[2::4], [name], tmp_path)
+def test_what_begins_anew_has_not_begun_here(tmp_path: Path) -> None:
+    session = ONE.session(shampoo("default"))
+    late = session.module.get_parameter("1.up.weight")
+    late.requires_grad_(False)
+    session.train(0, 2).optimizer.save_checkpoint(tmp_path / "step-2")
+    late.requires_grad_(True)
+    session.train(2, 3)
+    with pytest.raises(CheckpointError, match=r"'1.up.weight'\] begin in it, and have taken steps here"):
+        session.optimizer.load_checkpoint(tmp_path / "step-2")
+    assert ONE.session(shampoo("default")).optimizer.load_checkpoint(tmp_path / "step-2").begun == ("1.up.weight",)
 
 
 def test_one_process_and_replicas(tmp_path: Path) -> None:

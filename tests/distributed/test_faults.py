@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shampoo3d.engines import native
+
 from . import faults
 from .faults import LAYOUTS, LOST, Outcome, attempted, failing_storage, odd, with_faults
 from .harness import needs_deepspeed, run, started, wait
@@ -184,3 +186,34 @@ def _check_lost(ranks: list[Any], when: str) -> None:
         assert lost.unchanged or when.startswith("in")
         unfinished = "UnfinishedStepError" if when.startswith("in") else "RankLostError"
         assert [outcome.kind for outcome in later] == [unfinished] * len(later)
+
+
+def _hanging_save(layout: str, folder: Path) -> Outcome:
+    optimizer = LAYOUTS[layout].session(MAKE).train(0, 2).optimizer
+    optimizer.save_checkpoint(folder / "step-2")
+    if odd():
+        time.sleep(SHORT.total_seconds() + 2.0)
+    return attempted(optimizer, lambda: optimizer.save_checkpoint(folder / "step-3"))
+
+
+@pytest.mark.parametrize("layout", [pytest.param("ddp", marks=pytest.mark.slow), "zero1"])
+def test_a_rank_that_hangs_while_others_save(layout: str, tmp_path: Path) -> None:
+    with started(_hanging_save, 2, layout, tmp_path, seconds=SECONDS, timeout=SHORT) as ranks:
+        wait(ranks, SECONDS)
+    for rank in ranks:
+        assert rank.result.kind == "RankLostError", rank.result
+        assert f"about the checkpoint {tmp_path / 'step-3'}: not all of the ranks 0, 1 took part" in rank.result.words
+    assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
+
+
+def _timeouts() -> list[timedelta]:
+    mesh = native.locate(None)
+    groups = [mesh.group((0, 1, 2)), mesh.group((0, 1) if mesh.rank < 2 else (2,))]
+    handles: list[Any] = [group.handle for group in groups if group.handle is not None]
+    return [handle._get_backend(torch.device("cpu")).options._timeout for handle in handles]
+
+
+def test_groups_have_the_timeout_of_all_ranks() -> None:
+    with started(_timeouts, 3, seconds=SECONDS, timeout=SHORT) as ranks:
+        wait(ranks, SECONDS)
+    assert [rank.result for rank in ranks] == [[SHORT, SHORT], [SHORT, SHORT], [SHORT]]

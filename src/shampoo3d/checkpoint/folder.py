@@ -272,6 +272,8 @@ class Loading:
         saved, now = self.manifest.hyperparams, of_folder.plain(self.source.hp)
         words = [f"saved with other hyperparams: {what}" for what in of_folder.contradictions(saved, now)]
         words += of_folder.misfits(self.manifest.parameters, self.parameters)
+        stepped = [name for name in self.begun if self.parameters[name].step]
+        words += [f"{stepped[:5]} begin in it, and have taken steps here: load into a new optimizer"] * bool(stepped)
         if idle is not None:
             begun = [name for name in self.begun if name not in self.manifest.idle]
             left = [name for name in self.left if name not in idle]

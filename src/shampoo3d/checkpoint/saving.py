@@ -161,6 +161,7 @@ class Checkpointed(Optimizer):
 
         Raises:
             CheckpointError: on every rank, if the folder exists or could not be written.
+            UnfinishedStepError: if a step ended in its middle and nothing was loaded since.
         """
         self._must_be_whole()
         with during(f"about the checkpoint {os.fspath(path)}"):
