@@ -88,6 +88,8 @@ def test_every_layout_goes_on_in_every_other(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["soap", "refresh-3-start-4", "diagonals"])
 def test_other_modes_go_on_between_some_layouts(name: str, tmp_path: Path) -> None:
     _check(LAYOUTS[::4], LAYOUTS[2::4], [name], tmp_path)
+
+
 def test_what_begins_anew_has_not_begun_here(tmp_path: Path) -> None:
     session = ONE.session(shampoo("default"))
     late = session.module.get_parameter("1.up.weight")
