@@ -28,6 +28,9 @@ SHORT = timedelta(seconds=4)
 MAKE = shampoo("default")
 REPLICATED = ("ddp", "pipeline")
 """The layouts in which ranks have the same gradients."""
+IN_EVERY_LAYOUT = [
+    pytest.param(name, marks=() if name in ("ddp", "zero3", "pipeline") else pytest.mark.slow) for name in LAYOUTS
+]
 
 
 def _refused(outcomes: list[Outcome], kind: str, *words: str) -> None:
@@ -50,7 +53,7 @@ def _given(layout: str, names: list[str]) -> tuple[dict[tuple[str, str], Outcome
     return found, session.optimizer.skipped_steps, same
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", IN_EVERY_LAYOUT)
 def test_what_a_step_cannot_use_is_skipped_or_refused_by_all(layout: str) -> None:
     names = [name for name in faults.GIVEN if name != "not averaged" or layout in REPLICATED]
     results = run(_given, LAYOUTS[layout].world, layout, names, seconds=SECONDS)
@@ -86,7 +89,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("what", WORDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", IN_EVERY_LAYOUT)
 def test_ranks_that_differ_are_told_before_the_first_step(layout: str, what: str) -> None:
     if layout == "zero3" and what != "another_setting":
         pytest.skip("DeepSpeed gathers the parameters one by one when it starts, and ends there")
@@ -113,7 +116,7 @@ def _stored(layout: str, folder: Path) -> tuple[dict[str, Outcome], list[str], i
     return found, names, optimizer.load_checkpoint(folder / "new").step
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", IN_EVERY_LAYOUT)
 def test_storage_that_fails_on_one_rank(layout: str, tmp_path: Path) -> None:
     results = run(_stored, LAYOUTS[layout].world, layout, tmp_path, seconds=SECONDS)
     for what in results[0][0]:

@@ -50,8 +50,12 @@ def test_fsdp(name: str, sharding: Sharding) -> None:
     _check(sharding.world, name, with_torch, sharding, shampoo(name), torch.float64)
 
 
+def _fast(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in VARIANTS]
+
+
 @needs_deepspeed
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", _fast("soap", "default", "diagonals"))
 @pytest.mark.parametrize(
     "topology",
     [Topology(data=2, model=2), pytest.param(Topology(pipe=2, data=2), marks=pytest.mark.slow)],
@@ -62,7 +66,7 @@ def test_three_dimensions(name: str, topology: Topology) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", _fast("kl-soap", "default", "tolerant"))
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_zero(name: str, stage: int) -> None:
     """The engine keeps float32."""
