@@ -291,6 +291,8 @@ def check_shapes(shapes: Sequence[Sequence[int]] | None, params: Sequence[Tensor
     """Raise ValueError unless these are the shapes of the trainable parameters, as the model has them."""
     if shapes is None:
         return
+    if not isinstance(shapes, Sequence) or not all(isinstance(shape, Sequence) for shape in shapes):
+        raise TypeError(f"shapes must be the shapes of the trainable parameters, got {shapes!r}")
     found = [zero.shape_of(param) for param in params if param.requires_grad]
     given = [tuple(shape) for shape in shapes]
     if given != found:

@@ -1,6 +1,7 @@
 """Checks of single settings, which name the setting, its value and its bound."""
 
 import math
+import os
 
 
 def check_number(
@@ -15,10 +16,17 @@ def check_number(
     """Raise unless ``value`` is a finite real number with ``least <= value <= most`` and ``above < value < below``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not (math.isfinite(value) and least <= value <= most and above < value < below):
+    if not (_is_finite(value) and least <= value <= most and above < value < below):
         bounds = [f"> {above:g}"] * (above > -math.inf) + [f">= {least:g}"] * (least > -math.inf)
         bounds += [f"<= {most:g}"] * (most < math.inf) + [f"< {below:g}"] * (below < math.inf)
         raise ValueError(f"{name} must be finite{''.join(' and ' + b for b in bounds)}, got {value!r}")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floating-point numbers
+        return False
 
 
 def check_integer(name: str, value: object, *, least: int) -> None:
@@ -33,6 +41,17 @@ def check_bool(name: str, value: object) -> None:
     """Raise unless ``value`` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+
+
+def check_kind(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    """Raise unless ``value`` is an instance of ``kind``, which is ``wanted``, in words."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {wanted}, got {value!r} of type {type(value).__name__}")
+
+
+def check_path(name: str, value: object) -> None:
+    """Raise unless ``value`` is the path of a folder."""
+    check_kind(name, value, (str, os.PathLike), "a path")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

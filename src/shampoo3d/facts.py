@@ -15,6 +15,20 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Embeddings = Iterable[Tensor | str] | Callable[[str, Tensor], bool]
 
 
+def collected(given: Embeddings | None) -> Embeddings | None:
+    """As it is now.
+
+    Raises:
+        TypeError: if it is neither names and parameters nor a function.
+    """
+    if given is None or callable(given):
+        return given
+    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, Tensor)) else None
+    if found is None or not all(isinstance(item, (str, Tensor)) for item in found):
+        raise TypeError(f"embeddings must be names or parameters, or a function of both, got {given!r}")
+    return found
+
+
 @dataclass
 class Facts:
     """What a user or a model told of the parameters.
@@ -51,6 +65,15 @@ class Facts:
                 kind = "complex" if param.is_complex() else "not supported"
                 supported = ", ".join(map(str, _DTYPES))
                 raise ValueError(f"parameter {name!r} is {kind} ({param.dtype}); supported: {supported}")
+            if param.layout != torch.strided:
+                raise ValueError(f"parameter {name!r} is not supported ({param.layout}); its layout must be dense")
+            if param.numel() and any(
+                stride == 0 and n > 1 for stride, n in zip(param.stride(), param.shape, strict=True)
+            ):
+                raise ValueError(
+                    f"parameter {name!r} of shape {tuple(param.shape)} has strides {param.stride()}: elements that "
+                    "share memory cannot be updated each for itself; clone it"
+                )
         embeddings, split = self._embeddings_of(fresh), splits_of(self.splits, fresh)
         self.embeddings |= embeddings
         self.split |= split

@@ -24,7 +24,7 @@ def copied(given: Splits | None) -> Splits | None:
     """
     if given is None or callable(given):
         return given
-    if not isinstance(given, Mapping):
+    if not isinstance(given, Mapping) or not all(isinstance(key, (str, Tensor)) for key in given):
         raise TypeError(f"splits must be a mapping from names or parameters, or a function of both, got {given!r}")
     return dict(given)
 

@@ -19,10 +19,11 @@ from shampoo3d.checkpoint import slices
 from shampoo3d.checkpoint import state as checkpoint
 from shampoo3d.checkpoint.saving import Checkpointed
 from shampoo3d.checkpoint.state import ParamState
+from shampoo3d.checks import check_kind
 from shampoo3d.distribution import Distribution
 from shampoo3d.engines import deepspeed, native
 from shampoo3d.exchange import Exchange
-from shampoo3d.facts import Embeddings, Facts
+from shampoo3d.facts import Embeddings, Facts, collected
 from shampoo3d.fused import Splits, copied
 from shampoo3d.holdings import Team, state_bytes
 from shampoo3d.hyperparams import ShampooHyperParams, check_group
@@ -84,19 +85,16 @@ class Shampoo(Checkpointed):
         shapes: Sequence[Sequence[int]] | None = None,
         distribution: Distribution = Distribution(),
     ) -> None:
-        for name, value, kind in (
-            ("hyperparams", hyperparams, ShampooHyperParams),
-            ("distribution", distribution, Distribution),
-        ):
-            if not isinstance(value, kind):
-                raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+        check_kind("params", params, Iterable, "parameters, named parameters or groups of them")
+        check_kind("hyperparams", hyperparams, ShampooHyperParams, "a ShampooHyperParams")
+        check_kind("distribution", distribution, Distribution, "a Distribution")
+        check_kind("model", model, (nn.Module, type(None)), "a torch.nn.Module")
         self.hyperparams, self.distribution = hyperparams, distribution
         self.skipped_steps = 0
         self._claims = Claims(world_rank, world_size, None if topology is None else Topology.of(topology))
         if dist.is_available() and dist.is_initialized():
             self._claims.check_ranks(dist.get_rank(), dist.get_world_size(), "torch.distributed")
-        given = embeddings if embeddings is None or callable(embeddings) else tuple(embeddings)
-        models = [] if model is None else [model]
+        given, models = collected(embeddings), [] if model is None else [model]
         self._facts = Facts(hyperparams, given=given, splits=copied(splits), models=models)
         self._mesh: Mesh | None = None
         self._teams: list[Team] = []
@@ -128,14 +126,19 @@ class Shampoo(Checkpointed):
         Raises:
             TypeError, ValueError: naming the option or parameter that can't be used; the optimizer is unchanged.
         """
-        self._learn_model(param_group.get("params"))
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        check_kind("param_group", param_group, dict, "a dict")
+        if "params" not in param_group:
+            raise ValueError(f"param_group must have 'params', got {sorted(param_group)}")
+        count, models = len(self.param_groups), list(self._facts.models)
         try:
+            self._learn_model(param_group["params"])
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
             check_group(group, self.hyperparams)
             self._facts.learn(group["params"], group.get("param_names"))
         except Exception:
-            self.param_groups.pop()
+            del self.param_groups[count:]
+            self._facts.models = models
             raise
         self._groups.append(group)
 
@@ -163,6 +166,7 @@ class Shampoo(Checkpointed):
         self._must_be_whole()
         loss = None
         if closure is not None:
+            check_kind("closure", closure, Callable, "a function")  # type: ignore[arg-type]
             with torch.enable_grad():
                 loss = closure()
         if self._mesh is None and self._is_trial():
@@ -226,6 +230,11 @@ class Shampoo(Checkpointed):
         most = self.hyperparams.computation.max_root_failures
         if most is not None and self.root_failures > most:
             return f"{self.root_failures} roots could not be computed or used, more than max_root_failures={most}"
+        for number, group in enumerate(self._groups):
+            try:
+                check_group(group, self.hyperparams)
+            except (TypeError, ValueError) as error:
+                return f"in group {number} {error}"
         for team in self._teams:
             for place, names in team.names.items():
                 if place.tensor.grad is not None and not place.has_dense_gradient:

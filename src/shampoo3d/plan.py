@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from shampoo3d.blocks import Shape
+from shampoo3d.checks import check_integer, check_kind
 from shampoo3d.cost import applied_cost, block_bytes, block_cost, element_bytes, statistics_bytes
 from shampoo3d.factors import sizes
 from shampoo3d.hyperparams import ShampooHyperParams
@@ -122,10 +123,27 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        data = json.loads(text)
+        """What :meth:`to_json` has written.
+
+        Raises:
+            TypeError, ValueError: saying what makes it none.
+        """
+        check_kind("text", text, (str, bytes), "what to_json() has written")
         lists = ("shape", "axes", "keepers", "diagonal")
-        blocks = (PlannedBlock(**block | {name: tuple(block[name]) for name in lists}) for block in data["blocks"])
-        return cls(tuple(data["ranks"]), tuple(blocks), tuple(data["resident"]), data["every"])
+        try:
+            data = json.loads(text)
+            blocks = (PlannedBlock(**block | {name: tuple(block[name]) for name in lists}) for block in data["blocks"])
+            plan = cls(tuple(data["ranks"]), tuple(blocks), tuple(data["resident"]), data["every"])
+            check_integer("every", plan.every, least=1)
+            for rank in plan.ranks:
+                check_integer("a rank", rank, least=0)
+            if strange := [block for block in plan.blocks if not {block.owner, *block.keepers} <= {*plan.ranks}]:
+                raise ValueError(f"block {strange[0].key} of {strange[0].matrix!r} is not with the ranks {plan.ranks}")
+        except KeyError as error:
+            raise ValueError(f"text is no plan: it has no {error}; got {text[:60]!r}") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"text is no plan: {error}; got {text[:60]!r}") from None
+        return plan
 
     def digest(self) -> str:
         """A short fingerprint: equal on two ranks exactly if their plans are."""

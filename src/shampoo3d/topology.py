@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from shampoo3d.checks import check_integer
 from shampoo3d.lost import awaiting
 
 
@@ -31,6 +32,19 @@ class Topology:
     axes: tuple[str, ...]
     dims: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        for name, value in (("axes", self.axes), ("dims", self.dims)):
+            if not isinstance(value, tuple):
+                raise TypeError(f"{name} of a topology must be a tuple, got {value!r} of type {type(value).__name__}")
+        if not all(isinstance(axis, str) for axis in self.axes) or len(set(self.axes)) < len(self.axes):
+            raise ValueError(f"axes of a topology must be different names, got {self.axes!r}")
+        if len(self.axes) != len(self.dims):
+            raise ValueError(
+                f"a topology needs one of dims for each of axes, got axes={self.axes} and dims={self.dims}"
+            )
+        for axis, length in zip(self.axes, self.dims, strict=True):
+            check_integer(f"the length of axis {axis!r} in dims", length, least=1)
+
     @classmethod
     def of(cls, source: Any) -> "Topology":
         """Read a ``Topology``, or anything with DeepSpeed's ``get_axis_names()`` and ``get_dim(axis)``.
@@ -52,6 +66,9 @@ class Topology:
         return math.prod(self.dims)
 
     def coordinates(self, rank: int) -> tuple[int, ...]:
+        check_integer("rank", rank, least=0)
+        if rank >= self.world_size:
+            raise ValueError(f"rank must be < {self.world_size}, the number of ranks of {self}, got {rank}")
         coordinates = []
         for length in reversed(self.dims):
             rank, place = divmod(rank, length)
@@ -60,6 +77,8 @@ class Topology:
 
     def peers(self, rank: int, axis: str) -> tuple[int, ...]:
         """The ranks that differ from ``rank`` along ``axis`` only, itself included."""
+        if axis not in self.axes:
+            raise ValueError(f"axis must be one of {self.axes}, got {axis!r}")
         here = self.coordinates(rank)
         return tuple(
             other
@@ -115,6 +134,19 @@ class Claims:
     world_rank: int | None = None
     world_size: int | None = None
     topology: Topology | None = None
+
+    def __post_init__(self) -> None:
+        if self.world_rank is not None:
+            check_integer("world_rank", self.world_rank, least=0)
+        if self.world_size is not None:
+            check_integer("world_size", self.world_size, least=1)
+        size = self.topology.world_size if self.world_size is None and self.topology else self.world_size
+        if size is not None and self.topology is not None and self.topology.world_size != size:
+            raise ValueError(
+                f"world_size={size} contradicts topology, whose {self.topology} are {self.topology.world_size}"
+            )
+        if size is not None and self.world_rank is not None and self.world_rank >= size:
+            raise ValueError(f"world_rank must be < {size}, the number of ranks, got {self.world_rank}")
 
     def check_ranks(self, rank: int, world_size: int, source: str) -> None:
         """Raise ValueError, naming both numbers, where the rank or the number of ranks contradicts ``source``."""

@@ -192,21 +192,31 @@ def _different(what: str) -> Outcome:
     return _step(named, **given)
 
 
-def _another_rate() -> Outcome:
-    """As a scheduler on each rank's own loss may set it."""
+def _another_rate(last: float | None) -> Outcome:
+    """As a scheduler on each rank's own loss may set it; ``last``: that of the last rank."""
     named = _linear()
     for _, parameter in named:
         parameter.grad = torch.ones_like(parameter)
     optimizer = Shampoo(named, lr=0.1, hyperparams=SETTINGS)
     optimizer.step()
-    optimizer.param_groups[0]["lr"] /= 1 + dist.get_rank()
+    if last is None:
+        optimizer.param_groups[0]["lr"] /= 1 + dist.get_rank()
+    elif dist.get_rank() == dist.get_world_size() - 1:
+        optimizer.param_groups[0]["lr"] = last
     return _outcome_of(optimizer.step, named)
 
 
 def test_learning_rates_that_differ_between_replicas() -> None:
-    outcomes = run(_another_rate, 2, seconds=SECONDS)
+    outcomes = run(_another_rate, 2, None, seconds=SECONDS)
     _refused(outcomes, RuntimeError)
     assert all("differ in lr" in outcome.text for outcome in outcomes)
+
+
+@pytest.mark.parametrize("rate", [float("nan"), -0.1])
+def test_a_learning_rate_that_is_none_on_one_rank_is_named_on_all(rate: float) -> None:
+    outcomes = run(_another_rate, 2, rate, seconds=SECONDS)
+    _refused(outcomes, RuntimeError)
+    assert all(f"in group 0 lr must be finite and >= 0, got {rate}" in outcome.text for outcome in outcomes)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

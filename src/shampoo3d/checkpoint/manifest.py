@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shampoo3d.blocks import Cuts, Shape
+from shampoo3d.checks import check_path
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.layout import Matrix
 
@@ -162,6 +163,7 @@ def latest_checkpoint(path: str | os.PathLike[str]) -> Path | None:
     Raises:
         CheckpointError: naming a finished folder whose manifest is damaged.
     """
+    check_path("path", path)
     folders = sorted(path for path in Path(path).glob(f"*/{MANIFEST}"))
     finished = [folder.parent for folder in folders if folder.parent.suffix != ".partial"]
     return max(finished, key=lambda folder: Manifest.read(folder).step, default=None)

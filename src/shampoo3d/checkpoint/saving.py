@@ -17,6 +17,7 @@ from shampoo3d.assemble import DisagreementError, flat_groups
 from shampoo3d.checkpoint import folder, slices
 from shampoo3d.checkpoint import state as checkpoint
 from shampoo3d.checkpoint.state import ParamState
+from shampoo3d.checks import check_bool, check_path
 from shampoo3d.distribution import Distribution
 from shampoo3d.facts import Facts
 from shampoo3d.holdings import Team
@@ -115,7 +116,7 @@ class Checkpointed(Optimizer):
         Before the first step of a distributed run the ranks are not known yet; the state is then checked at that step.
 
         Raises:
-            ValueError: naming the group, parameter or block that does not fit; the optimizer is unchanged.
+            TypeError, ValueError: naming the group, parameter or block that does not fit; the optimizer is unchanged.
         """
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
@@ -163,6 +164,7 @@ class Checkpointed(Optimizer):
             CheckpointError: on every rank, if the folder exists or could not be written.
             UnfinishedStepError: if a step ended in its middle and nothing was loaded since.
         """
+        check_path("path", path)
         self._must_be_whole()
         with during(f"about the checkpoint {os.fspath(path)}"):
             self.bind()
@@ -188,6 +190,9 @@ class Checkpointed(Optimizer):
         Raises:
             CheckpointError: on every rank, naming what is damaged or does not fit; nothing was changed.
         """
+        check_path("path", path)
+        for name, value in (("weights", weights), ("strict", strict), ("reblock", reblock)):
+            check_bool(name, value)
         with during(f"about the checkpoint {os.fspath(path)}"):
             self.bind()
             loading = folder.Loading(self._source(), path, weights=weights, strict=strict, reblock=reblock)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shampoo3d.blocks import Block
 from shampoo3d.checkpoint.manifest import FORMAT, Parameter, contradictions, plain
+from shampoo3d.checks import check_integer, check_kind
 from shampoo3d.collectives import Link
 from shampoo3d.holdings import Team
 from shampoo3d.hyperparams import ShampooHyperParams, check_group, momenta_names
@@ -210,11 +211,20 @@ def check_loadable(binding: Binding, saved: ParamState, hp: ShampooHyperParams) 
     for key, block in blocks.items():
         shapes = state_shapes(block.shape, matrix.axes, hp, matrix.diagonal)
         wanted = {field: tuple(shape) for field, shape in shapes.items()}
+        check_kind(f"the loaded state of block {key} of {matrix.name!r}", saved[key], Mapping, "a dict of tensors")
+        for field, tensor in saved[key].items():
+            check_kind(f"{field} in the loaded state of block {key} of {matrix.name!r}", tensor, Tensor, "a tensor")
         given = {field: tuple(tensor.shape) for field, tensor in saved[key].items()}
         if given != wanted:
             raise ValueError(
                 f"the loaded state of block {key} of {matrix.name!r} holds {given} where {wanted} is needed: saved "
                 "with other hyperparams, such as graft_type, start_preconditioning_step or precondition"
+            )
+        bad = [field for field, tensor in saved[key].items() if not tensor.isfinite().all()]
+        if bad and hp.nonfinite_gradient != "ignore":
+            raise ValueError(
+                f"{bad[0]} in the loaded state of block {key} of {matrix.name!r} is NaN or infinite; only with "
+                "nonfinite_gradient='ignore' may state be so"
             )
 
 
@@ -319,17 +329,35 @@ def by_parameter(
     Raises:
         TypeError, ValueError: as that, or naming the parameters of which there is no state.
     """
+    _check_form(saved)
     groups = loaded_groups(current, saved["param_groups"], hp)
     numbers = {
         number: param
         for old, now in zip(saved["param_groups"], groups, strict=True)
         for number, param in zip(old["params"], now["params"], strict=True)
     }
+    if unknown := [n for n in saved["state"] if n not in numbers]:
+        raise ValueError(f"the loaded state has entries {unknown[:5]} of parameters that are in none of its groups")
     state = {numbers[n]: param_state for n, param_state in saved["state"].items()}
     if missing := [names.get(param, "") for param in numbers.values() if state and param not in state]:
         count = f"{len(missing)} of {len(numbers)}"
         raise ValueError(f"the loaded state has nothing for {count} parameters: {missing[:5]}")
     return groups, state
+
+
+def _check_form(saved: Any) -> None:
+    """Raise TypeError or ValueError, naming the part, unless it has the form of a ``state_dict()``."""
+    check_kind("state_dict", saved, Mapping, "a dict, as from state_dict()")
+    if missing := [name for name in ("state", "param_groups") if name not in saved]:
+        raise ValueError(f"state_dict must have 'state' and 'param_groups', as from state_dict(); it has no {missing}")
+    check_kind("state_dict's 'state'", saved["state"], Mapping, "a dict by parameter")
+    check_kind("state_dict's 'param_groups'", saved["param_groups"], (list, tuple), "a list of dicts")
+    check_kind("state_dict's 'shampoo'", saved.get("shampoo", {}), Mapping, "a dict")
+    for number, group in enumerate(saved["param_groups"]):
+        check_kind(f"group {number} of state_dict", group, Mapping, "a dict")
+        check_kind(f"'params' of group {number} of state_dict", group.get("params"), (list, tuple), "a list of numbers")
+    for number, of in saved["state"].items():
+        check_kind(f"state_dict's 'state' of parameter {number}", of, Mapping, "a dict")
 
 
 def replace_settings(groups: Sequence[dict[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> None:
@@ -345,6 +373,8 @@ def check_described(described: Mapping[str, Any], hp: ShampooHyperParams) -> Non
 
     Its format is one of the future, or under these settings it would mean something else: then their names and values.
     """
+    check_integer("the format of the loaded state", described.get("format", FORMAT), least=1)
+    check_integer("skipped_steps of the loaded state", described.get("skipped_steps", 0), least=0)
     if not 1 <= described.get("format", FORMAT) <= FORMAT:
         raise ValueError(f"the loaded state has format {described['format']!r}; this version reads 1 to {FORMAT}")
     if wrong := contradictions(described.get("hyperparams", {}), plain(hp)):
