@@ -189,8 +189,11 @@ def world_group() -> Group:
 def _timeout() -> timedelta | None:
     """That of all ranks, which PyTorch does not give to new groups; None for PyTorch's own, where it can't be asked."""
     world: Any = dist.group.WORLD
-    options = getattr(world._get_backend(world._device_types[0]), "options", None)
-    return getattr(options, "_timeout", None)
+    try:
+        found: timedelta = world._get_backend(world._device_types[0]).options._timeout
+    except (AttributeError, IndexError, RuntimeError):  # of a backend without options
+        return None
+    return found
 
 
 def group_of(handle: dist.ProcessGroup) -> Group:
