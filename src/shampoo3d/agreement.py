@@ -77,7 +77,7 @@ def agree(
             which parameters have gradients or, where they store the same, in the size of these; with
             ``nonfinite_gradient="raise"``, if a gradient is not finite. With "ignore" no gradient is looked at.
     """
-    finite = True
+    finite, differences = True, ""
     for team in teams:
         places = [place for place in team.places if place in present]
         norms = {} if hp.nonfinite_gradient == "ignore" else gradient_norms(places)
@@ -95,9 +95,8 @@ def agree(
         if bad:  # on this replica only, perhaps: no number to compare, and what is done is decided among everyone
             largest = math.nan
         if team.group.size > 1 and places:
-            differences = _compare(team, names, groups, largest)
-            complaint = complaint or differences
-    verdict = [not finite, bool(complaint), unbound]
+            differences = _compare(team, names, groups, largest) or differences
+    verdict = [not finite, bool(complaint or differences), unbound]
     if mesh.everyone.size > 1:
         here = teams[0].device if teams else torch.device("cpu")  # a rank may have no parameters
         votes = torch.tensor(verdict, dtype=torch.int32, device=communicating_device(mesh.everyone, here))
@@ -106,7 +105,9 @@ def agree(
         verdict = votes.bool().tolist()
     nonfinite, refused, unbound = verdict
     if refused:
-        raise StepRefusedError(f"{first_complaint(mesh, complaint)}; no parameter and no state was changed")
+        # What one rank cannot use is often why it differs from others.
+        why = first_complaint(mesh, complaint) or first_complaint(mesh, differences)
+        raise StepRefusedError(f"{why}; no parameter and no state was changed")
     if unbound:
         return Verdict.BIND
     return Verdict.SKIP if nonfinite else Verdict.STEP
