@@ -122,11 +122,15 @@ def test_statistics_of_kl_that_overflow_start_anew(variant: dict[str, Any], step
     state = optimizer.state_dict()["state"][0]["0:3,0:2"]
     assert not state["L0"].any()
     assert not state["L1"].any()
-    failures = optimizer.root_failures
+    failures, others = optimizer.root_failures, [nn.Parameter(p.detach().clone())]
+    resumed = Shampoo(others, hyperparams=hp)
+    resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
     fresh = Shampoo([nn.Parameter(torch.ones(3, 2))], hyperparams=hp)
     stepped(optimizer, p, 1e13)
     stepped(fresh, fresh.param_groups[0]["params"][0], 1e13)
     assert optimizer.root_failures == failures
+    stepped(resumed, others[0], 1e13)
+    assert_equal(snapshot(resumed), snapshot(optimizer))
     again, first = (o.state_dict()["state"][0]["0:3,0:2"] for o in (optimizer, fresh))
     for name in ("L0", "L1"):
         assert torch.equal(again[name], first[name])

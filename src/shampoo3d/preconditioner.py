@@ -66,7 +66,6 @@ class Stack:
             name: torch.zeros(n, *shape, dtype=kept_dtype(name, hp, dtype), device=device) for name in owned_names(hp)
         }
         self.root_failures = torch.zeros((), dtype=torch.int64, device=device)
-        self._anew = torch.zeros(n, dtype=torch.bool, device=device)  # whose roots are of gradients that are forgotten
         self._wanted: list[tuple[Rows, int]] = []
         self._coming: list[Background[list[tuple[int, Rows, tuple[Tensor, ...]]]]] = []
         self._products = reduced_products if hp.computation.products == "bfloat16" else nullcontext
@@ -102,7 +101,7 @@ class Stack:
         W, lost = self._whiteners(rows), torch.zeros((), dtype=torch.bool, device=self.device)
         for axis, L in zip(self.axes, self.statistics, strict=True):
             first, weight = L.mean(rows) == 0, self.hp.w2 * divergence_weight(self.shape, axis)
-            U = unfold(self._whitened(G, W, axis, first & self._anew[rows]), axis)
+            U = unfold(self._whitened(G, W, axis, first), axis)
             L.accumulate(U, rows, self.hp.beta2, weight)
             del U  # before there is another
             if perhaps(first):
@@ -112,7 +111,10 @@ class Stack:
             self._start_anew(rows, lost)
 
     def _whitened(self, G: Tensor, W: PerAxis, axis: int, plain: Tensor) -> Tensor:
-        """G whitened by the factors of all axes but this; itself where it is to be ``plain``, (rows,)."""
+        """G whitened by the factors of all axes but this; itself where it is to be ``plain``, (rows,).
+
+        It is where statistics are to start: roots that there are already are of gradients that are forgotten.
+        """
         U = whiten_others(G, W, axis)
         if U is not G and perhaps(plain):
             torch.where(plain.view(-1, *[1] * len(self.shape)), G, U, out=U)
@@ -132,7 +134,6 @@ class Stack:
         """``L <- 0`` where the squares of a gradient overflow that roots of far smaller ones have whitened."""
         for L in self.statistics:
             L.clear(rows, lost)
-        self._anew[rows] |= lost
         self.root_failures += lost.sum()
 
     def _whiteners(self, rows: Rows) -> PerAxis:
