@@ -47,5 +47,8 @@ class Background(Generic[T]):
 
 
 def perhaps(mask: Tensor) -> bool:
-    """Whether any entry may be set: False if the host knows of none. For an accelerator's answer it does not wait."""
-    return mask.device.type != "cpu" or bool(mask.any())
+    """Whether any entry may be set: False if the host knows of none. For an accelerator's answer it does not wait.
+
+    Nor does a graph that is being compiled.
+    """
+    return torch.compiler.is_compiling() or mask.device.type != "cpu" or bool(mask.any())

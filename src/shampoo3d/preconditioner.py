@@ -117,7 +117,8 @@ class Stack:
         """
         U = whiten_others(G, W, axis)
         if U is not G and perhaps(plain):
-            torch.where(plain.view(-1, *[1] * len(self.shape)), G, U, out=U)
+            mask = plain.view(-1, *[1] * len(self.shape))
+            U.masked_fill_(mask, 0.0).addcmul_(G, mask.to(G.dtype))
         return U
 
     def _start(self, L: Symmetric | Diagonal, rows: Rows, first: Tensor, t: int) -> None:
