@@ -236,13 +236,18 @@ def _resume(folder: Path, topology: Topology, hp: ShampooHyperParams) -> dict[st
     ("saved", "resumed", "hp", "tolerance"),
     [
         (Topology(data=2), Topology(data=2), SETTINGS, 1e-12),
-        (Topology(data=2), Topology(data=1), SETTINGS, 1e-9),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (Topology(data=2), Topology(data=1), SETTINGS, 1e-9),
+                (Topology(data=2), Topology(data=3), ONE_SIDED, 1e-9),
+                (Topology(data=2), Topology(data=3), DIAGONALS, 1e-9),
+                (Topology(pipe=2, data=2), Topology(pipe=2, data=2), SETTINGS, 1e-12),
+                (Topology(data=2, model=2), Topology(data=2, model=2), SETTINGS, 1e-12),
+            )
+        ),
         (Topology(data=2), Topology(data=3), SETTINGS, 1e-9),
-        (Topology(data=2), Topology(data=3), ONE_SIDED, 1e-9),
-        (Topology(data=2), Topology(data=3), DIAGONALS, 1e-9),
-        (Topology(pipe=2, data=2), Topology(pipe=2, data=2), SETTINGS, 1e-12),
         (Topology(pipe=2, data=2), Topology(pipe=2, data=1), SETTINGS, 1e-9),
-        (Topology(data=2, model=2), Topology(data=2, model=2), SETTINGS, 1e-12),
     ],
     ids=lambda of: f"{of.variant.sides}-{of.variant.long_axes}" if isinstance(of, ShampooHyperParams) else str(of),
 )

@@ -37,8 +37,8 @@ MORE_TOPOLOGIES = [
 ]
 
 A_FEW = ["adagrad-decay", "refresh-3-start-4", "uneven-blocks"]
-ALL = [Topology(data=2), Topology(model=2, data=2)]
-TABLE = cases([*product(ALL, SETTINGS), *product(TOPOLOGIES[1:] + MORE_TOPOLOGIES, A_FEW)], every=TOPOLOGIES)
+ALL = Topology(model=2, data=2)
+TABLE = cases([*product([ALL], SETTINGS), *product(TOPOLOGIES + MORE_TOPOLOGIES, A_FEW)], every=TOPOLOGIES)
 
 
 @needs_deepspeed

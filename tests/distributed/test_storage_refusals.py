@@ -136,6 +136,7 @@ def test_a_plan_that_differs_on_one_rank_is_refused_and_shown() -> None:
     _refused(run(_other_plan_on_rank_1, 2), "the plans of ranks 0 and 1 differ: PlannedBlock(", "owner=0", "owner=1")
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_offload_to_nvme_is_refused(tmp_path: Path) -> None:
     for message in run(_on_nvme, 2, str(tmp_path)):

@@ -127,7 +127,7 @@ def _state(stage: int, ranks: int) -> int:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))])
 def test_state_falls_as_one_over_the_ranks(stage: int) -> None:
     found = {ranks: run(_state, ranks, stage, ranks) for ranks in (1, 2, 4, 8)}
     for ranks, sizes in found.items():
