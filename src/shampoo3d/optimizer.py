@@ -217,7 +217,7 @@ class Shampoo(Checkpointed):
 
     def _steps_taken(self) -> int:
         """Those of the parameter that has taken most."""
-        return max((int(state["step"]) for state in self.state.values()), default=0)
+        return max(self._steps.values(), default=0)
 
     def _count(self, place: Place) -> int:
         self.state[place.tensor]["step"] += 1

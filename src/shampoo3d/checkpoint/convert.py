@@ -1,18 +1,18 @@
 """Makes of what DeepSpeed's engine or ``torch.save`` wrote a folder that loads into any layout."""
 
 import os
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from shampoo3d.blocks import Block, Shape, grid
+from shampoo3d.blocks import Block, Shape
 from shampoo3d.checkpoint.folder import settings_of, write
 from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, Parameter
+from shampoo3d.checkpoint.reading import plain
 from shampoo3d.checkpoint.state import FLAT_NAMES
-from shampoo3d.checkpoint.tensors import WEIGHT, Held, among_equals, block_name, joined
+from shampoo3d.checkpoint.tensors import WEIGHT, Held, among_equals_of, joined, stacked
 from shampoo3d.engines.deepspeed_files import RankState, checkpoint_of, rank_states
 from shampoo3d.topology import Mesh
 
@@ -55,12 +55,7 @@ def _read(source: Path) -> list[RankState]:
 
 def _saved(path: Path) -> RankState:
     """A file that has a ``state_dict()``, alone or as "optimizer" among others."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose advice would be to run what stands there
-        raise CheckpointError(f"{path} holds something else than tensors and plain data") from None
-    except Exception as error:  # whatever a damaged file makes of itself
-        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    saved = plain(path, f"{path}")
     state = saved.get("optimizer", saved) if isinstance(saved, dict) else None
     if not isinstance(state, dict) or "shampoo" not in state:
         raise CheckpointError(f"{path} has no state of 3D-Shampoo")
@@ -132,14 +127,11 @@ def _sliced(rank: RankState, parameters: Mapping[str, Parameter]) -> Iterator[Fo
 
 
 def _of_block(name: str, of: Parameter, block: Block, tensors: Mapping[str, Tensor]) -> Iterator[Found]:
-    equals = among_equals(grid(of.cuts)) if of.axes else {}
     for what, values in tensors.items():
-        if what[0] not in "LPQ":
+        if what[0] in "LPQ":
+            yield name, *stacked(block, what, values, *among_equals_of(of.cuts)[block])
+        else:
             yield name, what, of.merged, block, values
-            continue
-        place, count = equals[block]
-        box = Block((place, *(0,) * values.dim()), (1, *values.shape))
-        yield name, f"{block_name(block)}/{what}", (count, *values.shape), box, values[None]
 
 
 def _check_complete(kept: Sequence[Held], described: Manifest, source: Path) -> None:

@@ -81,15 +81,24 @@ class Reader(FileSystemReader):
         with (Path(self.path) / name).open("rb") as file:
             file.seek(offset)
             data = BytesIO(file.read(self.storage_data[index].length))
-        try:
-            stored = torch.load(data, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:  # whose advice would be to run what stands there
-            raise CheckpointError(f"{name} holds something else than tensors at {index.fqn}") from None
-        except Exception as error:  # whatever a damaged file makes of itself
-            raise CheckpointError(f"{name} is damaged at {index.fqn}: {str(error)[:200]}") from None
+        stored = plain(data, name, f" at {index.fqn}")
         if not isinstance(stored, Tensor):
             raise CheckpointError(f"{name} holds something else than tensors at {index.fqn}")
         return stored
+
+
+def plain(file: Path | BytesIO, name: str, at: str = "") -> Any:
+    """Tensors and plain data from what ``torch.save`` wrote.
+
+    Raises:
+        CheckpointError: if something else stands there or it is damaged, with the ``name`` of the file and where.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose advice would be to run what stands there
+        raise CheckpointError(f"{name} holds something else than tensors and plain data{at}") from None
+    except Exception as error:  # whatever a damaged file makes of itself
+        raise CheckpointError(f"{name} is damaged{at}: {str(error)[:200]}") from None
 
 
 def read_metadata(folder: Path) -> Metadata:

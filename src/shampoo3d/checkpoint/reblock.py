@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from shampoo3d.blocks import Block, Cuts, Shape, grid, tile_shapes
+from shampoo3d.blocks import Block, Cuts, Shape, tile_shapes
 from shampoo3d.checkpoint.manifest import Parameter
-from shampoo3d.checkpoint.tensors import Held, among_equals, block_name, joined
+from shampoo3d.checkpoint.tensors import Held, among_equals_of, joined, stacked
 from shampoo3d.holdings import Batch, Kept, Team
 from shampoo3d.hyperparams import ShampooHyperParams
 from shampoo3d.places import Binding
@@ -53,19 +53,19 @@ class Reblocking:
     _old: dict[Name, dict[Block, _Old]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for _, _, member, name in self._new():
+        for _, member, name in self._new():
             known = self._old.setdefault(name, {})
-            equals = among_equals(grid(self.saved[name].cuts))
+            equals = among_equals_of(self.saved[name].cuts)
             for block in _reached(self.saved[name].cuts, member.block):
                 if block not in known:
                     known[block] = _Old(block, *equals[block], self._room(name, block, member))
 
-    def _new(self) -> Iterator[tuple[Team, Batch, Kept, Name]]:
+    def _new(self) -> Iterator[tuple[Batch, Kept, Name]]:
         for team in self.teams:
             for batch in (batch for batch in team.batches if not batch.guests):
                 for member in batch.members:
                     if (name := self.called.get(member.binding, "")) in self.recut:
-                        yield team, batch, member, name
+                        yield batch, member, name
 
     def _room(self, name: Name, block: Block, member: Kept) -> Tiles:
         of, dtype = self.saved[name], getattr(torch, member.binding.matrix.storage.state_dtype)
@@ -82,15 +82,14 @@ class Reblocking:
         for name, blocks in self._old.items():
             for old in blocks.values():
                 for what, values in old.tiles.items():
-                    box = Block((old.place, *(0,) * values.dim()), (1, *values.shape))
-                    key = name, f"{block_name(old.block)}/{what}"
-                    found.setdefault(key, ((old.count, *values.shape), []))[1].append((box, values[None]))
+                    key, size, row, stack = stacked(old.block, what, values, old.place, old.count)
+                    found.setdefault((name, key), (size, []))[1].append((row, stack))
         return [Held(*key, size, tuple(joined(parts))) for key, (size, parts) in found.items()]
 
     def finish(self, hp: ShampooHyperParams) -> None:
         """Put the new statistics in their place, once the old ones are read, and compute their roots."""
         rows: dict[tuple[Batch, int], list[int]] = {}
-        for _, batch, member, name in self._new():
+        for batch, member, name in self._new():
             old = [self._old[name][block] for block in _reached(self.saved[name].cuts, member.block)]
             for place, axis in enumerate(batch.stack.axes):
                 of = batch.stack.statistics[place]

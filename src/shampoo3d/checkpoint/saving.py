@@ -66,24 +66,27 @@ class Checkpointed(Optimizer):
                 f"step {self._unfinished} ended in its middle; parameters and state are of no step: load a checkpoint"
             )
 
+    @property
+    def _steps(self) -> dict[Tensor, int]:
+        """How many steps each tensor of the groups has taken."""
+        return {tensor: int(state["step"]) for tensor, state in self.state.items()}
+
     def _complete_state(self) -> dict[Tensor, ParamState]:
         """The state of every parameter, whoever keeps it; of flat slices, what this rank keeps of them."""
         if self._mesh is None:
             return dict(self._saved)
         settle(self._teams)
-        steps = {tensor: int(state["step"]) for tensor, state in self.state.items()}
         begun: dict[Tensor, ParamState] = dict(self._saved)
         for team in self._teams:
             if flat_groups(self._facts):
                 begun |= {place.tensor: dict(self.state[place.tensor]) for place in team.places}
             else:
-                begun |= checkpoint.complete_state(team, steps)
+                begun |= checkpoint.complete_state(team, self._steps)
         return {param: begun.get(param, {"step": 0}) for group in self.param_groups for param in group["params"]}
 
     def _parameters(self) -> dict[str, Any]:
         """The matrices that take part in steps, in plain data; of a copy those that were bound in the original."""
-        steps = {tensor: int(state["step"]) for tensor, state in self.state.items()}
-        return checkpoint.parameters_of(self._teams, steps) if self._mesh is not None else self._known
+        return checkpoint.parameters_of(self._teams, self._steps) if self._mesh is not None else self._known
 
     @during("in state_dict()")
     def state_dict(self) -> dict[str, Any]:
@@ -146,11 +149,12 @@ class Checkpointed(Optimizer):
         mesh = self._mesh
         assert mesh is not None
         settle(self._teams)
-        steps = {p: int(of["step"]) for p, of in self.state.items()}
         bound = {binding.matrix.name for team in self._teams for binding in team.bindings}
         idle = tuple(name for name in self._facts.names.values() if name not in bound)
         models = {name: param for param, name in self._facts.names.items() if param not in self._places}
-        return folder.Source(mesh, self._teams, self._groups, steps, idle, models, self.hyperparams, self.skipped_steps)
+        return folder.Source(
+            mesh, self._teams, self._groups, self._steps, idle, models, self.hyperparams, self.skipped_steps
+        )
 
     @torch.no_grad()
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:

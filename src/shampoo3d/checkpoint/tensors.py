@@ -7,7 +7,7 @@ block. ``torch.distributed.checkpoint`` writes and reads the rectangles, and fin
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from shampoo3d.blocks import Block, Shape
+from shampoo3d.blocks import Block, Cuts, Shape, grid
 from shampoo3d.checkpoint.slices import first_cover, parts_of
 from shampoo3d.checkpoint.state import factors_of
 from shampoo3d.engines import zero
@@ -250,9 +250,23 @@ def _rectangles(team: Team, weights: Weights | None, *, everything: bool) -> Ite
             if what in of_elements:
                 yield binding, what, binding.matrix.merged, block, values
             else:
-                place, count = equals[binding][block]
-                box = Block((place, *(0,) * values.dim()), (1, *values.shape))
-                yield binding, f"{block_name(block)}/{what}", (count, *values.shape), box, values[None]
+                yield binding, *stacked(block, what, values, *equals[binding][block])
+
+
+def stacked(block: Block, what: str, values: Tensor, place: int, count: int) -> tuple[str, Shape, Block, Tensor]:
+    """A factor as a row of those of all blocks of its shape: what these are called, their shape, the row, the values.
+
+    Args:
+        place, count: see :func:`among_equals`.
+    """
+    row = Block((place, *(0,) * values.dim()), (1, *values.shape))
+    return f"{block_name(block)}/{what}", (count, *values.shape), row, values[None]
+
+
+@lru_cache(maxsize=64)
+def among_equals_of(cuts: tuple[Cuts, ...]) -> Mapping[Block, tuple[int, int]]:
+    """:func:`among_equals` of the blocks of a grid."""
+    return among_equals(grid(cuts))
 
 
 def among_equals(blocks: Sequence[Block]) -> dict[Block, tuple[int, int]]:
