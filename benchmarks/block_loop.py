@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shampoo3d import Computation, Shampoo, ShampooHyperParams
-from shampoo3d.blocks import cut, grid, parts_at_most
+from shampoo3d.planning.blocks import cut, grid, parts_at_most
 
 
 class BlockLoop(torch.optim.Optimizer):

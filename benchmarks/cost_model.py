@@ -15,7 +15,7 @@ from record import setting, write
 from torch import nn
 
 from shampoo3d import Shampoo, ShampooHyperParams
-from shampoo3d.cost import block_cost
+from shampoo3d.planning.cost import block_cost
 
 SHAPES = [(32, 32), (64, 64), (128, 128), (256, 256), (512, 512), (1024, 1024), (64, 256), (128, 512), (64, 1024)]
 VECTORS = [(256,), (4096,), (262144,)]

@@ -18,11 +18,11 @@ from record import setting, write
 from torch import Tensor, nn
 
 from shampoo3d import Shampoo, ShampooHyperParams
-from shampoo3d.computation import refusal
-from shampoo3d.roots import inverse_roots
-from shampoo3d.train.gpt import Block, Embedding, Position, loss
-from shampoo3d.train.shards import Shards
-from shampoo3d.train.text import read_text
+from shampoo3d.cli.train.gpt import Block, Embedding, Position, loss
+from shampoo3d.cli.train.shards import Shards
+from shampoo3d.cli.train.text import read_text
+from shampoo3d.numerics.roots import inverse_roots
+from shampoo3d.settings.computation import refusal
 
 METHODS = ("eigh", "newton", "newton_db", "minimax")
 EXPONENTS = (2, 4, 8)

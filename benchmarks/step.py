@@ -28,7 +28,7 @@ from step_report import COLUMNS, PRODUCTS, show, show_targets, targets
 from torch import Tensor, nn
 
 from shampoo3d import Computation
-from shampoo3d.blocks import cut, grid, parts_at_most
+from shampoo3d.planning.blocks import cut, grid, parts_at_most
 
 LAYERS = {256: 4, 512: 2, 768: 1, 1024: 1}
 VOCABULARY = CONTEXT = 128

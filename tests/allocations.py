@@ -11,14 +11,15 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from common import put_gradients, replicated
-from shampoo3d import Shampoo, ShampooHyperParams, holdings
-from shampoo3d import memory as room
-from shampoo3d.computation import Computation
-from shampoo3d.layout import describe
-from shampoo3d.memory import Memory, memory
-from shampoo3d.plan import make_plan
-from shampoo3d.roots import choice
-from shampoo3d.variant import Variant
+from shampoo3d import Shampoo, ShampooHyperParams
+from shampoo3d.numerics.roots import choice
+from shampoo3d.planning import memory as room
+from shampoo3d.planning.layout import describe
+from shampoo3d.planning.memory import Memory, memory
+from shampoo3d.planning.plan import make_plan
+from shampoo3d.runtime import team as holdings
+from shampoo3d.settings.computation import Computation
+from shampoo3d.settings.variant import Variant
 
 TOLERANCE, ALONE = 0.05, 0.01
 """What is promised, and what is reached in one process, where nothing else is allocated."""

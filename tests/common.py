@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from reference import Array, Reference, Settings
 from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams
-from shampoo3d.blocks import Span, Split
-from shampoo3d.layout import Holder, Matrix, Part, Piece, Storage
-from shampoo3d.variant import Variant
+from shampoo3d.planning.blocks import Span, Split
+from shampoo3d.planning.layout import Holder, Matrix, Part, Piece, Storage
+from shampoo3d.settings.variant import Variant
 
 HYPERPARAMS = ShampooHyperParams(matrix_eps=1e-4, block_size=4, weight_decay=0.01)
 SETTINGS = Settings(matrix_eps=1e-4, block_size=4, weight_decay=0.01)

@@ -14,7 +14,7 @@ from math import ceil, prod
 import numpy as np
 from numpy.typing import NDArray
 
-from shampoo3d.cost import root_cost
+from shampoo3d.planning.cost import root_cost
 
 Array = NDArray[np.float64]
 

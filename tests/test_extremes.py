@@ -10,7 +10,7 @@ from torch import nn
 
 from common import assert_equal, clones, parameters, saved_and_loaded, snapshot, tensors_in, train
 from shampoo3d import Computation, Shampoo, ShampooHyperParams, StepRefusedError, Variant
-from shampoo3d.agreement import largest_norm
+from shampoo3d.runtime.agreement import largest_norm
 
 SOAP = {"beta2": 0.95, "graft_type": "none", "variant": Variant(direction="adam", beta1=0.9)}
 SQUARES: dict[str, dict[str, Any]] = {

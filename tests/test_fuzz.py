@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from common import DTYPES, assert_equal, clones, random_states, tensors_in
 from generated import COMPUTATION, GROUP, KINDS, LAYOUTS, SETTINGS, VARIANT, a_gradient, a_shape, drawn, noise, settings
 from shampoo3d import Computation, LayerwiseGrafting, Shampoo, ShampooHyperParams, StepRefusedError, Variant
-from shampoo3d.agreement import largest_norm
-from shampoo3d.places import state_dtype
+from shampoo3d.runtime.agreement import largest_norm
+from shampoo3d.runtime.bindings import state_dtype
 
 INF = float("inf")
 QUICK, ALL = 500, 20_000

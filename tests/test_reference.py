@@ -24,8 +24,8 @@ from torch import nn
 from common import params_of, step_both
 from reference import Array, Reference, Settings
 from shampoo3d import Shampoo, ShampooHyperParams
-from shampoo3d.computation import Computation
-from shampoo3d.variant import Variant
+from shampoo3d.settings.computation import Computation
+from shampoo3d.settings.variant import Variant
 
 STEPS = 20
 GROUP_KEYS = {"lr", "momentum", "maximize", "precondition"}

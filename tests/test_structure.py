@@ -1,4 +1,4 @@
-"""The separation of rooms that docs/design.md describes, read off the imports."""
+"""The order of the wings that docs/design.md describes, read off the imports."""
 
 import ast
 from pathlib import Path
@@ -8,43 +8,32 @@ import pytest
 import shampoo3d
 
 SOURCE = Path(shampoo3d.__file__).parent
-MATHEMATICS = [
-    *("background", "blocks", "eigenbasis", "grafting", "hyperparams", "momenta", "precision", "preconditioner"),
-    *("soap", "symmetric", "variant"),
-    *(f"roots/{path.stem}" for path in SOURCE.glob("roots/*.py")),
-]
-PURE = (
-    "blocks",
-    "checks",
-    "computation",
-    "variant",
-    "hyperparams",
-    "layout",
-    "factors",
-    "plan",
-    "routes",
-    "schedule",
-    "turns",
-    "distribution",
-    "cost",
-    "memory",
-    "transients",
-    "roots/choice",
-    "roots/measured",
+TESTS = Path(__file__).parent
+ORDER = (
+    *("settings", "numerics", "planning", "distributed", "engines", "runtime", "checkpoint", "optimizer", "__init__"),
+    "cli",
 )
-COMMUNICATING = ("collectives", "agreement")
-COMMUNICATING_CALLS = {
-    "all_reduce",
-    "all_gather_into_tensor",
-    "broadcast",
-    "all_to_all_single",
+"""Each wing imports itself and those before it only."""
+WITHOUT_TORCH = ("settings", "planning", "numerics.tiles", "numerics.state_names", "numerics.schedule")
+WITHOUT_RANKS = ("settings", "numerics")
+LINEAR_ALGEBRA = {"linalg", "bmm", "baddbmm", "matmul", "cholesky", "qr", "eigh", "svd"}
+COLLECTIVES = {
+    *("all_reduce", "all_gather_into_tensor", "all_gather_single", "broadcast", "all_to_all_single"),
     "reduce_scatter_tensor",
 }
+COMMUNICATING = ("distributed.collectives", "runtime.agreement")
+FILES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in SOURCE.rglob("*.py")}
+LIBRARY = {room: path for room, path in FILES.items() if not room.startswith("cli")}
+"""The optimizer itself; ``cli`` holds programs that use it and DeepSpeed as any user would."""
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def imports(path: Path) -> set[str]:
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -52,55 +41,56 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def library() -> list[Path]:
-    """The optimizer itself; cli.py and train/ are programs that use it and DeepSpeed as any user would."""
-    return [path for path in SOURCE.rglob("*.py") if "train" not in path.parts and path.name != "cli.py"]
+def attributes(path: Path) -> set[str]:
+    return {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
 
 
-@pytest.mark.parametrize("room", MATHEMATICS)
-def test_mathematics_knows_no_ranks(room: str) -> None:
-    ranks = {"torch.distributed", "shampoo3d.exchange", "shampoo3d.topology", "shampoo3d.assemble", "shampoo3d.plan"}
-    assert not imports(SOURCE / f"{room}.py") & ranks
+def wing(room: str) -> str:
+    return room.split(".")[0]
 
 
-@pytest.mark.parametrize("room", PURE)
-def test_planning_is_pure(room: str) -> None:
-    assert not any(name.split(".")[0] == "torch" for name in imports(SOURCE / f"{room}.py"))
+def within(room: str, places: tuple[str, ...]) -> bool:
+    return any(room == place or room.startswith(f"{place}.") for place in places)
 
 
-@pytest.mark.parametrize(
-    "room",
-    [
-        "topology",
-        "layout",
-        "plan",
-        "turns",
-        "routes",
-        "schedule",
-        "collectives",
-        "exchange",
-        "agreement",
-        "readers",
-        "assemble",
-    ],
-)
-def test_ranks_do_no_linear_algebra(room: str) -> None:
-    assert "linalg" not in (SOURCE / f"{room}.py").read_text()
+@pytest.mark.parametrize("room", FILES)
+def test_wings_import_only_those_before_them(room: str) -> None:
+    for name in imports(FILES[room]):
+        package, *rest = name.split(".")
+        if package == "shampoo3d":
+            imported = wing(rest[0]) if rest and wing(rest[0]) in ORDER else "__init__"
+            assert ORDER.index(imported) <= ORDER.index(wing(room)), name
+
+
+def test_planning_and_settings_are_pure() -> None:
+    for room, path in FILES.items():
+        if within(room, WITHOUT_TORCH):
+            assert not any(name.split(".")[0] == "torch" for name in imports(path)), room
+
+
+def test_mathematics_knows_no_ranks() -> None:
+    for room, path in FILES.items():
+        if within(room, WITHOUT_RANKS):
+            assert not any(name.startswith("torch.distributed") for name in imports(path)), room
+
+
+def test_linear_algebra_is_done_in_numerics_only() -> None:
+    for room, path in LIBRARY.items():
+        assert wing(room) == "numerics" or not attributes(path) & LINEAR_ALGEBRA, room
 
 
 def test_two_files_alone_communicate_during_a_step() -> None:
-    for path in library():
-        called = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-        assert path.stem in COMMUNICATING or not called & COMMUNICATING_CALLS, path
+    for room, path in LIBRARY.items():
+        assert room in COMMUNICATING or not attributes(path) & COLLECTIVES, room
 
 
 def test_deepspeed_is_never_imported_by_the_library() -> None:
-    for path in library():
-        assert not any(name.split(".")[0] in ("deepspeed", "megatron") for name in imports(path)), path
+    for room, path in LIBRARY.items():
+        assert not any(name.split(".")[0] in ("deepspeed", "megatron") for name in imports(path)), room
 
 
 def test_no_file_is_longer_than_400_lines() -> None:
-    for path in [*SOURCE.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]:
+    for path in [*SOURCE.rglob("*.py"), *TESTS.rglob("*.py")]:
         assert len(path.read_text().splitlines()) <= 400, path
 
 

@@ -8,33 +8,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo3d.agreement import StepRefusedError, Verdict, agree, everyones, first_complaint
-from shampoo3d.assemble import (
-    assemble,
-    check_shapes,
-    flat_groups,
-    is_trainable,
-)
 from shampoo3d.checkpoint import slices
 from shampoo3d.checkpoint import state as checkpoint
 from shampoo3d.checkpoint.saving import Checkpointed
 from shampoo3d.checkpoint.state import ParamState
-from shampoo3d.checks import check_kind
-from shampoo3d.distribution import Distribution
+from shampoo3d.distributed.collectives import everyones, first_complaint
+from shampoo3d.distributed.errors import during
+from shampoo3d.distributed.topology import Claims, Mesh, Topology
 from shampoo3d.engines import deepspeed, native
-from shampoo3d.exchange import Exchange
-from shampoo3d.facts import Embeddings, Facts, collected
-from shampoo3d.fused import Splits, copied
-from shampoo3d.holdings import Team, state_bytes
-from shampoo3d.hyperparams import ShampooHyperParams, check_group
-from shampoo3d.lost import during
-from shampoo3d.places import Place
-from shampoo3d.plan import Plan
-from shampoo3d.readers import locate, unwrapped
-from shampoo3d.reduction import OwnerReduction
-from shampoo3d.report import Report
-from shampoo3d.stepping import settle, take_step
-from shampoo3d.topology import Claims, Mesh, Topology
+from shampoo3d.engines.parameters import Embeddings, Facts, collected
+from shampoo3d.engines.reading import locate, unwrapped
+from shampoo3d.engines.splits import Splits, copied
+from shampoo3d.planning.plan import Plan
+from shampoo3d.runtime.agreement import StepRefusedError, Verdict, agree
+from shampoo3d.runtime.assemble import assemble, check_shapes, flat_groups, is_trainable
+from shampoo3d.runtime.bindings import Place
+from shampoo3d.runtime.exchange import Exchange
+from shampoo3d.runtime.owner_reduction import OwnerReduction
+from shampoo3d.runtime.report import Report
+from shampoo3d.runtime.step import settle, take_step
+from shampoo3d.runtime.team import Team, state_bytes
+from shampoo3d.settings.distribution import Distribution
+from shampoo3d.settings.groups import check_group
+from shampoo3d.settings.hyperparams import ShampooHyperParams
+from shampoo3d.settings.validation import check_kind
 
 
 class Shampoo(Checkpointed):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-import shampoo3d.stepping
+import shampoo3d.runtime.step
 from shampoo3d import Shampoo, ShampooHyperParams
 from shampoo3d.engines import native
 
@@ -223,7 +223,7 @@ def dies_before(session: Session, _: timedelta) -> None:
 
 def dies_within(_: Session, __: timedelta) -> None:
     """Between gradients and updates."""
-    shampoo3d.stepping._precondition = lambda *_: die()  # type: ignore[assignment]
+    shampoo3d.runtime.step._precondition = lambda *_: die()  # type: ignore[assignment]
 
 
 def hangs(session: Session, timeout: timedelta) -> None:

@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 
-import shampoo3d.assemble
+import shampoo3d.runtime.assemble
 from shampoo3d import Distribution, Shampoo, ShampooHyperParams
-from shampoo3d.plan import Plan, PlannedBlock, make_plans
+from shampoo3d.planning.plan import Plan, PlannedBlock, make_plans
 
 from .harness import RankFailedError, needs_deepspeed, run
 from .models import Shape
@@ -128,7 +128,7 @@ def _other_plan_on_rank_1() -> tuple[str, bool]:
     session = data_parallel(FAST, shampoo("uneven-blocks"))
     if dist.get_rank() == 0:
         return _complaint(session)
-    with mock.patch.object(shampoo3d.assemble, "make_plans", _another_plan):
+    with mock.patch.object(shampoo3d.runtime.assemble, "make_plans", _another_plan):
         return _complaint(session)
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shampoo3d.blocks import Block, Shape
 from shampoo3d.checkpoint.folder import settings_of, write
 from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, Parameter
 from shampoo3d.checkpoint.reading import plain
 from shampoo3d.checkpoint.state import FLAT_NAMES
 from shampoo3d.checkpoint.tensors import WEIGHT, Held, among_equals_of, joined, stacked
+from shampoo3d.distributed.topology import Mesh
 from shampoo3d.engines.deepspeed_files import RankState, checkpoint_of, rank_states
-from shampoo3d.topology import Mesh
+from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.blocks import Block
 
 Parts = dict[Block, Tensor]
 Found = tuple[str, str, Shape, Block, Tensor]

@@ -20,7 +20,6 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from shampoo3d.agreement import everyones, first_complaint
 from shampoo3d.checkpoint import manifest as of_folder
 from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, Parameter, checksum, partial
 from shampoo3d.checkpoint.naming import for_loading, for_saving
@@ -28,10 +27,11 @@ from shampoo3d.checkpoint.reading import Reader, described, read_metadata
 from shampoo3d.checkpoint.reblock import Reblocking
 from shampoo3d.checkpoint.state import loaded_groups
 from shampoo3d.checkpoint.tensors import WEIGHT, Held, Scattered, Weights, held
-from shampoo3d.holdings import Team
-from shampoo3d.hyperparams import ShampooHyperParams
-from shampoo3d.places import Binding, Place
-from shampoo3d.topology import Mesh
+from shampoo3d.distributed.collectives import everyones, first_complaint
+from shampoo3d.distributed.topology import Mesh
+from shampoo3d.runtime.bindings import Binding, Place
+from shampoo3d.runtime.team import Team
+from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 ANY_ERROR = (Exception, CheckpointException)
 """PyTorch's own, which has the errors of all ranks, is no Exception."""

@@ -10,10 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from shampoo3d.blocks import Cuts, Shape
-from shampoo3d.checks import check_path
-from shampoo3d.hyperparams import ShampooHyperParams
-from shampoo3d.layout import Matrix
+from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.blocks import Cuts
+from shampoo3d.planning.layout import Matrix
+from shampoo3d.settings.hyperparams import ShampooHyperParams
+from shampoo3d.settings.validation import check_path
 
 FORMAT = 1
 """Of the folders that are written; those of this and all earlier numbers are read."""

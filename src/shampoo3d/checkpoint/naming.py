@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from shampoo3d.agreement import everyones
+from shampoo3d.distributed.collectives import everyones
+from shampoo3d.distributed.topology import Mesh
 from shampoo3d.engines.native import checksum
-from shampoo3d.holdings import Team
-from shampoo3d.layout import Part
-from shampoo3d.places import Binding
-from shampoo3d.topology import Mesh
+from shampoo3d.planning.layout import Part
+from shampoo3d.runtime.bindings import Binding
+from shampoo3d.runtime.team import Team
 
 Ranks = tuple[int, ...]
 Sums = tuple[float, float]

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from shampoo3d.blocks import Block, Cuts, Shape, tile_shapes
 from shampoo3d.checkpoint.manifest import Parameter
 from shampoo3d.checkpoint.tensors import Held, among_equals_of, joined, stacked
-from shampoo3d.holdings import Batch, Kept, Team
-from shampoo3d.hyperparams import ShampooHyperParams
-from shampoo3d.places import Binding
-from shampoo3d.symmetric import assembled
+from shampoo3d.numerics.symmetric import assembled
+from shampoo3d.numerics.tiles import Shape, tile_shapes
+from shampoo3d.planning.blocks import Block, Cuts
+from shampoo3d.runtime.bindings import Binding
+from shampoo3d.runtime.team import Batch, Kept, Team
+from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 Name = str
 Tiles = dict[str, Tensor]

@@ -12,21 +12,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from shampoo3d.agreement import StepRefusedError
-from shampoo3d.assemble import DisagreementError, flat_groups
 from shampoo3d.checkpoint import folder, slices
 from shampoo3d.checkpoint import state as checkpoint
 from shampoo3d.checkpoint.state import ParamState
-from shampoo3d.checks import check_bool, check_path
-from shampoo3d.distribution import Distribution
-from shampoo3d.facts import Facts
-from shampoo3d.holdings import Team
-from shampoo3d.hyperparams import ShampooHyperParams
-from shampoo3d.lost import during
-from shampoo3d.places import Place
-from shampoo3d.readers import locate
-from shampoo3d.stepping import UnfinishedStepError, settle
-from shampoo3d.topology import Claims, Mesh
+from shampoo3d.distributed.errors import during
+from shampoo3d.distributed.topology import Claims, Mesh
+from shampoo3d.engines.parameters import Facts
+from shampoo3d.engines.reading import locate
+from shampoo3d.runtime.agreement import StepRefusedError
+from shampoo3d.runtime.assemble import DisagreementError, flat_groups
+from shampoo3d.runtime.bindings import Place
+from shampoo3d.runtime.step import UnfinishedStepError, settle
+from shampoo3d.runtime.team import Team
+from shampoo3d.settings.distribution import Distribution
+from shampoo3d.settings.hyperparams import ShampooHyperParams
+from shampoo3d.settings.validation import check_bool, check_path
 
 
 class Checkpointed(Optimizer):

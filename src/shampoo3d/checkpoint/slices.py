@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from shampoo3d.checkpoint.state import ParamState, copy_into, owned_factors
-from shampoo3d.holdings import Team
-from shampoo3d.hyperparams import momenta_names
-from shampoo3d.layout import Part
-from shampoo3d.places import Binding
+from shampoo3d.numerics.state_names import momenta_names
+from shampoo3d.planning.layout import Part
+from shampoo3d.runtime.bindings import Binding
+from shampoo3d.runtime.team import Team
 
 
 def own_state(teams: Sequence[Team], numbers: Mapping[Tensor, int]) -> dict[str, Any]:

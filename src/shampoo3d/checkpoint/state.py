@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shampoo3d.blocks import Block
 from shampoo3d.checkpoint.manifest import FORMAT, Parameter, contradictions, plain
-from shampoo3d.checks import check_integer, check_kind
-from shampoo3d.collectives import Link
-from shampoo3d.holdings import Team
-from shampoo3d.hyperparams import ShampooHyperParams, check_group, momenta_names
-from shampoo3d.layout import Holder, Matrix, Part, Piece, describe
-from shampoo3d.momenta import kept_dtype
-from shampoo3d.places import Binding, state_dtype
-from shampoo3d.preconditioner import factor_shapes, state_shapes
-from shampoo3d.routes import BUCKET_ELEMENTS, Routes
+from shampoo3d.distributed.collectives import Link
+from shampoo3d.numerics.momenta import kept_dtype
+from shampoo3d.numerics.preconditioner import factor_shapes, state_shapes
+from shampoo3d.numerics.state_names import momenta_names
+from shampoo3d.planning.blocks import Block
+from shampoo3d.planning.layout import Holder, Matrix, Part, Piece, describe
+from shampoo3d.planning.routes import BUCKET_ELEMENTS, Routes
+from shampoo3d.runtime.bindings import Binding, state_dtype
+from shampoo3d.runtime.team import Team
+from shampoo3d.settings.groups import check_group
+from shampoo3d.settings.hyperparams import ShampooHyperParams
+from shampoo3d.settings.validation import check_integer, check_kind
 
 ParamState = dict[str, Any]
 """``{"step": t, "<start>:<stop>,...": {"momentum": ..., "L0": ..., "P0": ...}}``, one entry per block."""

@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from shampoo3d.blocks import Block, Cuts, Shape, grid
 from shampoo3d.checkpoint.slices import first_cover, parts_of
 from shampoo3d.checkpoint.state import factors_of
 from shampoo3d.engines import zero
-from shampoo3d.holdings import Team
-from shampoo3d.hyperparams import momenta_names, owned_names
-from shampoo3d.layout import Piece
-from shampoo3d.places import Binding, Place
+from shampoo3d.numerics.state_names import momenta_names, owned_names
+from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.blocks import Block, Cuts, grid
+from shampoo3d.planning.layout import Piece
+from shampoo3d.runtime.bindings import Binding, Place
+from shampoo3d.runtime.team import Team
 
 WEIGHT = "weight"
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shampoo3d.topology import Group, Mesh, Topology, group_of, world_group
+from shampoo3d.distributed.topology import Group, Mesh, Topology, group_of, world_group
 
 NAME = "DeepSpeed"
 """The source of places that were found here."""

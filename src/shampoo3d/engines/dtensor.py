@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from shampoo3d.blocks import Span
-from shampoo3d.layout import Part
+from shampoo3d.planning.blocks import Span
+from shampoo3d.planning.layout import Part
 
 
 def local(tensor: Tensor) -> Tensor:

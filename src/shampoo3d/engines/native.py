@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo3d.topology import Mesh, Topology, mesh_of, world_group
+from shampoo3d.distributed.topology import Mesh, Topology, mesh_of, world_group
 
 
 def locate(topology: Topology | None) -> Mesh:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shampoo3d.blocks import Shape, Span
+from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.blocks import Span
 
 AUTOTP = "ds_autotp_universal_checkpoint_meta"
 """DeepSpeed's AutoTP leaves the description of a layer's cut under this name."""

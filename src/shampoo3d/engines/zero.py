@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shampoo3d.blocks import Shape
-from shampoo3d.layout import Part
-from shampoo3d.topology import group_of
+from shampoo3d.distributed.topology import group_of
+from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.layout import Part
 
 
 @dataclass(frozen=True)

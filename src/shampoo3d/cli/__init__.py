@@ -1,0 +1,1 @@
+"""Programs for people: users of the package and of DeepSpeed like any other."""

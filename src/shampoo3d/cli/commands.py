@@ -1,0 +1,310 @@
+"""The command line: `shampoo3d train`, `shampoo3d plan`, `shampoo3d checkpoint inspect`, `... convert`."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import signal
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, cast, get_type_hints
+
+from shampoo3d.cli.train.settings import RUN, RunError, Settings, flag, settings_file
+
+INSTALL = 'pip install "3d-shampoo[cli,deepspeed]"'
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as missing:
+    sys.exit(f"shampoo3d: the command line needs {missing.name}: {INSTALL}")
+
+UsageError = cast(type[Exception], typer.BadParameter.__base__)
+"""Click's own, which recent versions of typer carry themselves under another name."""
+
+INTERRUPTED = 130
+"""The exit code of a process that Ctrl-C ended."""
+
+app = typer.Typer(add_completion=False, help="3D-Shampoo: train with it, see who owns what.")
+
+checkpoint = typer.Typer(help="Look at checkpoints, and make those of DeepSpeed load into any layout.")
+app.add_typer(checkpoint, name="checkpoint")
+
+ALL = tuple(setting.name for setting in fields(Settings))
+PLANNED = (
+    "device",
+    "text",
+    "layers",
+    "width",
+    "heads",
+    "context",
+    "pipe",
+    "data",
+    "model_parallel",
+    "zero_stage",
+    "root_copies",
+    "block_size",
+    "refresh",
+)
+
+
+def options(names: Collection[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Put the named settings, each with its type, default and help, in the place of a command's `**given`.
+
+    An option that is not given is None, so that `--resume` can tell it from one that is.
+    """
+    hints = get_type_hints(Settings)
+
+    def option(setting: Any) -> inspect.Parameter:
+        default = "" if setting.default is None else f" Default: {setting.default}."
+        info = typer.Option(help=setting.metadata["help"] + default, rich_help_panel=setting.metadata["panel"])
+        annotation: Any = Annotated[hints[setting.name] | None, info]
+        return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        added = [option(setting) for setting in fields(Settings) if setting.name in names]
+        command.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+@app.command()
+@options(ALL)
+def train(
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output, as it was set up.")] = False,
+    processes: Annotated[
+        int | None, typer.Option(help="A check: must equal --pipe x --data x --model-parallel.")
+    ] = None,
+    **given: Any,
+) -> None:
+    """Train a small GPT on real text, with AdamW and then with 3D-Shampoo, on a grid of processes.
+
+    Starts all of them on this host. Under torchrun (-m shampoo3d.cli train ...) it is one of torchrun's instead.
+    """
+    from shampoo3d.cli.train.text import read_text
+
+    _require("deepspeed", "matplotlib")
+    settings = _settings({name: value for name, value in given.items() if value is not None}, resume)
+    settings = replace(settings, device=_device(settings))
+    _check_processes(settings, processes)
+    read_text(settings.text, settings.context)
+    if "RANK" in os.environ:
+        _train_as_rank(settings)
+    else:
+        _train_here(settings)
+
+
+@app.command()
+@options(PLANNED)
+def plan(
+    picture: Annotated[Path | None, typer.Option(help="Also draw it into this file, such as plan.png.")] = None,
+    **given: Any,
+) -> None:
+    """Show which rank would own which block of the GPT, what it would keep and allocate (on CPUs unless --device cuda),
+    and what would reach it from others in a step (roots only when they are refreshed), without starting any process."""
+    from shampoo3d.cli.draw import memory_table, ownership_figure, ownership_table, traffic_table
+    from shampoo3d.cli.train.text import read_text
+
+    _require("deepspeed", "matplotlib")
+    given = {name: value for name, value in given.items() if value is not None}
+    # The batch does not matter here, so it is one that every topology divides.
+    settings = Settings(**given, batch=given.get("data", Settings.data), micro_batches=1)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from shampoo3d.cli.train.forecast import foresee
+
+    forecast = foresee(settings, len(read_text(settings.text, settings.context).vocabulary))
+    table = ownership_table(forecast.plans)
+    table.title = settings.topology
+    Console().print(table, memory_table(forecast.memory))
+    if any(forecast.received.values()):
+        Console().print(traffic_table(forecast.received))
+    if picture:
+        try:
+            ownership_figure(forecast.plans, picture)
+        except ValueError as error:
+            raise RunError(f"--picture {picture}: {error}") from None
+
+
+@checkpoint.command("inspect")
+def show(
+    path: Annotated[Path, typer.Argument(help="A folder that save_checkpoint wrote, or one of DeepSpeed.")],
+) -> None:
+    """Show what a checkpoint holds, and whether it is whole."""
+    from shampoo3d.checkpoint.convert import describe
+    from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, holds_checkpoint, plain
+    from shampoo3d.cli.draw import checkpoint_table
+    from shampoo3d.settings.hyperparams import ShampooHyperParams
+
+    console = Console(highlight=False)
+    try:
+        ours = holds_checkpoint(path)
+        manifest = Manifest.read(path) if ours else describe(path)
+        if damage := manifest.damage(path) if ours else "":
+            raise CheckpointError(damage)
+    except CheckpointError as error:
+        raise RunError(str(error)) from None
+    defaults = plain(ShampooHyperParams())
+    settings = (f"{name}={value!r}" for name, value in manifest.hyperparams.items() if value != defaults.get(name))
+    size = sum(size for size, _ in manifest.files.values())
+    kind = (
+        f"3D-Shampoo, format {manifest.format}" if ours else "DeepSpeed: `shampoo3d checkpoint convert` makes it load"
+    )
+    console.print(f"{path}: {kind}", soft_wrap=True)
+    console.print(
+        f"step {manifest.step}, {len(manifest.parameters)} parameters, {manifest.skipped_steps} steps skipped"
+    )
+    if ours:
+        console.print(
+            f"{len(manifest.files)} files of {size:,} bytes, as they were written by version {manifest.package}"
+        )
+    console.print("settings:", ", ".join(settings) or "the defaults", soft_wrap=True)
+    for number, group in enumerate(manifest.groups):
+        told = ", ".join(f"{name}={value!r}" for name, value in group.items())
+        console.print(f"group {number}: {told}", soft_wrap=True)
+    console.print(checkpoint_table(manifest))
+
+
+@checkpoint.command()
+def convert(
+    path: Annotated[
+        Path, typer.Argument(help="A checkpoint of DeepSpeed, of a step or the folder above; or a saved state_dict().")
+    ],
+    target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+) -> None:
+    """Make a folder that loads into any layout of what DeepSpeed's engine or torch.save wrote."""
+    from shampoo3d.checkpoint.convert import convert as made
+    from shampoo3d.checkpoint.manifest import CheckpointError
+
+    try:
+        manifest = made(path, target)
+    except CheckpointError as error:
+        raise RunError(str(error)) from None
+    console = Console(highlight=False)
+    console.print(f"Written: {target}, step {manifest.step}, {len(manifest.parameters)} parameters", soft_wrap=True)
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise RunError(f"this command needs {package}: {INSTALL}")
+
+
+def _settings(given: dict[str, Any], resume: bool) -> Settings:
+    """The settings that the options ask for, or, on `--resume`, those of the run in the output folder."""
+    rank = os.environ.get("RANK")
+    output: Path | None = given.get("output")
+    if output is None:
+        if resume or rank is not None:
+            raise RunError(f"{'--resume' if resume else 'a launcher'} needs --output, the folder of the run")
+        output = Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    if resume:
+        return _resumed(output, given)
+    # Under a launcher the other ranks may look when the first has already begun to write.
+    if rank in (None, "0") and settings_file(output).exists():
+        raise RunError(f"--output {output} already holds a run: take another folder, or go on with it by --resume")
+    return Settings(**given | {"output": output})
+
+
+def _resumed(output: Path, given: dict[str, Any]) -> Settings:
+    if not settings_file(output).exists():
+        raise RunError(f"--output {output} holds no run to resume")
+    saved = Settings.load(output)
+    if "text" in given:
+        given["text"] = given["text"].resolve()
+    for setting in fields(Settings):
+        name, panel = setting.name, setting.metadata["panel"]
+        if name in given and panel != RUN and given[name] != getattr(saved, name):
+            old, new = getattr(saved, name), given[name]
+            raise RunError(f"{flag(name)} {new} contradicts the run in {output}, which has {old}: leave it out")
+    return replace(saved, **given)
+
+
+def _device(settings: Settings) -> str:
+    """CUDA if it is asked for, or if every process of this host can have a GPU."""
+    if settings.device == "cpu":
+        return "cpu"
+    import torch
+
+    # torchrun tells the number of processes on this host by the first name, the deepspeed launcher by the second.
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    needed, gpus = int(told or settings.world), torch.cuda.device_count()
+    if settings.device == "cuda" and gpus < needed:
+        raise RunError(f"--device cuda needs {needed} GPUs on this host for {needed} processes, there are {gpus}")
+    return "cuda" if gpus >= needed else "cpu"
+
+
+def _check_processes(settings: Settings, processes: int | None) -> None:
+    launched = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
+    for asker, count in (("--processes", processes), ("the launcher's WORLD_SIZE", launched)):
+        if count is not None and int(count) != settings.world:
+            sizes = " x ".join(f"{flag(name)} {getattr(settings, name)}" for name in ("pipe", "data", "model_parallel"))
+            raise RunError(f"{asker} is {count}, but {sizes} = {settings.world}: make them equal")
+
+
+def _train_here(settings: Settings) -> None:
+    """Start all processes, show what they report, tell the outcome."""
+    from shampoo3d.cli.train.display import Display
+    from shampoo3d.cli.train.launch import launch
+
+    settings.save()
+    console = Console(highlight=False)
+    display = Display(settings, console)
+    for terminating in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(terminating, signal.default_int_handler)
+    try:
+        with display:
+            launch(settings, display.show)
+    except KeyboardInterrupt:
+        where = f"Stopped at {display.place}, all processes are ended. Kept in {settings.output}; continue with:"
+        console.print(where, f"  shampoo3d train --resume --output {settings.output}", sep="\n", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    _tell(settings, console)
+
+
+def _train_as_rank(settings: Settings) -> None:
+    """Be the rank that a launcher has started; the first shows what happens."""
+    from shampoo3d.cli.train.display import Display
+    from shampoo3d.cli.train.worker import last_act, quiet, silent, work
+
+    first = os.environ["RANK"] == "0"
+    settings.output.mkdir(parents=True, exist_ok=True)
+    if first:
+        settings.save()
+    terminal = os.fdopen(quiet(settings), "w", buffering=1)
+    console = Console(file=terminal, highlight=False)
+    with last_act(lambda message: print(f"shampoo3d: rank {os.environ['RANK']}: {message}", file=terminal)):
+        if first:
+            with Display(settings, console) as display:
+                work(settings, display.show)
+            _tell(settings, console)
+        else:
+            work(settings, silent)
+
+
+def _tell(settings: Settings, console: Console) -> None:
+    from shampoo3d.cli.train.results import conclude
+
+    table, files = conclude(settings)
+    console.print(table)
+    console.print("Written:", *files, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The console script: whatever is wrong with the input ends in one line."""
+    try:
+        code = app(arguments, prog_name="shampoo3d", standalone_mode=False)
+    except (RunError, UsageError) as error:
+        message = getattr(error, "format_message", error.__str__)()
+        print(f"shampoo3d: {message}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        print(f"shampoo3d: {error.filename}: {error.strerror}", file=sys.stderr)
+        code = 1
+    sys.exit(code)

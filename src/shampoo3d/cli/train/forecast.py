@@ -1,0 +1,133 @@
+"""Who will own what in a run, found without starting it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any
+
+import torch
+from deepspeed.pipe import TiedLayerSpec
+from deepspeed.runtime.utils import partition_balanced
+from torch import Tensor, nn
+
+from shampoo3d.engines.native import embedding_weights
+from shampoo3d.engines.tensor_parallel import shard_of
+from shampoo3d.planning.layout import Holder, Matrix, Part, Storage, describe
+from shampoo3d.planning.memory import Memory, memory
+from shampoo3d.planning.plan import Plan, make_plans
+from shampoo3d.planning.routes import traffic
+from shampoo3d.settings.distribution import Distribution
+
+from . import gpt
+from .settings import Settings
+from .shards import Shards
+from .trainer import shampoo_settings
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The plans that the ranks of a run will make; what each rank will keep and allocate, and receive in a step."""
+
+    plans: list[Plan]
+    memory: dict[int, Memory]
+    received: dict[int, dict[str, int]]
+
+
+def foresee(settings: Settings, vocabulary: int) -> Forecast:
+    """What a run with these settings will do."""
+    hp = shampoo_settings(settings)
+    stages = _stages(settings, vocabulary, hp.ignore_embedding_layer)
+    matrices: defaultdict[tuple[int, ...], list[Matrix]] = defaultdict(list)
+    for storage in _storages(settings, stages):
+        ranks = tuple(holder.rank for holder in storage.holders)
+        matrices[ranks].append(describe(storage.with_covers(settings.root_copies), hp, settings.world))
+    for ranks, shared in matrices.items():
+        # Replicas keep the order of their stage; where others join them, there is an order by name.
+        if len(ranks) != settings.data:
+            shared.sort(key=lambda matrix: matrix.name)
+    plans = make_plans(matrices, hp)
+    distribution = Distribution(root_copies=settings.root_copies)
+    device = "cuda" if settings.device == "cuda" else "cpu"
+    kept, received = {}, {}
+    for rank in range(settings.world):
+        teams = [(plan, matrices[plan.ranks]) for plan in plans if rank in plan.ranks]
+        kept[rank] = memory(teams, rank, hp, distribution, device=device)
+        arriving = (traffic(plan, shared, rank, hp, distribution) for plan, shared in teams)
+        received[rank] = dict(sum(map(Counter, arriving), Counter()))
+    return Forecast(sorted(plans, key=lambda plan: plan.ranks), kept, received)
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """A parameter of one stage as a process has it before ZeRO: whole, or a tensor-parallel shard."""
+
+    name: str
+    tensor: Tensor
+    excluded: str
+
+    def part_of(self, model: int, models: int) -> tuple[Part, tuple[int, ...], int | None]:
+        """What of the logical matrix this is on model rank `model`, the matrix's shape, and its divided axis."""
+        shape = tuple(self.tensor.shape)
+        shard = shard_of(self.tensor, shape, model, models, self.name)
+        return (Part.of(shard[1]), shard[0], shard[2]) if shard else (Part.whole(shape), shape, None)
+
+
+def _stages(settings: Settings, vocabulary: int, ignore_embeddings: bool) -> list[list[_Parameter]]:
+    """The parameters of each stage, under the names and in the order that PipelineModule gives them."""
+    specs = gpt.layers(settings, vocabulary, Shards(size=settings.model_parallel))
+    edges = partition_balanced([float(spec.typename is gpt.Block) for spec in specs], settings.pipe)
+    return [list(_parameters(specs, range(*ends), ignore_embeddings)) for ends in pairwise(edges)]
+
+
+def _parameters(specs: list[Any], places: Iterable[int], ignore_embeddings: bool) -> Iterator[_Parameter]:
+    tied = {f"tied_modules.{specs[i].key}": specs[i] for i in places if isinstance(specs[i], TiedLayerSpec)}
+    own = {str(i): specs[i] for i in places if not isinstance(specs[i], TiedLayerSpec)}
+    for prefix, spec in (tied | own).items():
+        with torch.device("meta"):
+            module: nn.Module = spec.build()
+        embeddings = embedding_weights(module) if ignore_embeddings else set()
+        for name, tensor in module.named_parameters():
+            yield _Parameter(f"{prefix}.{name}", tensor, "embedding" if tensor in embeddings else "")
+
+
+def _storages(settings: Settings, stages: list[list[_Parameter]]) -> list[Storage]:
+    """How all parameters are stored, stage by stage."""
+    holders: defaultdict[str, list[Holder]] = defaultdict(list)
+    logical: dict[str, tuple[_Parameter, tuple[int, ...], int | None]] = {}
+    sharded = settings.zero_stage > 0
+    sizes = (settings.pipe, settings.data, settings.model_parallel)
+    for rank, (stage, data, model) in enumerate(product(*map(range, sizes))):
+        for param, first, last in _slices(settings, stages[stage], data):
+            part, shape, divided = param.part_of(model, settings.model_parallel)
+            # Ranks that store a matrix between them are known by the first: all data ranks, of all shards or of one.
+            cover = rank - data * settings.model_parallel - (0 if divided is None else model)
+            holders[param.name].append(Holder(rank, part.range(first, last), cover if sharded else 0))
+            logical[param.name] = param, shape, divided
+    storages = []
+    for name, (param, shape, divided) in logical.items():
+        dtype = str(param.tensor.dtype).removeprefix("torch.")
+        storages.append(Storage(name, shape, dtype, tuple(holders[name]), sharded, divided, param.excluded, dtype))
+    return storages
+
+
+def _slices(settings: Settings, params: list[_Parameter], data: int) -> Iterator[tuple[_Parameter, int, int]]:
+    """The elements ``first <= element < last`` of each parameter of a stage that a data rank stores.
+
+    ZeRO 1 and 2 cut all of them in one row, padded to an even length for each rank; ZeRO 3 cuts each of them.
+    """
+    start = 0
+    total = sum(param.tensor.numel() for param in params)
+    for param in params:
+        count = param.tensor.numel()
+        if settings.zero_stage == 0:
+            yield param, 0, count
+        elif settings.zero_stage == 3:
+            size = -(-count // settings.data)
+            yield param, data * size, (data + 1) * size
+        else:
+            size = 2 * -(-total // (2 * settings.data))
+            yield param, data * size - start, (data + 1) * size - start
+        start += count

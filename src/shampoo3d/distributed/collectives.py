@@ -1,0 +1,180 @@
+"""The collectives of a group of ranks: uneven swaps, bucketed sharing, sums; every byte that arrives is counted."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shampoo3d.distributed.errors import awaiting
+from shampoo3d.distributed.topology import Group, Mesh
+from shampoo3d.planning.routes import buckets, width
+
+T = TypeVar("T")
+
+# Its newer name, where torch has it.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Swap:
+    """An uneven all-to-all that may still be under way."""
+
+    def __init__(self, what: str, group: Group, pieces: Sequence[Tensor], work: Any) -> None:
+        self._what, self._group = what, group
+        self._pieces, self._work = pieces, work
+
+    def wait(self) -> Sequence[Tensor]:
+        """The flat pieces that arrived, in the order in which they were asked for; their buffer is used again."""
+        if self._work is not None:
+            with _exchanging(self._what, self._group):
+                self._work.wait()
+        return self._pieces
+
+
+class Link:
+    """A group's collectives, with buffers that are allocated once.
+
+    Attributes:
+        received: bytes that came from other ranks, by what they were.
+    """
+
+    def __init__(self, rank: int, group: Group, device: torch.device) -> None:
+        self.rank, self.group = rank, group
+        self.device = communicating_device(group, device)
+        self.received: Counter[str] = Counter()
+        self._buffers: dict[Any, Tensor] = {}
+
+    def swap(
+        self,
+        what: str,
+        turn: int,
+        dtype: torch.dtype,
+        out: Sequence[tuple[int, Tensor]],
+        into: Sequence[tuple[int, int]],
+    ) -> Swap:
+        """Start to send pieces to other ranks and to receive pieces from them.
+
+        Args:
+            what: what they are.
+            turn: buffers are used again two turns later.
+            dtype: in which they travel.
+            out: (global rank, piece) each; to one rank in the order in which it asks for them.
+            into: (global rank, number of elements) each.
+        """
+        sent = self._sorted([peer for peer, _ in out])
+        taken = self._sorted([peer for peer, _ in into])
+        counts_out = self._counts((peer, piece.numel()) for peer, piece in out)
+        counts_in = self._counts(into)
+        send = self._buffer((what, "out", turn % 2), sum(counts_out), dtype)
+        receive = self._buffer((what, "in", turn % 2), sum(counts_in), dtype)
+        if out:
+            pieces = [out[i][1] for i in sent]
+            places = send.split_with_sizes([piece.numel() for piece in pieces])
+            torch._foreach_copy_([p.view(x.shape) for p, x in zip(places, pieces, strict=True)], pieces)
+        # As bytes, since not every backend carries every dtype.
+        with _exchanging(what, self.group):
+            work = dist.all_to_all_single(
+                receive.view(torch.uint8),
+                send.view(torch.uint8),
+                [n * dtype.itemsize for n in counts_in],
+                [n * dtype.itemsize for n in counts_out],
+                group=self.group.handle,
+                async_op=True,
+            )
+        self.received[what] += receive.nbytes
+        arrived = receive.split_with_sizes([into[i][1] for i in taken]) if into else ()
+        places_of = dict(zip(taken, arrived, strict=True))
+        return Swap(what, self.group, [places_of[i] for i in range(len(into))], work)
+
+    def share(
+        self, what: str, items: Sequence[tuple[int, int]], mine: Callable[[int], Tensor], dtype: torch.dtype, most: int
+    ) -> Iterator[dict[int, Tensor]]:
+        """Give every rank what each has, in buckets of about ``most`` elements; one collective each.
+
+        Args:
+            items: (global rank that has it, number of elements) each, the same list on all ranks.
+            mine: the item of a number, if this rank has it; of any shape.
+
+        Yields:
+            The flat tensors that arrived, those of this rank included, by number.
+        """
+        if self.group.size == 1:
+            yield {number: mine(number).reshape(-1) for number in range(len(items))}
+            return
+        for bucket in buckets(self.group.ranks, items, most):
+            wide = width(bucket, items)
+            send = self._buffer((what, "out"), wide, dtype)
+            receive = self._buffer((what, "in"), wide * self.group.size, dtype)
+            own = bucket[self.rank]
+            for number, place in zip(own, _split(send, [items[n][1] for n in own]), strict=True):
+                place.copy_(mine(number).reshape(-1))
+            with _exchanging(what, self.group):
+                all_gather(receive.view(torch.uint8), send.view(torch.uint8), group=self.group.handle)
+            self.received[what] += receive.nbytes - send.nbytes
+            arrived: dict[int, Tensor] = {}
+            for peer, row in zip(self.group.ranks, receive.view(self.group.size, wide), strict=True):
+                arrived |= zip(bucket[peer], _split(row, [items[n][1] for n in bucket[peer]]), strict=True)
+            yield arrived
+
+    def sum(self, what: str, values: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
+        if self.group.size > 1:
+            total = values.to(self.device)
+            with _exchanging(what, self.group):
+                dist.all_reduce(total, group=self.group.handle)
+            self.received[what] += total.nbytes
+            values.copy_(total)
+        return values
+
+    def _sorted(self, peers: Sequence[int]) -> list[int]:
+        """The order by rank in the group; within a rank, as given."""
+        return sorted(range(len(peers)), key=lambda i: self.group.ranks.index(peers[i]))
+
+    def _counts(self, sizes: Any) -> list[int]:
+        counts: Counter[int] = Counter()
+        for peer, elements in sizes:
+            counts[peer] += elements
+        return [counts[rank] for rank in self.group.ranks]
+
+    def _buffer(self, key: Any, elements: int, dtype: torch.dtype) -> Tensor:
+        """The first elements of a buffer that grows when it must."""
+        needed = elements * dtype.itemsize
+        if key not in self._buffers or self._buffers[key].nbytes < needed:
+            self._buffers[key] = torch.empty(needed, dtype=torch.uint8, device=self.device)
+        return self._buffers[key][:needed].view(dtype)
+
+
+def _exchanging(what: str, group: Group) -> AbstractContextManager[None]:
+    return awaiting(f"the exchange of {what}", group.ranks)
+
+
+def _split(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The pieces at the front of a buffer."""
+    used = sum(sizes)
+    return list(flat[:used].split_with_sizes(list(sizes))) if sizes else []
+
+
+def communicating_device(group: Group, device: torch.device) -> torch.device:
+    """Where the group's backend takes tensors: with the parameters, or on the GPU though they were offloaded."""
+    if group.size > 1 and device.type == "cpu" and dist.get_backend(group.handle) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def everyones(group: Group, value: T) -> list[T]:
+    """The values of all ranks of the group, in their order."""
+    values: list[T] = [value] * group.size
+    if group.size > 1:
+        with awaiting("the messages", group.ranks):
+            dist.all_gather_object(values, value, group=group.handle)
+    return values
+
+
+def first_complaint(mesh: Mesh, complaint: str) -> str:
+    """That of the first rank that has one, told to all; with the rank, if others have none."""
+    told = everyones(mesh.everyone, complaint)
+    rank, first = next(((rank, words) for rank, words in zip(mesh.everyone.ranks, told, strict=True) if words), (0, ""))
+    return first if all(told) or not first else f"{first} (on rank {rank})"

@@ -1,0 +1,201 @@
+"""Where this process stands among the ranks: the grid pipe x data x model and its process groups."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from shampoo3d.distributed.errors import awaiting
+from shampoo3d.settings.validation import check_integer
+
+
+@dataclass(frozen=True)
+class Group:
+    """Global ranks that communicate; ``handle`` is None where there is nobody else to talk to."""
+
+    ranks: tuple[int, ...]
+    handle: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A grid of ranks with named axes, the last varying fastest, as DeepSpeed's ``ProcessTopology``."""
+
+    axes: tuple[str, ...]
+    dims: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name, value in (("axes", self.axes), ("dims", self.dims)):
+            if not isinstance(value, tuple):
+                raise TypeError(f"{name} of a topology must be a tuple, got {value!r} of type {type(value).__name__}")
+        if not all(isinstance(axis, str) for axis in self.axes) or len(set(self.axes)) < len(self.axes):
+            raise ValueError(f"axes of a topology must be different names, got {self.axes!r}")
+        if len(self.axes) != len(self.dims):
+            raise ValueError(
+                f"a topology needs one of dims for each of axes, got axes={self.axes} and dims={self.dims}"
+            )
+        for axis, length in zip(self.axes, self.dims, strict=True):
+            check_integer(f"the length of axis {axis!r} in dims", length, least=1)
+
+    @classmethod
+    def of(cls, source: Any) -> "Topology":
+        """Read a ``Topology``, or anything with DeepSpeed's ``get_axis_names()`` and ``get_dim(axis)``.
+
+        Raises:
+            TypeError: if it is neither.
+        """
+        if isinstance(source, cls):
+            return source
+        if not (hasattr(source, "get_axis_names") and hasattr(source, "get_dim")):
+            raise TypeError(
+                f"topology must be a DeepSpeed process topology such as model.topology(), got {type(source).__name__}"
+            )
+        axes = tuple(source.get_axis_names())
+        return cls(axes, tuple(int(source.get_dim(axis)) for axis in axes))
+
+    @property
+    def world_size(self) -> int:
+        return math.prod(self.dims)
+
+    def coordinates(self, rank: int) -> tuple[int, ...]:
+        check_integer("rank", rank, least=0)
+        if rank >= self.world_size:
+            raise ValueError(f"rank must be < {self.world_size}, the number of ranks of {self}, got {rank}")
+        coordinates = []
+        for length in reversed(self.dims):
+            rank, place = divmod(rank, length)
+            coordinates.append(place)
+        return tuple(reversed(coordinates))
+
+    def peers(self, rank: int, axis: str) -> tuple[int, ...]:
+        """The ranks that differ from ``rank`` along ``axis`` only, itself included."""
+        if axis not in self.axes:
+            raise ValueError(f"axis must be one of {self.axes}, got {axis!r}")
+        here = self.coordinates(rank)
+        return tuple(
+            other
+            for other, there in enumerate(itertools.product(*map(range, self.dims)))
+            if all(a == b for a, b, name in zip(here, there, self.axes, strict=True) if name != axis)
+        )
+
+    def __str__(self) -> str:
+        return " x ".join(f"{axis} {length}" for axis, length in zip(self.axes, self.dims, strict=True))
+
+
+@dataclass
+class Mesh:
+    """This process's place: ``data`` are its replicas, ``model`` the holders of the other shards of its matrices.
+
+    ``everyone`` are all ranks that step together. ``source`` says where this was found.
+    """
+
+    rank: int
+    everyone: Group
+    data: Group
+    model: Group
+    source: str
+    _groups: dict[tuple[int, ...], Group] = field(default_factory=dict)
+
+    @classmethod
+    def alone(cls) -> "Mesh":
+        me = Group((0,))
+        return cls(0, me, me, me, "one process")
+
+    def group(self, ranks: Sequence[int]) -> Group:
+        """The group of exactly these ranks; made on first use, when all of them must ask for it.
+
+        Of all ranks the one with the timeout that the user gave, though an engine may have made another.
+        """
+        wanted = tuple(ranks)
+        for known in (self.everyone, self.data, self.model, *self._groups.values()):
+            if known.ranks == wanted:
+                return known
+        if len(wanted) > 1:
+            with awaiting("a new process group", wanted):
+                handle = dist.new_group(list(wanted), timeout=_timeout(), use_local_synchronization=True)
+            self._groups[wanted] = Group(wanted, handle)
+        else:
+            self._groups[wanted] = Group(wanted)
+        return self._groups[wanted]
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What the user said about the ranks; None where they left it to be found out."""
+
+    world_rank: int | None = None
+    world_size: int | None = None
+    topology: Topology | None = None
+
+    def __post_init__(self) -> None:
+        if self.world_rank is not None:
+            check_integer("world_rank", self.world_rank, least=0)
+        if self.world_size is not None:
+            check_integer("world_size", self.world_size, least=1)
+        size = self.topology.world_size if self.world_size is None and self.topology else self.world_size
+        if size is not None and self.topology is not None and self.topology.world_size != size:
+            raise ValueError(
+                f"world_size={size} contradicts topology, whose {self.topology} are {self.topology.world_size}"
+            )
+        if size is not None and self.world_rank is not None and self.world_rank >= size:
+            raise ValueError(f"world_rank must be < {size}, the number of ranks, got {self.world_rank}")
+
+    def check_ranks(self, rank: int, world_size: int, source: str) -> None:
+        """Raise ValueError, naming both numbers, where the rank or the number of ranks contradicts ``source``."""
+        _compare(
+            source,
+            ("world_rank", self.world_rank, rank),
+            ("world_size", self.world_size, world_size),
+            ("topology's number of ranks", self.topology and self.topology.world_size, world_size),
+        )
+
+    def check(self, mesh: Mesh) -> None:
+        """Raise ValueError, naming both, where a claim contradicts what was found."""
+        self.check_ranks(mesh.rank, mesh.everyone.size, mesh.source)
+        if self.topology is not None:
+            for axis, group in (("data", mesh.data), ("model", mesh.model)):
+                if axis in self.topology.axes:
+                    peers = self.topology.peers(mesh.rank, axis)
+                    _compare(mesh.source, (f"topology's {axis} ranks of rank {mesh.rank}", peers, group.ranks))
+
+
+def _compare(source: str, *claims: tuple[str, object, object]) -> None:
+    for name, claimed, actual in claims:
+        if claimed is not None and claimed != actual:
+            raise ValueError(f"{name} was given as {claimed}, but {source} says {actual}")
+
+
+def mesh_of(topology: Topology, rank: int, everyone: Group, source: str) -> Mesh:
+    """The place of ``rank`` in ``topology``, with process groups made for it; every rank must call this."""
+    mesh = Mesh(rank, everyone, Group((rank,)), Group((rank,)), source)
+    mesh.model = mesh.group(topology.peers(rank, "model") if "model" in topology.axes else (rank,))
+    mesh.data = mesh.group(topology.peers(rank, "data") if "data" in topology.axes else (rank,))
+    return mesh
+
+
+def world_group() -> Group:
+    """All ranks of ``torch.distributed``."""
+    return Group(tuple(range(dist.get_world_size())), dist.group.WORLD)
+
+
+def _timeout() -> timedelta | None:
+    """That of all ranks, which PyTorch does not give to new groups; None for PyTorch's own, where it can't be asked."""
+    world: Any = dist.group.WORLD
+    try:
+        found: timedelta = world._get_backend(world._device_types[0]).options._timeout
+    except (AttributeError, IndexError, RuntimeError):  # of a backend without options
+        return None
+    return found
+
+
+def group_of(handle: dist.ProcessGroup) -> Group:
+    """A process group with its global ranks."""
+    return Group(tuple(dist.get_process_group_ranks(handle)), handle)

@@ -1,0 +1,1 @@
+"""The update rule: tensors, no ranks."""

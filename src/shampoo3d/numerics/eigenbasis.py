@@ -1,0 +1,213 @@
+"""Eigenbases of the statistics and gradients rotated into them, batched over a stack of blocks (n, d_1, ..., d_r).
+
+``L_i = Q_i diag(lambda_i) Q_i^T``, the columns of Q_i in descending order of lambda_i, for all axes i or some. In these
+bases SOAP runs Adam (Vyas et al. 2024, arXiv 2409.11321), and with them the statistics that minimize a Kullback-Leibler
+divergence are found (Lin et al. 2025, arXiv 2509.03378). The sign of a column, and within an eigenvalue that occurs
+several times the choice of columns, is nobody's promise: what is kept in a basis must not depend on signs.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from shampoo3d.numerics.roots.eigen import INDEFINITE, decompose
+from shampoo3d.numerics.roots.guard import largest_entry, scaled
+from shampoo3d.numerics.roots.precision import all_digits
+from shampoo3d.numerics.roots.scaling import ridge_of
+
+PerAxis = Mapping[int, Tensor]
+"""A matrix (n, d_i, d_i) for each axis i, from 0, that has one; of a diagonal one its diagonal (n, d_i)."""
+
+
+def multiply(P: Tensor, G: Tensor, axis: int, out: Tensor | None = None) -> Tensor:
+    """``G x_i P``: P (n, d_i, d_i) applied along axis i of a stack (n, d_1, ..., d_r); ``out`` is contiguous.
+
+    Of a diagonal P it is the diagonal (n, d_i).
+    """
+    n, d = G.shape[0], G.shape[axis + 1]
+    if P.dim() == 2:
+        return torch.mul(G, P.view(n, *(d if i == axis else 1 for i in range(G.dim() - 1))), out=out)
+    if axis == 0:
+        return torch.bmm(P, G.reshape(n, d, -1), out=None if out is None else out.view(n, d, -1)).view(G.shape)
+    if axis == G.dim() - 2:
+        return torch.bmm(G.reshape(n, -1, d), P.mT, out=None if out is None else out.view(n, -1, d)).view(G.shape)
+    front = G.movedim(axis + 1, 1)
+    back = (P @ front.flatten(2)).view(front.shape).movedim(1, axis + 1)
+    return back if out is None else out.copy_(back)
+
+
+def rotate(G: Tensor, bases: PerAxis) -> Tensor:
+    """``G x_1 Q_1^T x_2 Q_2^T ...``: the coordinates in the eigenbases; axes without a basis stay."""
+    for axis, Q in bases.items():
+        G = multiply(Q.mT, G, axis)
+    return G
+
+
+def rotate_back(G: Tensor, bases: PerAxis) -> Tensor:
+    """``G x_1 Q_1 x_2 Q_2 ...``, the inverse of :func:`rotate`."""
+    for axis, Q in bases.items():
+        G = multiply(Q, G, axis)
+    return G
+
+
+# ---- bases ----
+
+
+def first_basis(L: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The eigenvectors of every L, by decomposition.
+
+    After the first gradient many directions have no statistics yet. Which basis of them a decomposition returns is a
+    matter of rounding, and Adam would differ in it: here it is settled, see :func:`_settled`. A zero matrix has no
+    basis to prefer: its previous one stays, and that is no failure.
+
+    Args:
+        L: (n, d, d), float32 or float64, symmetric and positive semi-definite up to rounding; only the lower triangle
+            is read.
+        previous: (n, d, d), the bases that stay where no new one can be computed; None for I.
+
+    Returns:
+        The bases (n, d, d), and (n,) bool, which failed: L not finite or without a positive entry on its diagonal,
+        or not converged.
+    """
+    if previous is None:
+        previous = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
+    A, _, sound, zero = scaled(L)
+    ascending, Q, converged = decompose(A)
+    Q, settled = _settled(ascending, Q)
+    found = sound & converged & settled
+    return torch.where(found[:, None, None], Q.flip(-1), previous), ~(found | zero)
+
+
+def _settled(ascending: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Q with one definite basis N of the eigenspace of the smallest eigenvalue, and (n,) whether it could be computed.
+
+    It is the one with ``N^T diag(1, ..., d) N`` diagonal, which depends on the space alone.
+    """
+    d = Q.shape[-1]
+    steps = torch.arange(1, d + 1, dtype=Q.dtype, device=Q.device) / d
+    tolerance = max(d, INDEFINITE) * torch.finfo(Q.dtype).eps * ascending[:, -1:]
+    smallest = ascending <= ascending[:, :1] + tolerance
+    N = Q * smallest[:, None, :]
+    others = torch.where(smallest, 0.0, 1 + steps)  # above the eigenvalues of the first term, in the order they had
+    _, R, converged = decompose(N.mT @ (steps[:, None] * N) + torch.diag_embed(others))
+    return Q @ R, converged
+
+
+def next_basis(L: Tensor, Q: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of orthogonal iteration from Q, which follows a slowly changing L (Vyas et al. 2024, Algorithm 4).
+
+    The columns of Q are sorted by ``diag(Q^T L Q)``, multiplied with L, and made orthonormal by a QR decomposition.
+
+    Args:
+        L: as for :func:`first_basis`.
+        Q: (n, d, d), orthogonal; stays where L is zero or no new basis can be computed.
+        eps: a ridge relative to the largest diagonal entry of L, 0 in the paper. Directions without statistics then
+            stay, where otherwise rounding decides where they turn to.
+
+    Returns:
+        The bases (n, d, d), (n, d) int64, of which column of Q each came, for :func:`reorder`, and (n,) bool, which
+        failed: L not as above, or the new basis not finite.
+    """
+    A, _, sound, zero = scaled(L)
+    ridge = eps * A.diagonal(dim1=-2, dim2=-1).amax(-1)
+    AQ = A @ Q + ridge[:, None, None] * Q
+    order = (Q * AQ).sum(-2).argsort(dim=-1, descending=True, stable=True)
+    new = torch.linalg.qr(reorder(AQ, order, 1))[0]
+    found = sound & largest_entry(new).isfinite()
+    unmoved = torch.arange(Q.shape[-1], device=Q.device)
+    return (
+        torch.where(found[:, None, None], new, Q),
+        torch.where(found[:, None], order, unmoved),
+        ~(found | zero),
+    )
+
+
+def reorder(V: Tensor, order: Tensor, axis: int) -> Tensor:
+    """V (n, d_1, ..., d_r) with its entries along axis i in the order (n, d_i) of the columns of a new Q_i."""
+    index = order.view(len(V), *(-1 if i == axis else 1 for i in range(V.dim() - 1)))
+    return V.gather(axis + 1, index.expand_as(V))
+
+
+def turned(L: Tensor, Q: Tensor) -> Tensor:
+    """``||offdiag(Q^T L Q)||_F / ||Q^T L Q||_F``, (n,): how far Q is from diagonalizing L.
+
+    Eschenhagen et al. 2025, arXiv 2506.03595. 0 for a zero matrix; infinite where L is none that has a basis, so that
+    computing it anew is tried and its failure seen.
+    """
+    A, _, sound, zero = scaled(L)
+    B = Q.mT @ A @ Q
+    whole = torch.linalg.matrix_norm(B)
+    B.diagonal(dim1=-2, dim2=-1).zero_()
+    share = torch.where(sound, torch.linalg.matrix_norm(B) / whole, torch.inf)
+    return torch.where(zero, 0.0, share)
+
+
+def eigenvalues(L: Tensor, Q: Tensor) -> Tensor:
+    """``diag(Q^T L Q)``, (n, d): the eigenvalues of L where Q are its eigenvectors, and estimates of them elsewhere."""
+    return (Q * (L @ Q)).sum(-2)
+
+
+# ---- statistics that minimize the Kullback-Leibler divergence ----
+
+
+def whitener_of_root(P: Tensor, p: int) -> Tensor:
+    """W with ``W^T W = L^-1`` of a symmetric root ``P = L^(-1/p)``, (n, d, d), or of a diagonal one, (n, d).
+
+    Raises:
+        ValueError: p is odd.
+    """
+    if p % 2:
+        raise ValueError(f"the inverse is a square of a power of its root L^(-1/p) for even p only, got p={p}")
+    if p == 2:
+        return P
+    return P.pow(p // 2) if P.dim() == 2 else torch.linalg.matrix_power(P, p // 2)
+
+
+def unwhitened(L: Tensor, P: Tensor, p: int, eps: float) -> Tensor:
+    """``||W A W - I||_F / sqrt(d)``, (n,), with ``A = L + eps lambda_max(L) I`` and ``W = P^(p/2)``: how far P is off.
+
+    It is 0 for ``P = A^(-1/p)``, and ``|c - 1|`` for the root of A / c. The ridge is that of the methods made of
+    products. 0 for a zero matrix; infinite where L is none that has a root, so that computing it anew is tried and its
+    failure seen.
+    """
+    A, exponent, sound, zero = scaled(L)
+    with all_digits(A):  # of A the smallest eigenvalues count as much as the largest
+        A.diagonal(dim1=-2, dim2=-1).add_(ridge_of(A, A @ A, eps)[1][..., 0])
+        W = whitener_of_root(P * torch.exp2(exponent.to(P.dtype) / p)[:, None, None], p)
+        B = W @ A @ W
+    B.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    distance = torch.where(sound, torch.linalg.matrix_norm(B) / L.shape[-1] ** 0.5, torch.inf)
+    return torch.where(zero, 0.0, distance)
+
+
+def whitener_of_basis(Q: Tensor, lambdas: Tensor, eps: float) -> Tensor:
+    """W with ``W^T W = L^-1``: ``diag(lambda)^(-1/2) Q^T``, (n, d, d), for ``lambda`` of at least ``eps lambda_max``.
+
+    The bound is relative so that gradients of any scale are treated alike. Where L is zero, W is Q^T.
+
+    Args:
+        lambdas: (n, d), see :func:`eigenvalues`.
+    """
+    largest = lambdas.amax(-1, keepdim=True)
+    known = largest > 0
+    largest = torch.where(known, largest, 1.0)
+    relative = torch.where(known, lambdas / largest, 1.0).clamp(min=eps)
+    return (Q * (relative.rsqrt() * largest.rsqrt())[:, None, :]).mT
+
+
+def whiten_others(G: Tensor, whiteners: PerAxis, axis: int) -> Tensor:
+    """``G x_j W_j`` over all axes j but i: U with ``U_(i) U_(i)^T = G_(i) (inverse of the other factors) G_(i)^T``.
+
+    With all W_j from before the step this and :func:`divergence_weight` are the statistics of Lin et al. 2025.
+    """
+    return rotate_back(G, {j: W for j, W in whiteners.items() if j != axis})
+
+
+def divergence_weight(shape: Sequence[int], axis: int) -> float:
+    """``1 / prod_(j != i) d_j``, by which ``U_(i) U_(i)^T`` is the covariance along axis i.
+
+    It counts axes without a factor, too: they have the factor I in the product whose divergence is minimized.
+    """
+    return shape[axis] / prod(shape)

@@ -1,0 +1,48 @@
+"""Step lengths borrowed from other methods (Agarwal et al. 2020, arXiv 2002.11803)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from shampoo3d.settings.hyperparams import LayerwiseGrafting, ShampooHyperParams
+
+
+def graft_direction(G: Tensor, squares: Tensor | None, hp: ShampooHyperParams, correction: float = 1.0) -> Tensor:
+    """D, the direction whose length is borrowed: ``G``, or ``G / (sqrt(A / correction) + diagonal_eps)``.
+
+    Args:
+        G: the gradient or its average, any shape.
+        squares: A, the sum or average of the squares of gradients up to and including this step, of G's shape; None
+            for the methods that do without.
+        hp: ``diagonal_eps`` is used.
+        correction: the weight that the average has gathered.
+
+    Returns:
+        G itself, or a new tensor.
+    """
+    if squares is None:
+        return G
+    root = torch.sqrt(squares) if correction == 1.0 else torch.div(squares, correction).sqrt_()
+    return torch.div(G, root.add_(least_root(root.dtype, hp)), out=root)
+
+
+def least_root(dtype: torch.dtype, hp: ShampooHyperParams) -> float:
+    """What is added to roots of squares: ``diagonal_eps``, or more where squares underflow and G / 0 threatens."""
+    return max(hp.diagonal_eps, math.sqrt(torch.finfo(dtype).tiny))
+
+
+def graft_scale(squared_norms: Tensor, hp: ShampooHyperParams) -> Tensor:
+    """``|D| / (|S| + 1e-16)``, or 1 for NONE; 0 where there is no length to borrow, since it is not finite.
+
+    Args:
+        squared_norms: float64, shape (parameters, 2): ``|S|^2`` and ``|D|^2`` over each whole parameter.
+        hp: ``graft_type`` is used.
+
+    Returns:
+        float64, shape (parameters,).
+    """
+    if hp.graft_type is LayerwiseGrafting.NONE:
+        return torch.ones_like(squared_norms[:, 0])
+    s, d = squared_norms.sqrt().unbind(1)
+    return torch.where(d.isfinite() & s.isfinite(), d / (s + 1e-16), 0.0)

@@ -1,0 +1,154 @@
+"""The state and the arithmetic of single elements: averages, momenta, weight decay, the step itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shampoo3d.numerics.grafting import graft_direction
+from shampoo3d.numerics.state_names import AVERAGED_SQUARES, momenta_names, storage_of
+from shampoo3d.settings.hyperparams import ShampooHyperParams
+
+Rows = slice | Tensor
+"""Which of the elements along the first axis: a slice, or a tensor of their numbers."""
+
+ALL = slice(None)
+
+
+def kept_dtype(name: str, hp: ShampooHyperParams, state: torch.dtype) -> torch.dtype:
+    """In which dtype a part of the state is kept, by its name in a checkpoint; arithmetic is in ``state``."""
+    return torch.bfloat16 if storage_of(name, hp) == "bfloat16" else state
+
+
+@dataclass(frozen=True)
+class Step:
+    """The scalars of one step: its group's settings, and whether t has reached the start step."""
+
+    momentum: float
+    weight_decay: float
+    started: bool
+
+
+class Momenta:
+    """State of elements in a tensor of any shape, and what a step does to them, wherever they belong.
+
+    Attributes:
+        momentum: M, of the given shape; none with an average of gradients.
+        graft_momentum: N; only while the start step may still lie ahead.
+        gradient_average: the average of G, where D is made of it.
+        graft_accumulator: the sum or average of G^2, where D needs it.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        hp: ShampooHyperParams,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        factored: bool = True,
+    ) -> None:
+        """``factored``: whether all elements belong to matrices with factors."""
+        self.hp, self.method = hp, hp.diagonal(factored)
+        self._kept = {
+            name: torch.zeros(*shape, dtype=kept_dtype(name, hp, dtype), device=device)
+            for name in momenta_names(hp, factored)
+        }
+        self.momentum = self._kept.get("momentum")
+        self.graft_momentum = self._kept.get("graft_momentum")
+        self.gradient_average = self._kept.get("gradient_average")
+        self.graft_accumulator = self._kept.get("graft_accumulator")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by its name in a checkpoint."""
+        return dict(self._kept)
+
+    def direction(self, G: Tensor, rows: Rows = ALL, age: int = 1) -> tuple[Tensor, Tensor]:
+        """The gradient or its average, and D, the direction whose length is borrowed.
+
+        Takes G into the averages, so once per step; ``age`` counts these steps. Either may be G itself, or both the
+        same tensor.
+        """
+        average, beta2 = self._average(G, rows, age), self.hp.variant.graft_beta2
+        if self.graft_accumulator is None:
+            return average, graft_direction(average, None, self.hp)
+        total, correction = self.graft_accumulator[rows], 1.0
+        if self.method in AVERAGED_SQUARES:
+            total = total.mul_(beta2).addcmul_(G, G, value=1.0 - beta2)
+            correction = self.hp.correction(beta2, age, self.method)
+        else:
+            total = total.addcmul_(G, G)
+        if isinstance(rows, Tensor):
+            self.graft_accumulator[rows] = total
+        return average, graft_direction(average, total, self.hp, correction)
+
+    def _average(self, G: Tensor, rows: Rows, age: int) -> Tensor:
+        """``E <- beta1 E + (1 - beta1) G``, corrected; G itself where there is no such average."""
+        if self.gradient_average is None:
+            return G
+        correction = self.hp.correction(self.hp.variant.beta1, age, self.method)
+        return average(self.gradient_average, G, rows, self.hp, correction)
+
+    def update(self, W: Tensor | None, S: Tensor, D: Tensor | None, step: Step, rows: Rows = ALL) -> Tensor:
+        """The direction u of ``W <- W - lr u`` from the grafted directions S and D; momenta advance.
+
+        Nesterov's look-ahead ``momentum u + d`` is a temporary: M and N stay plain sums. Decoupled decay is part of u,
+        so that weights of low precision are rounded once.
+
+        Args:
+            W: the weights, needed for weight decay only.
+            S: is used up.
+            D: used up, too; needed before the start step only.
+        """
+        decoupled = self.hp.variant.decoupled_weight_decay
+        if step.weight_decay and not decoupled:
+            assert W is not None
+            S.add_(W, alpha=step.weight_decay)
+            if not step.started:
+                assert D is not None
+                D.add_(W, alpha=step.weight_decay)
+        u = self._momentum(S, D, step, rows)
+        if step.weight_decay and decoupled:
+            assert W is not None
+            kept = self.momentum is not None and not self.hp.nesterov and self.momentum.dtype == u.dtype  # u is state
+            u = u.add(W, alpha=step.weight_decay) if kept else u.add_(W, alpha=step.weight_decay)
+        return u
+
+    def _momentum(self, S: Tensor, D: Tensor | None, step: Step, rows: Rows) -> Tensor:
+        """u without decoupled decay."""
+        if self.momentum is None:
+            if step.started:
+                return S
+            assert D is not None
+            return D
+        u, d = self._advance(self.momentum, S, rows, step.momentum), S
+        if not step.started:
+            assert self.graft_momentum is not None
+            assert D is not None
+            u, d = self._advance(self.graft_momentum, D, rows, step.momentum), D
+        return d.add_(u, alpha=step.momentum) if self.hp.nesterov else u
+
+    @staticmethod
+    def _advance(buffer: Tensor, direction: Tensor, rows: Rows, momentum: float) -> Tensor:
+        """``buffer <- momentum buffer + direction``, rounded to the buffer's dtype; returned as it was before that."""
+        if isinstance(rows, slice) and buffer.dtype == direction.dtype:
+            kept = buffer[rows]
+            return torch.add(direction, kept, alpha=momentum, out=kept)
+        advanced = direction.add(buffer[rows], alpha=momentum)
+        buffer[rows] = advanced.to(buffer.dtype)
+        return advanced
+
+
+def average(buffer: Tensor, G: Tensor, rows: Rows, hp: ShampooHyperParams, correction: float) -> Tensor:
+    """``E <- beta1 E + (1 - beta1) G`` for some rows of a buffer; E divided by ``correction``, in a new tensor."""
+    beta1 = hp.variant.beta1
+    if buffer.dtype != G.dtype:
+        E = G.mul(1.0 - beta1).add_(buffer[rows], alpha=beta1)
+        buffer[rows] = E.to(buffer.dtype)
+        return E if correction == 1.0 else E.div_(correction)
+    E = buffer[rows].lerp_(G, 1.0 - beta1)
+    if isinstance(rows, slice):  # that is the buffer's own
+        return E.clone() if correction == 1.0 else E / correction
+    buffer[rows] = E
+    return E if correction == 1.0 else E.div_(correction)

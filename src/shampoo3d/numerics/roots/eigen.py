@@ -1,0 +1,44 @@
+"""Inverse roots by eigen-decomposition: the reference, exact to rounding, for any exponent."""
+
+import torch
+from torch import Tensor
+
+from shampoo3d.numerics.roots.scaling import Found
+
+INDEFINITE = 512
+"""In units of u lambda_max: what the rounding of long sums of outer products may make of an eigenvalue 0."""
+
+
+def eigh_roots(A: Tensor, p: int, eps: float, pseudo_inverse: bool = False) -> Found:
+    """``Q diag((max(lambda, u lambda_max) + eps lambda_max)^(-1/p)) Q^T`` of each ``A = Q diag(lambda) Q^T``.
+
+    With ``pseudo_inverse`` the eigenvalues up to ``d u lambda_max``, zeros up to rounding, have no part in it.
+
+    Args:
+        A: (n, d, d), finite, its largest entry near 1.
+
+    Returns:
+        Not converged where A is indefinite or LAPACK says so.
+    """
+    u = torch.finfo(A.dtype).eps
+    eigenvalues, Q, converged = decompose(A)
+    largest = eigenvalues[:, -1:]
+    ridge = eps * largest
+    powers = (eigenvalues.maximum(u * largest) + ridge).pow(-1.0 / p)
+    if pseudo_inverse:
+        powers = torch.where(eigenvalues > A.shape[-1] * u * largest, powers, 0.0)
+    definite = eigenvalues[:, 0] >= -max(eps, INDEFINITE * u) * largest[:, 0]
+    return Found((Q * powers[:, None, :]) @ Q.mT, ridge[..., None], converged & definite)
+
+
+def decompose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues (n, d) in ascending order, eigenvectors, and (n,) whether they could be computed."""
+    converged = torch.ones(len(A), dtype=torch.bool, device=A.device)
+    try:
+        return *torch.linalg.eigh(A), converged
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        # LAPACK's word on one matrix speaks for the whole stack; one by one it costs the others nothing.
+        if len(A) == 1:
+            return torch.ones_like(A[..., 0]), torch.zeros_like(A), ~converged
+        values, vectors, each = zip(*(decompose(matrix[None]) for matrix in A), strict=True)
+        return torch.cat(values), torch.cat(vectors), torch.cat(each)

@@ -1,0 +1,131 @@
+"""What all methods share: scaling, choice, precision, and the judgement whether a root is one."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from shampoo3d.numerics.roots.choice import Method, choose
+from shampoo3d.numerics.roots.eigen import eigh_roots
+from shampoo3d.numerics.roots.minimax import minimax_roots
+from shampoo3d.numerics.roots.newton import newton_db_roots, newton_roots
+from shampoo3d.numerics.roots.precision import products_for
+from shampoo3d.numerics.roots.scaling import Found, probes
+from shampoo3d.settings.computation import RootMethod
+
+ACCEPTED = 0.3
+"""Largest damped residual of a root that is used."""
+
+
+def inverse_roots(
+    stack: Tensor,
+    p: int,
+    eps: float,
+    *,
+    method: RootMethod = "auto",
+    pseudo_inverse: bool = False,
+    previous: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``P = (L + eps lambda_max(L) I)^(-1/p)`` of every matrix L of a stack, see ``docs/roots.md``.
+
+    A zero matrix has nothing to precondition: its previous root stays, and that is no failure.
+
+    Args:
+        stack: (n, d, d), float32 or float64, symmetric and positive semi-definite up to rounding; only the lower
+            triangle is read.
+        p: the exponent, at least 1.
+        eps: relative ridge, above 0.
+        method: how; "auto" takes the fastest that is accurate.
+        pseudo_inverse: P is zero where L is zero up to rounding.
+        previous: (n, d, d), the roots that stay where no new one can be computed; None for I.
+
+    Returns:
+        The roots (n, d, d), exactly symmetric, and (n,) bool, which failed: input or root not finite, indefinite, not
+        converged, or not close to a root.
+
+    Raises:
+        ValueError: the method cannot do this.
+    """
+    chosen = choose(
+        method, p, pseudo_inverse, d=stack.shape[-1], device=stack.device.type, double=stack.dtype == torch.float64
+    )
+    if previous is None:
+        previous = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device).expand_as(stack)
+    A, exponent, sound, zero = scaled(stack)
+    with products_for(A, eps, chosen):
+        found = _compute(chosen, A, p, eps, pseudo_inverse)
+        accepted = sound & found.converged
+        if chosen != "eigh":  # which is stable, whatever the exponent
+            accepted = accepted & _is_root(found.roots, A, p, found.ridge)
+        # 2^(-exponent/p), whole powers of two apart from the rest so that they are exact; halved for the sum.
+        rest = torch.exp2(exponent.remainder(p).double() / -p - 1)
+        factor = torch.ldexp(rest, -exponent.div(p, rounding_mode="floor")).to(A.dtype)
+        roots = (found.roots + found.roots.mT) * factor[:, None, None]
+    accepted = accepted & largest_entry(roots).isfinite()
+    return torch.where(accepted[:, None, None], roots, previous), ~(accepted | zero)
+
+
+def _compute(method: Method, A: Tensor, p: int, eps: float, pseudo_inverse: bool) -> Found:
+    if method == "eigh":
+        return eigh_roots(A, p, eps, pseudo_inverse)
+    return {"newton": newton_roots, "newton_db": newton_db_roots, "minimax": minimax_roots}[method](A, p, eps)
+
+
+def largest_entry(stack: Tensor) -> Tensor:
+    """The largest absolute value in each matrix, (n,); not finite if any entry is not."""
+    return torch.maximum(stack.amax((-2, -1)), -stack.amin((-2, -1)))
+
+
+def scaled(stack: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``A = 2^-exponent L``, exact, with a largest diagonal entry near 1, and (n,) which L are sound, which zero.
+
+    An unsound matrix, not finite or without a positive diagonal entry, is replaced by I: it must not disturb others.
+    """
+    d = stack.shape[-1]
+    row = torch.arange(d, device=stack.device)
+    full = torch.where(row[:, None] >= row, stack, stack.mT)
+    diagonal = full.diagonal(dim1=-2, dim2=-1).amax(-1)
+    entry = largest_entry(full)
+    sound = entry.isfinite() & (diagonal > 0)
+    # Between the powers of two that are normal numbers: the largest entry comes to lie in [1/2, 1), or not far from it.
+    bound = round(-math.log2(torch.finfo(stack.dtype).tiny))
+    exponent = torch.frexp(torch.where(sound, diagonal, 0.5)).exponent.clamp(-bound, bound)
+    A = full * torch.ldexp(torch.ones_like(diagonal), -exponent)[:, None, None]
+    eye = torch.eye(d, dtype=stack.dtype, device=stack.device)
+    return torch.where(sound[:, None, None], A, eye), exponent, sound, entry == 0
+
+
+def _is_root(X: Tensor, A: Tensor, p: int, ridge: Tensor) -> Tensor:
+    """Whether ``||A (X^p (A + ridge I) - I) A V|| <= ACCEPTED ||A A V||`` for a few fixed vectors V.
+
+    A on both sides damps the directions of the smallest eigenvalues, where rounding alone makes any difference; a
+    diverged root or one of an indefinite matrix is large there and shows.
+    """
+    AV = A @ probes(A)
+    AAV = A @ AV
+    B = AAV + ridge * AV
+    for _ in range(p):
+        B = X @ B
+    accepted: Tensor = torch.linalg.matrix_norm(A @ (B - AV)) <= ACCEPTED * torch.linalg.matrix_norm(AAV)
+    return accepted
+
+
+def inverse_diagonal_roots(
+    L: Tensor, p: int, eps: float, *, pseudo_inverse: bool, previous: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``(L + eps max(L))^(-1/p)`` of every diagonal L of a stack (n, d), judged as full matrices are.
+
+    Entries are sums of squares, each with a rounding error of its own: none counts as more than it is, and what
+    ``pseudo_inverse`` leaves out are entries that are 0.
+
+    Returns:
+        The roots (n, d), ``previous`` where there are none, and (n,) bool, which failed: input or root not finite. A
+        zero matrix keeps its previous root, and that is no failure.
+    """
+    largest = L.amax(-1, keepdim=True)
+    roots = (L / largest + eps).pow(-1.0 / p) * largest.pow(-1.0 / p)
+    if pseudo_inverse:
+        roots = torch.where(L == 0, 0.0, roots)
+    accepted = ((largest > 0) & L.isfinite() & roots.isfinite()).all(-1)
+    zero = (L == 0).all(-1)
+    return torch.where(accepted[:, None], roots, previous), ~(accepted | zero)

@@ -1,0 +1,85 @@
+"""Which blocks refresh their roots at which step, and what else a step does. Pure: the same on every rank."""
+
+import functools
+import heapq
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from shampoo3d.settings.hyperparams import ShampooHyperParams
+
+BlockId = tuple[str, str]
+"""A block by the name of its matrix and its key there."""
+
+
+class Phase(NamedTuple):
+    """What step t does to a block: accumulate statistics, refresh roots, use the preconditioned direction."""
+
+    accumulate: bool
+    refresh: bool
+    started: bool
+
+
+def phase(t: int, hp: ShampooHyperParams, offset: int = 0) -> Phase:
+    """The phase of a block at step t of its parameter, counted from 1.
+
+    All blocks are refreshed at one step first, so that a matrix, whose graft takes the norm of the whole, never has
+    roots for some of its blocks only. Then each has its turn, k steps apart, so roots in use are at most k - 1 steps
+    old. That first step is the last multiple of k up to the start, or k: nobody would see what is refreshed before.
+
+    Args:
+        offset: the block's turn among the k steps, see :func:`offsets`; without effect if refreshes are "together".
+    """
+    k, first = hp.preconditioning_compute_steps, _first_refresh(hp)
+    turn = offset if hp.computation.refresh == "staggered" else 0
+    return Phase(
+        accumulate=hp.terms(t) > hp.terms(t - 1),
+        refresh=t == first or t <= hp.fresh_steps or (t > first and (t - first - turn) % k == 0),
+        started=t >= hp.start_preconditioning_step and hp.age(t) > 0,
+    )
+
+
+def like(t: int, hp: ShampooHyperParams) -> int:
+    """The earliest step that refreshes the same blocks as step t does; 0 where that is none."""
+    k, first, fresh = hp.preconditioning_compute_steps, _first_refresh(hp), hp.fresh_steps
+    if t <= fresh:
+        return 1
+    if t <= first:
+        return t if t == first else 0
+    last = max(first, fresh)
+    return last + 1 + (t - last - 1) % k
+
+
+def unconditional(t: int, hp: ShampooHyperParams) -> bool:
+    """Whether what is due at step t is computed even if it could stay: the first time, and up to ``fresh_steps``."""
+    return t <= max(_first_refresh(hp), hp.fresh_steps)
+
+
+def _first_refresh(hp: ShampooHyperParams) -> int:
+    k = hp.preconditioning_compute_steps
+    if not hp.age(1):  # the first step does nothing else
+        return 1
+    return max(k, hp.start_preconditioning_step) // k * k
+
+
+def offsets(blocks: Iterable[tuple[BlockId, float]], every: int) -> dict[BlockId, int]:
+    """A turn in 0..every-1 for each block, so that each step has about the same cost.
+
+    Greedy, the most expensive block first to the turn that has least to do (Graham 1969), ties to the earlier turn, so
+    no two turns differ by more than the cost of one block, and blocks of equal cost are dealt out one after the other.
+    Neither the order of ``blocks`` nor ranks play a part: of equal costs, "layers.2" comes before "layers.10".
+    """
+    natural = functools.cache(_natural)  # thousands of blocks share a few names and keys
+    turns: dict[BlockId, int] = {}
+    ordered = sorted(blocks, key=lambda block: (-block[1], *map(natural, block[0]), block[0]))
+    loads = [(0.0, turn) for turn in range(min(every, len(ordered)))]  # no more turns than blocks are taken
+    for identity, cost in ordered:
+        load, turn = loads[0]
+        turns[identity] = turn
+        heapq.heapreplace(loads, (load + cost, turn))
+    return turns
+
+
+def _natural(name: str) -> list[str | int]:
+    """Its text and numbers in turn, to compare numbers as such."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]

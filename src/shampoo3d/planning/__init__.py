@@ -1,0 +1,1 @@
+"""Who stores, owns and sends what: ranks, no tensors."""

@@ -1,0 +1,190 @@
+"""Which rectangles a logical matrix is cut into. Pure shapes: the same on every rank."""
+
+import itertools
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from shampoo3d.numerics.tiles import Shape
+
+Cuts = tuple[int, ...]
+"""The boundaries along one axis: 0, ..., length."""
+Span = tuple[int, int]
+"""A range of an axis: from, to (exclusive)."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of a matrix: ``start[i] <= index[i] < start[i] + shape[i]``."""
+
+    start: Shape
+    shape: Shape
+
+    @property
+    def key(self) -> str:
+        """Its place in the logical matrix, such as ``"0:128,256:384"``: the name of its state in a checkpoint."""
+        return ",".join(f"{a}:{a + n}" for a, n in zip(self.start, self.shape, strict=True))
+
+    @classmethod
+    def of_key(cls, key: str) -> "Block":
+        """The block of a :attr:`key`."""
+        edges = [tuple(map(int, side.split(":"))) for side in key.split(",")]
+        return cls(tuple(a for a, _ in edges), tuple(b - a for a, b in edges))
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(a, a + n) for a, n in zip(self.start, self.shape, strict=True))
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def stop(self) -> Shape:
+        return tuple(a + n for a, n in zip(self.start, self.shape, strict=True))
+
+    def intersect(self, other: "Block") -> "Block | None":
+        """What both have in common, if anything."""
+        low = tuple(map(max, self.start, other.start))
+        lengths = tuple(b - a for a, b in zip(low, map(min, self.stop, other.stop), strict=True))
+        return Block(low, lengths) if all(n > 0 for n in lengths) else None
+
+    def within(self, other: "Block") -> tuple[slice, ...]:
+        """The slices of this rectangle in a tensor that holds ``other``."""
+        return tuple(slice(a - o, a - o + n) for a, o, n in zip(self.start, other.start, self.shape, strict=True))
+
+
+Split = tuple[tuple[int, int | Shape], ...]
+"""How a matrix is several matrices: by axis, how many of equal length or how long they are."""
+
+
+def lengths_of(length: int, parts: int | Shape) -> Shape:
+    """How long the parts of an axis are, of which the number or the lengths are given.
+
+    Raises:
+        ValueError: naming the numbers that do not fit.
+    """
+    if isinstance(parts, int):
+        if length % parts:
+            raise ValueError(f"{length} is no multiple of {parts}")
+        return (length // parts,) * parts
+    if sum(parts) != length:
+        raise ValueError(f"{' + '.join(map(str, parts))} is {sum(parts)}, not {length}")
+    return parts
+
+
+def merge_dims(shape: Sequence[int], limit: int, first: Collection[int] = ()) -> tuple[tuple[int, ...], ...]:
+    """Group adjacent dimensions, left to right, while their product is at most ``limit``.
+
+    Args:
+        first: axes that do not join the ones before them.
+
+    Returns the groups of axis numbers: ``merge_dims((3, 4, 100), 16) == ((0, 1), (2,))``.
+    """
+    groups: list[list[int]] = []
+    product = 0
+    for axis, length in enumerate(shape):
+        if groups and product * length <= limit and axis not in first:
+            groups[-1].append(axis)
+            product *= length
+        else:
+            groups.append([axis])
+            product = length
+    return tuple(map(tuple, groups))
+
+
+def cut(length: int, parts: int) -> Cuts:
+    """Boundaries of ``parts`` parts whose sizes differ by at most one, the larger ones first."""
+    small, larger = divmod(length, parts)
+    return tuple(i * small + min(i, larger) for i in range(parts + 1))
+
+
+def joined(cuts: Iterable[Cuts]) -> Cuts:
+    """The boundaries along an axis that is these axes one after the other."""
+    edges = [0]
+    for _, *inner in cuts:
+        start = edges[-1]
+        edges += (start + edge for edge in inner)
+    return tuple(edges)
+
+
+def parts_at_most(length: int, block_size: int) -> int:
+    """The least number of parts of at most ``block_size`` each; 0 means whole."""
+    return max(1, -(-length // block_size)) if block_size > 0 else 1
+
+
+def grid(cuts: Sequence[Cuts]) -> tuple[Block, ...]:
+    """All blocks between the boundaries of each axis, in row-major order."""
+    sides = [list(itertools.pairwise(axis)) for axis in cuts]
+    return tuple(
+        Block(tuple(a for a, _ in corner), tuple(b - a for a, b in corner)) for corner in itertools.product(*sides)
+    )
+
+
+def rectangles(shape: Sequence[int], first: int, last: int) -> Iterator[Block]:
+    """The elements ``first <= i < last`` of a row-major tensor as rectangles, in that order: at most 2 ndim - 1."""
+    if first >= last:
+        return
+    if len(shape) <= 1:
+        yield Block((first,) * len(shape), (last - first,) * len(shape))
+        return
+    inner = math.prod(shape[1:])
+    top, bottom = -(-first // inner), last // inner  # the rows top, ..., bottom - 1 are whole
+    if top > bottom:
+        yield from _in_row(shape, bottom, first, last)
+        return
+    yield from _in_row(shape, top - 1, first, top * inner)
+    if top < bottom:
+        yield Block((top, *[0] * (len(shape) - 1)), (bottom - top, *shape[1:]))
+    yield from _in_row(shape, bottom, bottom * inner, last)
+
+
+def _in_row(shape: Sequence[int], row: int, first: int, last: int) -> Iterator[Block]:
+    offset = row * math.prod(shape[1:])
+    for part in rectangles(shape[1:], first - offset, last - offset):
+        yield Block((row, *part.start), (1, *part.shape))
+
+
+def strides_of(shape: Sequence[int]) -> Shape:
+    """Of a row-major tensor."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def merged_spans(spans: Sequence[Sequence[Span]], shape: Shape, group: Sequence[int]) -> list[Span]:
+    """The ranges of a merged axis that are stored, in the order of storage."""
+    merged = [(0, 1)]
+    for axis in group:
+        n = shape[axis]
+        if tuple(spans[axis]) == ((0, n),):
+            merged = [(a * n, b * n) for a, b in merged]
+        else:
+            merged = [(i * n + c, i * n + d) for a, b in merged for i in range(a, b) for c, d in spans[axis] if c < d]
+    joined: list[Span] = []
+    for a, b in merged:
+        if joined and joined[-1][1] == a:
+            joined[-1] = joined[-1][0], b
+        else:
+            joined.append((a, b))
+    return joined
+
+
+def located(spans: Sequence[Span], low: int, high: int) -> list[tuple[int, int, int]]:
+    """Where the stored range [low, high) of an axis belongs: (place in storage, place in the matrix, length) each."""
+    found, place = [], 0
+    for a, b in spans:
+        start, stop = max(low, place), min(high, place + b - a)
+        if start < stop:
+            found.append((start, a + start - place, stop - start))
+        place += b - a
+    return found
+
+
+def overlap(boxes: Sequence[Block]) -> bool:
+    """Whether two of these rectangles, sorted by their first corner, have an element in common."""
+    for i, box in enumerate(boxes):
+        for other in itertools.islice(boxes, i + 1, None):
+            if other.start and other.start[0] >= box.stop[0]:
+                break
+            if box.intersect(other):
+                return True
+    return False

@@ -1,0 +1,385 @@
+"""Where each element of each logical matrix lives, and into which blocks the matrix is cut.
+
+A reader (``engines/``) says what each rank stores of a parameter; :func:`describe` turns that into a :class:`Matrix`.
+Blocks are cut from the *logical* matrix, so they do not depend on how many ranks there are or how storage is sliced.
+"""
+
+import bisect
+import itertools
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.blocks import (
+    Block,
+    Cuts,
+    Span,
+    Split,
+    cut,
+    grid,
+    joined,
+    lengths_of,
+    located,
+    merge_dims,
+    merged_spans,
+    overlap,
+    parts_at_most,
+    rectangles,
+    strides_of,
+)
+from shampoo3d.planning.factors import factor_axes
+from shampoo3d.settings.hyperparams import ShampooHyperParams
+from shampoo3d.settings.variant import LONGEST_KERNEL
+
+GRAFTED_BLOCK = 2**18
+"""Elements in a block without factors: small enough that the rows of a large embedding spread over the ranks."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank stores of a logical matrix.
+
+    Attributes:
+        spans: per axis, the ranges of it that are stored, one after the other.
+        first, last: of the elements in these ranges, in row-major order, those with ``first <= number < last``.
+    """
+
+    spans: tuple[tuple[Span, ...], ...]
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, spans: Sequence[Sequence[Span]]) -> "Part":
+        """All elements in these ranges."""
+        sides = tuple(tuple(axis) for axis in spans)
+        return cls(sides, 0, math.prod(sum(b - a for a, b in axis) for axis in sides))
+
+    @classmethod
+    def whole(cls, shape: Shape) -> "Part":
+        return cls.of([((0, n),) for n in shape])
+
+    def range(self, first: int, last: int) -> "Part":
+        """Of these elements those from number ``first`` to ``last``, as far as there are so many."""
+        first, last = self.first + max(first, 0), min(self.first + last, self.last)
+        return Part(self.spans, first, max(first, last))
+
+    @property
+    def shape(self) -> Shape:
+        """Of the tensor that the ranges span."""
+        return tuple(sum(b - a for a, b in axis) for axis in self.spans)
+
+    @property
+    def elements(self) -> int:
+        return self.last - self.first
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of the merged matrix, and where it lies in the row-major storage of a part."""
+
+    box: Block
+    offset: int
+    strides: Shape
+
+    def cut_to(self, block: Block) -> "Piece | None":
+        """What of it lies in the block."""
+        box = self.box.intersect(block)
+        if box is None:
+            return None
+        moved = sum((a - b) * stride for a, b, stride in zip(box.start, self.box.start, self.strides, strict=True))
+        return Piece(box, self.offset + moved, self.strides)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A rank that stores a part. The holders of one ``cover`` store the whole matrix between them."""
+
+    rank: int
+    part: Part
+    cover: int = 0
+
+
+def state_dtype(dtype: str) -> str:
+    """State and arithmetic are float64 for float64 parameters, float32 for all others."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+STATE_BYTES = {dtype: ITEM_BYTES[state_dtype(dtype)] for dtype in ITEM_BYTES}
+"""Of an element of a parameter of each dtype, and of the state that belongs to it."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a parameter is stored, as its readers on all its holders found it.
+
+    Attributes:
+        name: the parameter's name, the same on all its holders.
+        shape: of the logical matrix.
+        dtype: of what is stored, such as ``"float32"``.
+        holders: who stores what.
+        sharded: each element is stored, and so updated, in one place of a cover: ZeRO, FSDP. Else ranks that store
+            the same part are replicas, which divide its elements and give each other the updates.
+        divided: the axis along which tensor parallelism divides it.
+        excluded: why it must not be preconditioned; empty if it may.
+        model_dtype: of the model's own parameter: lower than ``dtype`` where that is of a master copy.
+        split: the axes along which it is several matrices in one; no block has elements of two of them.
+    """
+
+    name: str
+    shape: Shape
+    dtype: str
+    holders: tuple[Holder, ...]
+    sharded: bool = False
+    divided: int | None = None
+    excluded: str = ""
+    model_dtype: str = ""
+    split: Split = ()
+
+    def lengths(self, axis: int) -> Shape:
+        """How long the matrices are that it is made of along an axis.
+
+        Raises:
+            ValueError: naming the parameter and the numbers, if the split does not fit its shape.
+        """
+        parts = dict(self.split).get(axis, 1)
+        if axis >= len(self.shape):
+            raise ValueError(f"splits cuts {self.name!r} along axis {axis}, but its shape is {self.shape}")
+        try:
+            return lengths_of(self.shape[axis], parts)
+        except ValueError as error:
+            raise ValueError(f"splits cuts axis {axis} of {self.name!r} into {parts}: {error}") from None
+
+    @property
+    def state_dtype(self) -> str:
+        return state_dtype(self.dtype)
+
+    @cached_property
+    def covers(self) -> dict[int, tuple[int, ...]]:
+        """The ranks of each cover."""
+        numbers = sorted({holder.cover for holder in self.holders})
+        return {number: tuple(h.rank for h in self.holders if h.cover == number) for number in numbers}
+
+    def counterparts(self, rank: int) -> tuple[int, ...]:
+        """The ranks that have the same place in each cover of replicas; of sharded matrices the rank itself."""
+        if self.sharded:
+            return (rank,)
+        place = next(ranks.index(rank) for ranks in self.covers.values() if rank in ranks)
+        return tuple(ranks[place] for ranks in self.covers.values())
+
+    def with_covers(self, count: int) -> "Storage":
+        """With the replicas of every part divided among ``count`` covers, neighbours together.
+
+        Raises:
+            ValueError: naming the parameter, if there are no replicas to divide or ``count`` does not divide them.
+        """
+        if count == 1:
+            return self
+        if self.sharded:
+            raise ValueError(
+                f"root_copies={count} needs replicas, but each element of {self.name!r} is stored and updated on one "
+                "rank only (ZeRO, FSDP): its gradient must travel to the one owner of the block; take root_copies=1"
+            )
+        by_part: dict[Part, list[int]] = {}
+        for holder in self.holders:
+            by_part.setdefault(holder.part, []).append(holder.rank)
+        covers: dict[int, int] = {}
+        for ranks in by_part.values():
+            if len(ranks) % count:
+                raise ValueError(
+                    f"root_copies={count} does not divide the {len(ranks)} replicas {ranks} of {self.name!r}"
+                )
+            covers |= {rank: place * count // len(ranks) for place, rank in enumerate(ranks)}
+        return replace(self, holders=tuple(replace(h, cover=covers[h.rank]) for h in self.holders))
+
+    @cached_property
+    def classes(self) -> dict[tuple[int, Part], tuple[int, ...]]:
+        """The ranks that store the same part, for each cover and part that is not empty."""
+        found: dict[tuple[int, Part], tuple[int, ...]] = {}
+        for holder in self.holders:
+            if holder.part.elements:
+                key = holder.cover, holder.part
+                found[key] = (*found.get(key, ()), holder.rank)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """What one class of replicas stores of one block.
+
+    Attributes:
+        block: the block's number in its matrix.
+        cover: of these holders.
+        ranks: they store these elements at the same place.
+        piece: the elements, and that place.
+    """
+
+    block: int
+    cover: int
+    ranks: tuple[int, ...]
+    piece: Piece
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A logical matrix.
+
+    Attributes:
+        storage: how it is stored.
+        groups: the axes that became one, for each axis of the merged matrix.
+        cuts: the boundaries of the blocks along each merged axis; empty for a matrix that is grafted only.
+        blocks: in coordinates of the merged matrix. None of a sharded matrix that is grafted only: its elements are
+            updated where they live.
+        axes: of the merged matrix, those that have a factor; none for a matrix that is grafted only.
+        diagonal: those of them whose factor is diagonal.
+        path: "preconditioned", "grafted only" or "excluded".
+        reason: why it took that path, where that is not plain, or which of its factors are diagonal.
+    """
+
+    storage: Storage
+    groups: tuple[tuple[int, ...], ...]
+    cuts: tuple[Cuts, ...]
+    blocks: tuple[Block, ...]
+    axes: tuple[int, ...]
+    path: str
+    reason: str
+    diagonal: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.storage.name
+
+    @property
+    def shape(self) -> Shape:
+        return self.storage.shape
+
+    @property
+    def factored(self) -> bool:
+        """Whether its blocks have factors."""
+        return bool(self.axes)
+
+    @property
+    def merged(self) -> Shape:
+        """The shape of the merged matrix."""
+        return tuple(math.prod(self.shape[axis] for axis in group) for group in self.groups)
+
+    def pieces(self, part: Part) -> Iterator[Piece]:
+        """The rectangles of the merged matrix that a part is made of."""
+        spans = [merged_spans(part.spans, self.shape, group) for group in self.groups]
+        lengths = tuple(sum(b - a for a, b in axis) for axis in spans)
+        strides = strides_of(lengths)
+        for stored in rectangles(lengths, part.first, part.last):
+            sides = (located(axis, a, a + n) for axis, a, n in zip(spans, stored.start, stored.shape, strict=True))
+            for corner in itertools.product(*sides):
+                box = Block(tuple(a for _, a, _ in corner), tuple(n for _, _, n in corner))
+                offset = sum(place * stride for (place, _, _), stride in zip(corner, strides, strict=True))
+                yield Piece(box, offset - part.first, strides)
+
+    def cells(self, rank: int | None = None, blocks: Collection[int] = ()) -> Iterator[Cell]:
+        """Which class of replicas stores what of which block: all, or what ``rank`` stores and all of ``blocks``."""
+        for (cover, part), ranks in self.storage.classes.items():
+            everything = rank is None or rank in ranks
+            for piece in self.pieces(part) if everything or blocks else ():
+                for number in self._blocks_at(piece.box):
+                    if everything or number in blocks:
+                        inside = piece.cut_to(self.blocks[number])
+                        if inside is not None:
+                            yield Cell(number, cover, ranks, inside)
+
+    def _blocks_at(self, box: Block) -> Iterator[int]:
+        """The numbers of the blocks that may meet the rectangle."""
+        if not self.cuts:
+            yield from range(len(self.blocks))
+            return
+        sides = (
+            range(bisect.bisect_right(edges, a) - 1, bisect.bisect_left(edges, a + n))
+            for edges, a, n in zip(self.cuts, box.start, box.shape, strict=True)
+        )
+        counts = [len(edges) - 1 for edges in self.cuts]
+        for place in itertools.product(*sides):
+            yield sum(i * stride for i, stride in zip(place, strides_of(counts), strict=True))
+
+    def gaps(self) -> str:
+        """What is wrong if the holders of a cover don't store every element exactly once; empty if they do."""
+        total = math.prod(self.shape)
+        for cover in {holder.cover for holder in self.storage.holders}:
+            parts = [part for (place, part) in self.storage.classes if place == cover]
+            for part in parts:
+                for axis, (spans, n) in enumerate(zip(part.spans, self.shape, strict=True)):
+                    if any(not 0 <= a <= b <= n for a, b in spans):
+                        return f"ranges {spans} of axis {axis}, which is {n} long"
+            stored = sum(part.elements for part in parts)
+            boxes = sorted((piece.box for part in parts for piece in self.pieces(part)), key=lambda box: box.start)
+            if stored != total or overlap(boxes):
+                return f"its holders store {stored} elements of {total}" + ", some twice" * (stored >= total)
+        if self.storage.sharded and any(len(ranks) > 1 for ranks in self.storage.classes.values()):
+            return "elements that should be stored once are stored by several ranks"
+        return ""
+
+
+def describe(storage: Storage, hp: ShampooHyperParams, world_size: int) -> Matrix:
+    """Cut the logical matrix into blocks.
+
+    ``world_size`` is the number of pieces that ``fair_blocks`` cuts a tensor-parallel matrix into.
+
+    Raises:
+        ValueError: naming the parameter and the numbers, if its split does not fit its shape.
+    """
+    split = [axis for axis, _ in storage.split if storage.lengths(axis)]
+    if storage.excluded:
+        return _without_factors(storage, "excluded", storage.excluded)
+    shape = tuple(max(storage.lengths(axis)) for axis in range(len(storage.shape)))  # of the largest matrix in it
+    groups = _merged_axes(shape, hp, split)
+    if len(groups) < 2:
+        kind = ("scalar", "vector")[min(1, len(shape))]
+        merged = f"{shape} merged into a vector: at most block_size={hp.block_size} elements"
+        return _without_factors(storage, "grafted only", kind if len(shape) < 2 else merged)
+    cuts = tuple(_cuts(storage, group, hp, world_size) for group in groups)
+    axes, diagonal, reason = factor_axes(cuts, [max(_lengths(storage, group)) for group in groups], hp.variant)
+    if not axes:
+        return _without_factors(storage, "grafted only", reason)
+    return Matrix(storage, groups, cuts, grid(cuts), axes, "preconditioned", reason, diagonal)
+
+
+def _merged_axes(shape: Shape, hp: ShampooHyperParams, split: Collection[int]) -> tuple[tuple[int, ...], ...]:
+    """Which axes become one; an axis that is split does not join the ones before it."""
+    if hp.variant.kernels == "matrix":
+        long = [axis for axis, length in enumerate(shape) if length > LONGEST_KERNEL]
+        return merge_dims(shape, math.prod(shape), {1, *split, *long})
+    return merge_dims(shape, hp.block_size if hp.best_effort_shape_interpretation else 0, split)
+
+
+def _lengths(storage: Storage, group: Sequence[int]) -> list[int]:
+    """How long the matrices in a parameter are along a merged axis; only its first axis may be split."""
+    inner = math.prod(storage.shape[axis] for axis in group[1:])
+    return [length * inner for length in storage.lengths(group[0])]
+
+
+def _cuts(storage: Storage, group: Sequence[int], hp: ShampooHyperParams, world_size: int) -> Cuts:
+    """The boundaries of the blocks along a merged axis: each matrix in it is cut like one of its own."""
+    fair = hp.fair_blocks and storage.divided in group
+    return joined(
+        cut(length, min(world_size, length) if fair else parts_at_most(length, hp.block_size))
+        for length in _lengths(storage, group)
+    )
+
+
+def _without_factors(storage: Storage, path: str, reason: str) -> Matrix:
+    """A matrix that is grafted only."""
+    axes = tuple(range(len(storage.shape)))
+    rows_and_rest = tuple(group for group in (axes[:1], axes[1:]) if group) or ((),)
+    matrix = Matrix(storage, rows_and_rest, (), (), (), path, reason)
+    if storage.sharded:
+        return matrix
+    # Nothing but the balance depends on these blocks. They do not cross shards, so that each has one class of holders.
+    pieces = [piece.box for _, part in storage.classes for piece in matrix.pieces(part)]
+    return replace(matrix, blocks=tuple(block for box in dict.fromkeys(pieces) for block in _by_rows(box)))
+
+
+def _by_rows(box: Block) -> Iterator[Block]:
+    rows = box.shape[0]
+    at_most = max(1, GRAFTED_BLOCK // max(1, math.prod(box.shape[1:])))
+    for a, b in itertools.pairwise(cut(rows, parts_at_most(rows, at_most))):
+        yield Block((box.start[0] + a, *box.start[1:]), (b - a, *box.shape[1:]))

@@ -1,0 +1,386 @@
+"""Who owns which block: plain data, computed alike on every rank without communication."""
+
+import hashlib
+import heapq
+import itertools
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from shampoo3d.numerics.schedule import BlockId
+from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.cost import applied_cost, block_bytes, block_cost, element_bytes, statistics_bytes
+from shampoo3d.planning.factors import sizes
+from shampoo3d.planning.layout import Matrix
+from shampoo3d.planning.stagger import factored_blocks, timed
+from shampoo3d.settings.hyperparams import ShampooHyperParams
+from shampoo3d.settings.validation import check_integer, check_kind
+
+Counterparts = Callable[[int], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class PlannedBlock:
+    """One block and its owner.
+
+    Attributes:
+        matrix, key: the parameter's name and the block's place in it, such as ``"0:128,0:64"``.
+        dtype: of the parameter.
+        shape, elements: of the block.
+        axes: those that have a Kronecker factor; none for a block that is grafted only.
+        bytes: of its state: statistics and roots and, where its holders are replicas, momenta.
+        cost: estimated work of a step, in multiply-adds of a matrix product.
+        owner: the global rank that keeps its statistics and computes its roots.
+        keepers: the ranks that keep its roots and precondition with them, the owner included; see ``root_copies``.
+        model_dtype: of the model's own parameter, where ``dtype`` is that of a master copy.
+        offset: its turn to refresh its roots, see :func:`shampoo3d.numerics.schedule.phase`.
+        kept_cost: work of a keeper that is not the owner: it applies the roots only.
+        diagonal: of the axes, those whose factor is diagonal.
+    """
+
+    matrix: str
+    key: str
+    dtype: str
+    shape: Shape
+    elements: int
+    axes: tuple[int, ...]
+    bytes: int
+    cost: float
+    owner: int
+    keepers: tuple[int, ...] = ()
+    model_dtype: str = ""
+    offset: int = 0
+    kept_cost: float = 0.0
+    diagonal: tuple[int, ...] = ()
+
+    @property
+    def id(self) -> BlockId:
+        return self.matrix, self.key
+
+    @property
+    def factors(self) -> Shape:
+        """The sizes of its Kronecker factors that are not diagonal."""
+        return sizes(self.shape, self.axes, self.diagonal)[0]
+
+    @property
+    def diagonals(self) -> Shape:
+        """The sizes of its diagonal factors."""
+        return sizes(self.shape, self.axes, self.diagonal)[1]
+
+    @property
+    def root_numbers(self) -> int:
+        """How many numbers its roots are."""
+        return sum(d * d for d in self.factors) + sum(self.diagonals)
+
+    @property
+    def kind(self) -> tuple[Shape, tuple[int, ...], tuple[int, ...]]:
+        """Its shape and axes: blocks that have these in common can be in one stack."""
+        return self.shape, self.axes, self.diagonal
+
+    @property
+    def kept_bytes(self) -> int:
+        """State on a keeper that is not the owner: no statistics."""
+        return self.bytes - statistics_bytes(self.factors, self.dtype, self.diagonals)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The blocks that one team of ranks shares, and their owners among them.
+
+    Attributes:
+        resident: per rank, bytes of momenta that stay where their elements are stored (ZeRO, FSDP), whoever owns what.
+        every: steps between two refreshes of a root, so that roots in use are at most so many less one steps old.
+    """
+
+    ranks: tuple[int, ...]
+    blocks: tuple[PlannedBlock, ...]
+    resident: tuple[int, ...] = ()
+    every: int = 1
+
+    def owned_by(self, rank: int) -> tuple[PlannedBlock, ...]:
+        return tuple(block for block in self.blocks if block.owner == rank)
+
+    def load(self) -> dict[int, float]:
+        """Estimated cost per rank."""
+        load = dict.fromkeys(self.ranks, 0.0)
+        for block in self.blocks:
+            for rank in block.keepers:
+                load[rank] += block.cost if rank == block.owner else block.kept_cost
+        return load
+
+    def bytes(self) -> dict[int, int]:
+        """State on each rank: of the blocks that it owns or keeps the roots of, and what is resident."""
+        found = dict(zip(self.ranks, self.resident or [0] * len(self.ranks), strict=True))
+        for block in self.blocks:
+            for rank in block.keepers:
+                found[rank] += block.bytes if rank == block.owner else block.kept_bytes
+        return found
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """What :meth:`to_json` has written.
+
+        Raises:
+            TypeError, ValueError: saying what makes it none.
+        """
+        check_kind("text", text, (str, bytes), "what to_json() has written")
+        lists = ("shape", "axes", "keepers", "diagonal")
+        try:
+            data = json.loads(text)
+            blocks = (PlannedBlock(**block | {name: tuple(block[name]) for name in lists}) for block in data["blocks"])
+            plan = cls(tuple(data["ranks"]), tuple(blocks), tuple(data["resident"]), data["every"])
+            check_integer("every", plan.every, least=1)
+            for rank in plan.ranks:
+                check_integer("a rank", rank, least=0)
+            if strange := [block for block in plan.blocks if not {block.owner, *block.keepers} <= {*plan.ranks}]:
+                raise ValueError(f"block {strange[0].key} of {strange[0].matrix!r} is not with the ranks {plan.ranks}")
+        except KeyError as error:
+            raise ValueError(f"text is no plan: it has no {error}; got {text[:60]!r}") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"text is no plan: {error}; got {text[:60]!r}") from None
+        return plan
+
+    def digest(self) -> str:
+        """A short fingerprint: equal on two ranks exactly if their plans are."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def make_plan(
+    matrices: Sequence[Matrix],
+    ranks: Sequence[int],
+    hp: ShampooHyperParams,
+    fixed: Mapping[BlockId, int] | None = None,
+    load: Mapping[int, tuple[float, int]] | None = None,
+    memory_bound: int | None = None,
+    offsets: Mapping[BlockId, int] | None = None,
+) -> Plan:
+    """Give each block to one of ``ranks`` so that the estimated costs are balanced.
+
+    Greedy, the most expensive block first to the least loaded rank (Graham 1969: at most 4/3 of the optimum), ties to
+    the one with less state. Blocks of equal cost are given in the order of their turns to refresh, so that each rank
+    has about as many at one turn as at another. Then blocks of equal cost and size change places, so that each is with
+    the rank that already stores most of it, as far as that goes: this spares traffic and changes no balance.
+
+    Args:
+        matrices: what these ranks store, in the same order on each of them.
+        ranks: the global ranks that store them.
+        hp: the costs depend on block sizes and refresh intervals.
+        fixed: blocks that already have an owner keep it.
+        load: what ranks have to do, and bytes that they keep, beside this plan.
+        memory_bound: bytes of state that no rank may exceed.
+        offsets: of all blocks with factors, by ``turns.refresh_offsets``; taken over ``matrices`` alone unless given.
+
+    Raises:
+        ValueError: naming the block, the bytes and the bound, if there is no rank left to take it.
+    """
+    if offsets is None:
+        hp, offsets = timed(factored_blocks(matrices), hp)
+    drafts = [_draft(m, number, hp, fixed or {}, offsets) for m in matrices for number in range(len(m.blocks))]
+    storing = _storing(matrices, drafts)
+    counterparts = {matrix.name: matrix.storage.counterparts for matrix in matrices}
+    stays = _resident(matrices, hp)
+    resident = tuple(stays[rank] for rank in ranks)
+    loads = _Loads(ranks, load or {}, resident, memory_bound)
+    owners = _balanced(drafts, storing, counterparts, loads)
+    owners |= _nearest([b for b in drafts if b.axes and b.owner < 0], counterparts, ranks, owners, storing)
+    blocks = []
+    for draft in drafts:
+        owner = owners.get(draft.id, draft.owner)
+        blocks.append(replace(draft, owner=owner, keepers=counterparts[draft.matrix](owner)))
+    return Plan(tuple(ranks), tuple(blocks), resident, hp.preconditioning_compute_steps)
+
+
+def _balanced(
+    drafts: Sequence[PlannedBlock],
+    storing: Mapping[BlockId, Counter[int]],
+    counterparts: Mapping[str, Counterparts],
+    loads: "_Loads",
+) -> dict[BlockId, int]:
+    """An owner for each block that has none: the least loaded rank, or of those that store it if it has no factors."""
+    owners: dict[BlockId, int] = {}
+    for block in sorted(drafts, key=lambda b: (b.owner < 0, -b.cost, -b.elements, b.offset)):
+        owner, others = block.owner, counterparts[block.matrix]
+        if owner < 0:
+            owner = owners[block.id] = loads.least(block, others, None if block.axes else storing[block.id])
+        if owner < 0:
+            raise ValueError(
+                f"memory_bound={loads.bound} leaves no rank for block {block.key} of {block.matrix!r}: it has "
+                f"{block.bytes} bytes of state, and all blocks together {sum(b.bytes for b in drafts)} on "
+                f"{len(loads.resident)} ranks, which keep {min(loads.resident)} to {max(loads.resident)} bytes of "
+                "momenta besides; take a smaller block_size or more ranks"
+            )
+        loads.give(block, owner, others)
+    return owners
+
+
+class _Loads:
+    """What each rank has to do and to keep so far; ties go to the one with less state, then to the first in order."""
+
+    def __init__(
+        self,
+        ranks: Sequence[int],
+        load: Mapping[int, tuple[float, int]],
+        resident: Sequence[int],
+        bound: int | None,
+    ) -> None:
+        self.resident, self.bound = resident, bound
+        self._taken: dict[int, tuple[float, int, int]] = {}
+        for place, (rank, stays) in enumerate(zip(ranks, resident, strict=True)):
+            cost, size = load.get(rank, (0.0, 0))
+            self._taken[rank] = cost, size + stays, place
+            if bound is not None and size + stays > bound:
+                raise ValueError(
+                    f"memory_bound={bound} is less than the {size + stays} bytes of state that rank {rank} keeps "
+                    "without any block; take more ranks"
+                )
+        self._heap = [(*taken, rank) for rank, taken in self._taken.items()]
+        heapq.heapify(self._heap)
+
+    def give(self, block: PlannedBlock, owner: int, others: Counterparts) -> None:
+        """The block and copies of its roots."""
+        for rank in others(owner):
+            cost, size, place = self._taken[rank]
+            mine = rank == owner
+            self._taken[rank] = (
+                cost + (block.cost if mine else block.kept_cost),
+                size + (block.bytes if mine else block.kept_bytes),
+                place,
+            )
+            heapq.heappush(self._heap, (*self._taken[rank], rank))
+            if self.bound is not None and self._taken[rank][1] > self.bound:  # the owner was decided before
+                raise ValueError(
+                    f"memory_bound={self.bound} is less than the {self._taken[rank][1]} bytes of state that rank "
+                    f"{rank} keeps with block {block.key} of {block.matrix!r}, which it owns already; make a new "
+                    "optimizer"
+                )
+
+    def least(self, block: PlannedBlock, others: Counterparts, among: Iterable[int] | None) -> int:
+        """The least loaded rank that has room for the block, as have those that keep copies of its roots."""
+
+        def fits(owner: int) -> bool:
+            return self.bound is None or all(
+                self._taken[rank][1] + (block.bytes if rank == owner else block.kept_bytes) <= self.bound
+                for rank in others(owner)
+            )
+
+        if among is not None:
+            return min(filter(fits, among), key=lambda rank: self._taken[rank], default=-1)
+        seen, found = [], -1
+        while self._heap and found < 0:
+            *taken, rank = entry = heapq.heappop(self._heap)
+            if tuple(taken) == self._taken[rank]:  # not what it had before
+                seen.append(entry)
+                found = rank if fits(rank) else -1
+        for entry in seen:
+            heapq.heappush(self._heap, entry)
+        return found
+
+
+def _resident(matrices: Sequence[Matrix], hp: ShampooHyperParams) -> Counter[int]:
+    """Bytes of momenta of what each rank stores of sharded matrices."""
+    found: Counter[int] = Counter()
+    for storage in (matrix.storage for matrix in matrices if matrix.storage.sharded):
+        size = element_bytes(hp, storage.dtype, factored=False)  # a flat slice has room for both kinds
+        for holder in storage.holders:
+            found[holder.rank] += holder.part.elements * size
+    return found
+
+
+def _draft(
+    matrix: Matrix,
+    number: int,
+    hp: ShampooHyperParams,
+    fixed: Mapping[BlockId, int],
+    offsets: Mapping[BlockId, int],
+) -> PlannedBlock:
+    """A block that has no owner yet (-1), unless it is fixed."""
+    block, dtype = matrix.blocks[number], matrix.storage.dtype
+    id_, (factors, diagonals) = (matrix.name, block.key), sizes(block.shape, matrix.axes, matrix.diagonal)
+    size = block_bytes(block.elements, factors, hp, dtype, diagonals, momenta=not matrix.storage.sharded)
+    cost = block_cost(block.elements, factors, hp, diagonals)
+    return PlannedBlock(
+        matrix.name,
+        block.key,
+        dtype,
+        block.shape,
+        block.elements,
+        matrix.axes,
+        size,
+        cost,
+        fixed.get(id_, -1),
+        model_dtype=matrix.storage.model_dtype,
+        offset=offsets[id_] if matrix.axes else 0,
+        kept_cost=applied_cost(block.elements, factors, hp),
+        diagonal=matrix.diagonal,
+    )
+
+
+def _storing(matrices: Sequence[Matrix], drafts: Sequence[PlannedBlock]) -> dict[BlockId, Counter[int]]:
+    """How many elements of each block each rank stores."""
+    found: dict[BlockId, Counter[int]] = {draft.id: Counter() for draft in drafts}
+    for matrix in matrices:
+        for cell in matrix.cells():
+            counter = found[matrix.name, matrix.blocks[cell.block].key]
+            for rank in cell.ranks:
+                counter[rank] += cell.piece.box.elements
+    return found
+
+
+def _nearest(
+    blocks: Sequence[PlannedBlock],
+    counterparts: Mapping[str, Counterparts],
+    ranks: Sequence[int],
+    owners: Mapping[BlockId, int],
+    storing: Mapping[BlockId, Counter[int]],
+) -> dict[BlockId, int]:
+    """The same owners, with blocks of equal cost exchanged so that most elements are where they are stored already."""
+    alike: defaultdict[Any, list[BlockId]] = defaultdict(list)
+    for block in blocks:
+        if len(storing[block.id]) < len(ranks) or len(set(storing[block.id].values())) > 1:
+            kept = counterparts[block.matrix]
+            others = tuple(map(kept, ranks)) if len(kept(ranks[0])) > 1 else ()
+            alike[block.cost, block.bytes, block.elements, others].append(block.id)
+    nearest: dict[BlockId, int] = {}
+    for ids in alike.values():
+        free = Counter(owners[id_] for id_ in ids)
+        wishes = ((-count, place, rank) for place, id_ in enumerate(ids) for rank, count in storing[id_].items())
+        for _, place, rank in sorted(wishes):
+            if free[rank] and ids[place] not in nearest:
+                nearest[ids[place]] = rank
+                free[rank] -= 1
+        rest = (id_ for id_ in ids if id_ not in nearest)
+        nearest |= zip(rest, free.elements(), strict=True)
+    return nearest
+
+
+def make_plans(
+    held: Mapping[tuple[int, ...], Sequence[Matrix]],
+    hp: ShampooHyperParams,
+    fixed: Mapping[BlockId, int] | None = None,
+    memory_bound: int | None = None,
+    offsets: Mapping[BlockId, int] | None = None,
+) -> list[Plan]:
+    """A plan for each set of ranks that store the same matrices, the larger sets first.
+
+    A set is balanced on top of the plans of the sets that contain it, which all its ranks know. (Ranks that share a
+    tied weight with another stage are such a set; all sets are in one order everywhere, so no two wait for each other.)
+    The ``offsets`` are taken over all matrices in ``held`` unless given.
+    """
+    plans: list[Plan] = []
+    if offsets is None:
+        hp, offsets = timed(factored_blocks(itertools.chain.from_iterable(held.values())), hp)
+    for ranks in in_order(held):
+        known = [(plan.load(), plan.bytes()) for plan in plans if set(ranks) <= set(plan.ranks)]
+        load = {rank: (sum(cost[rank] for cost, _ in known), sum(size[rank] for _, size in known)) for rank in ranks}
+        plans.append(make_plan(held[ranks], ranks, hp, fixed, load, memory_bound, offsets))
+    return plans
+
+
+def in_order(teams: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Sets of ranks in the order in which all their members meet: the larger first."""
+    return sorted(teams, key=lambda ranks: (-len(ranks), ranks))

@@ -1,0 +1,37 @@
+"""Which blocks of a run have factors, and whose turn it is when to refresh their roots. Pure."""
+
+from collections.abc import Iterable, Mapping
+
+from shampoo3d.numerics.schedule import BlockId, offsets
+from shampoo3d.planning.cost import Factored, root_cost, within_budget
+from shampoo3d.planning.factors import sizes
+from shampoo3d.planning.layout import Matrix
+from shampoo3d.settings.hyperparams import ShampooHyperParams
+
+
+def factored_blocks(matrices: Iterable[Matrix]) -> dict[BlockId, Factored]:
+    """The blocks that have factors."""
+    return {
+        (matrix.name, block.key): Factored(block.elements, *sizes(block.shape, matrix.axes, matrix.diagonal))
+        for matrix in matrices
+        if matrix.axes
+        for block in matrix.blocks
+    }
+
+
+def refresh_offsets(blocks: Mapping[BlockId, Factored], hp: ShampooHyperParams) -> dict[BlockId, int]:
+    """The turn of each block that has factors, so that every step refreshes about as much as any other.
+
+    Where refreshes are "together" there is one turn only.
+
+    Args:
+        blocks: all that a run preconditions, on every rank: turns must not depend on who stores what.
+    """
+    every = hp.preconditioning_compute_steps if hp.computation.refresh == "staggered" else 1
+    return offsets({id_: root_cost(block.factors) for id_, block in blocks.items()}.items(), every)
+
+
+def timed(blocks: Mapping[BlockId, Factored], hp: ShampooHyperParams) -> tuple[ShampooHyperParams, dict[BlockId, int]]:
+    """The settings within their budget, and the turns that the blocks take in the interval that it leaves."""
+    hp = within_budget(blocks.values(), hp)
+    return hp, refresh_offsets(blocks, hp)

@@ -1,0 +1,1 @@
+"""A step is carried out."""

@@ -1,0 +1,162 @@
+"""What ranks tell each other before anything changes, so that they step, skip, bind or raise together."""
+
+import enum
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shampoo3d.distributed.collectives import all_gather, communicating_device, first_complaint
+from shampoo3d.distributed.errors import awaiting
+from shampoo3d.distributed.topology import Mesh
+from shampoo3d.runtime.bindings import Place, state_dtype
+from shampoo3d.runtime.team import Team
+from shampoo3d.settings.hyperparams import ShampooHyperParams
+
+
+class StepRefusedError(RuntimeError):
+    """What this or another rank was given cannot be used; raised on all ranks, and nothing was changed."""
+
+
+class Verdict(enum.Enum):
+    """What all ranks do next."""
+
+    STEP = enum.auto()
+    SKIP = enum.auto()
+    BIND = enum.auto()
+
+
+def agree(
+    mesh: Mesh,
+    teams: Sequence[Team],
+    present: Collection[Place],
+    hp: ShampooHyperParams,
+    groups: Sequence[Mapping[str, Any]],
+    complaint: str,
+    unbound: bool,
+    *,
+    averaged: bool,
+) -> Verdict:
+    """What all ranks do next: this step, not this step, or bind parameters first.
+
+    One all-gather of four numbers in each team and, where there are other ranks too, one all-reduce of three among
+    everyone, so that all ranks step, skip, bind or raise together.
+
+    Args:
+        present: the places that this call of ``step()`` is about.
+        groups: the parameter groups, whose settings must be the same in a team.
+        complaint: what this rank was given that it cannot use.
+        unbound: whether this rank has parameters that are not bound yet.
+        averaged: replicas have the same gradients, not only the parts that they own.
+
+    Raises:
+        StepRefusedError: on every rank, if one has a complaint, or if ranks of a team differ in their settings, in
+            which parameters have gradients or, where they store the same, in the size of these; with
+            ``nonfinite_gradient="raise"``, if a gradient is not finite. With "ignore" no gradient is looked at.
+    """
+    finite, differences = True, ""
+    for team in teams:
+        places = [place for place in team.places if place in present]
+        norms = {} if hp.nonfinite_gradient == "ignore" else gradient_norms(places)
+        names = {place: names for place, names in team.names.items() if place in present}
+        most = {place: largest_norm(state_dtype(place.tensor.dtype), hp) for place in norms}
+        if bad := [place for place, norm in norms.items() if not norm <= most[place]]:  # NaN is not
+            finite = False
+            if hp.nonfinite_gradient == "raise" and not complaint:
+                complaint = (
+                    f"the gradient of {names[bad[0]][0]!r} has a norm of {norms[bad[0]]:.3g}: it must be finite and at "
+                    f"most {most[bad[0]]:.3g}, so that no sum of its squares can overflow"
+                )
+        # A shared weight may be clipped by its own stage's norm, so that copies on two stages differ by a factor.
+        largest = 0.0 if team.tied or not averaged else max(norms.values(), default=0.0)
+        if bad:  # on this replica only, perhaps: no number to compare, and what is done is decided among everyone
+            largest = math.nan
+        if team.group.size > 1 and places:
+            differences = _compare(team, names, groups, largest) or differences
+    verdict = [not finite, bool(complaint or differences), unbound]
+    if mesh.everyone.size > 1:
+        here = teams[0].device if teams else torch.device("cpu")  # a rank may have no parameters
+        votes = torch.tensor(verdict, dtype=torch.int32, device=communicating_device(mesh.everyone, here))
+        with awaiting("the agreement", mesh.everyone.ranks):
+            dist.all_reduce(votes, dist.ReduceOp.MAX, group=mesh.everyone.handle)
+        verdict = votes.bool().tolist()
+    nonfinite, refused, unbound = verdict
+    if refused:
+        # What one rank cannot use is often why it differs from others.
+        why = first_complaint(mesh, complaint) or first_complaint(mesh, differences)
+        raise StepRefusedError(f"{why}; no parameter and no state was changed")
+    if unbound:
+        return Verdict.BIND
+    return Verdict.SKIP if nonfinite else Verdict.STEP
+
+
+def largest_norm(dtype: torch.dtype, hp: ShampooHyperParams) -> float:
+    """The largest norm of a gradient with state of this dtype of which sums of squares stay finite, however many.
+
+    A sum that is 4 / eps times as large as what is added does not grow any more. The rest is room for 512 ranks that
+    store a part of one matrix each.
+    """
+    c = hp.computation
+    if "bfloat16" in (c.products, c.root_storage, c.momentum_storage):
+        dtype = torch.float32  # which has the same range
+    kind = torch.finfo(dtype)
+    return math.sqrt(kind.max * kind.eps / 4 / 512)
+
+
+def gradient_norms(places: Sequence[Place]) -> dict[Place, float]:
+    """The norm of each gradient, not finite if its squares are not; one synchronisation per device."""
+    gradients = {place: place.gradient for place in places if place.has_dense_gradient}
+    kinds: defaultdict[tuple[torch.device, torch.dtype], dict[Place, Tensor]] = defaultdict(dict)
+    for place, gradient in gradients.items():
+        if gradient is not None and gradient.numel():
+            kinds[gradient.device, state_dtype(gradient.dtype)][place] = gradient
+    norms: dict[Place, float] = {}
+    for (_, dtype), found in kinds.items():
+        squared = torch._foreach_norm(list(found.values()), 2, dtype=dtype)
+        norms |= zip(found, torch.stack(squared).double().tolist(), strict=True)
+    return norms
+
+
+def _compare(team: Team, names: Mapping[Place, list[str]], groups: Sequence[Mapping[str, Any]], largest: float) -> str:
+    """How ranks differ in which of these places have gradients, the largest norm, or settings; empty if not."""
+    given = [name for place, held in names.items() if place.tensor.grad is not None for name in held]
+    absent = [name for place, held in names.items() if place.tensor.grad is None for name in held]
+    options = ("lr", "momentum", "weight_decay", "maximize")
+    settings = sorted({str({name: groups[place.group][name] for name in options}) for place in names})
+    numbers = [len(given), _fingerprint(given), largest, _fingerprint(settings)]
+    ranks, device = team.group.ranks, communicating_device(team.group, team.device)
+    mine = torch.tensor(numbers, dtype=torch.float64, device=device)
+    table = torch.empty(len(ranks) * len(numbers), dtype=torch.float64, device=device)
+    with awaiting("the agreement", ranks):
+        all_gather(table, mine, group=team.group.handle)
+    rows = dict(zip(ranks, table.view(len(ranks), -1).tolist(), strict=True))
+    first = rows[ranks[0]]
+    for other, (count, present, norm, options_) in rows.items():
+        if options_ != first[3]:
+            return (
+                f"ranks {ranks[0]} and {other} differ in lr, momentum, weight_decay or maximize (rank {team.rank} has "
+                f"{', '.join(settings)}); schedulers must do the same on all ranks"
+            )
+        if present != first[1]:
+            return (
+                f"rank {ranks[0]} has gradients for {first[0]:.0f} and rank {other} for {count:.0f} of "
+                f"{len(given) + len(absent)} parameters, not the same ones; ranks of one group must have gradients for "
+                f"the same parameters (on rank {team.rank} these have none: {absent[:5]})"
+            )
+        if other in team.twins and abs(norm - largest) > 1e-3 * abs(largest):
+            return (
+                f"the largest norm of a gradient is {largest:.6g} on rank {team.rank} and {norm:.6g} on rank {other}; "
+                "replicas must have the same, averaged gradients (DeepSpeed and DistributedDataParallel "
+                "average them in backward)"
+            )
+    return ""
+
+
+def _fingerprint(texts: Sequence[str]) -> int:
+    """A number of 48 bits, exact in float64."""
+    return int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:6], "big")

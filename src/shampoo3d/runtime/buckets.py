@@ -1,0 +1,316 @@
+"""Slabs: elements that are updated here in one go."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shampoo3d.numerics.momenta import Momenta, Rows, Step
+from shampoo3d.numerics.preconditioner import squared_norms
+from shampoo3d.numerics.schedule import phase
+from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.layout import Cell, Piece
+from shampoo3d.runtime.bindings import Binding, Place, Steps, alike, index, rows_of, state_dtype
+from shampoo3d.settings.hyperparams import ShampooHyperParams
+
+
+class FlatSlab:
+    """All elements of a place whose elements are stored once: they are updated where they are, in one piece.
+
+    S holds the directions during a step, in the layout of the place. The matrices in it may belong to several teams
+    (a tied weight and others, in one slice), each of which grafts its own.
+
+    Attributes:
+        unfactored: the matrices in it that have no factors.
+    """
+
+    def __init__(self, place: Place, hp: ShampooHyperParams) -> None:
+        self.place, self.hp = place, hp
+        flat = place.flat
+        self.dtype = state_dtype(flat.dtype)
+        self.momenta = Momenta(flat.shape, hp, self.dtype, flat.device, factored=False)
+        self.unfactored: list[Binding] = []
+
+    def steps(self, steps: Steps) -> bool:
+        """Whether any of its elements step."""
+        return self.place in steps
+
+    def begin(self, steps: Steps) -> bool:
+        """Take the gradient, if the place is among those that step; S is the gradient until directions arrive."""
+        gradient = self.place.gradient
+        if gradient is None or not self.steps(steps):
+            return False
+        G, t = gradient.to(self.dtype), steps[self.place]
+        self.started, self.age = phase(t, self.hp).started, self.hp.age(t)
+        if not self.age:
+            self.D, self.S = G, G.clone()
+            return True
+        average, self.D = self.momenta.direction(G, age=self.age)
+        self.S = average.clone() if average is self.D or average is gradient else average
+        if self.hp.variant.vectors == "diagonal" and self.unfactored:
+            torch._foreach_copy_(_parts(self.S, self.unfactored), _parts(self.D, self.unfactored))
+        return True
+
+    def direction(self, binding: Binding, piece: Piece) -> Tensor:
+        """Where S of a piece goes."""
+        return binding.view(self.S, piece)
+
+    def add_norms(self, norms: Tensor, bindings: Sequence[Binding]) -> None:
+        """Add the squared norms of S and D of these matrices to those of their team, (matrices, 2)."""
+        if held := self._held(bindings):
+            found = [torch._foreach_norm(_parts(of, held)) for of in (self.S, self.D)]
+            columns = torch.stack([torch.stack(list(column)) for column in found], 1)
+            norms[index([binding.number for binding in held], norms.device)] += columns.to(norms).square()
+
+    def graft(self, scale: Tensor, bindings: Sequence[Binding]) -> None:
+        """Multiply S of these matrices by the scales of their team, (matrices,)."""
+        if held := self._held(bindings):
+            factors = scale[index([binding.number for binding in held], scale.device)].to(self.S)
+            torch._foreach_mul_(_parts(self.S, held), list(factors.unbind()))
+
+    def _held(self, bindings: Sequence[Binding]) -> list[Binding]:
+        return [binding for binding in bindings if binding.place is self.place and binding.elements]
+
+    def update(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """The step itself, with the settings of the place's group."""
+        settings = groups[self.place.group]
+        if self.age:
+            D = None if self.started else self.D.clone()  # it may be the user's gradient
+            _turn(settings, self.S, D)
+            W = self.place.flat
+            u = self.momenta.update(W, self.S, D, _step(settings, self.started))
+            W.sub_(u, alpha=settings["lr"])
+            self.place.store(W)
+        del self.D, self.S
+
+
+def _parts(flat: Tensor, bindings: Sequence[Binding]) -> list[Tensor]:
+    return [flat.narrow(0, binding.offset, binding.elements) for binding in bindings]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A cell that is updated here."""
+
+    slot: int
+    binding: Binding
+    cell: Cell
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """Consecutive members that lie in their place like the tiles of a wall, so that one strided view has them all.
+
+    Attributes:
+        first, count: the members, within their run.
+        offset, shape, strides: the view in the place's flat storage; leading axes count members.
+    """
+
+    place: Place
+    first: int
+    count: int
+    offset: int
+    shape: Shape
+    strides: Shape
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The elements in the flat storage of the place, or in a buffer of the same layout."""
+        return flat.as_strided(self.shape, self.strides, flat.storage_offset() + self.offset)
+
+    def among(self, stack: Tensor) -> Tensor:
+        """The same members in the stack of the run, as :meth:`of` has them."""
+        return stack.narrow(0, self.first, self.count).view(self.shape)
+
+
+def patches(members: Sequence[Member]) -> list[Patch]:
+    """All members in as few patches as the axes of a grid of blocks make."""
+    found = [
+        Patch(
+            m.binding.place, i, 1, m.binding.offset + m.cell.piece.offset, m.cell.piece.box.shape, m.cell.piece.strides
+        )
+        for i, m in enumerate(members)
+    ]
+    for _ in range(max(2, len(members[0].cell.piece.box.shape))):
+        found = _joined(found)
+    return found
+
+
+def _joined(single: Sequence[Patch]) -> list[Patch]:
+    """Consecutive patches that are alike and at equal distances made one, with a leading axis."""
+    rows: list[list[Patch]] = []
+    for patch in single:
+        row = rows[-1] if rows else []
+        alike = row and (row[0].place, row[0].shape, row[0].strides) == (patch.place, patch.shape, patch.strides)
+        step = patch.offset - row[-1].offset if alike else 0
+        if step > 0 and (len(row) == 1 or step == row[1].offset - row[0].offset):
+            row.append(patch)
+        else:
+            rows.append([patch])
+    found = []
+    for first, *others in rows:
+        strides = (others[0].offset - first.offset if others else 0, *first.strides)
+        count, shape = first.count * (1 + len(others)), (1 + len(others), *first.shape)
+        found.append(replace(first, count=count, shape=shape, strides=strides))
+    return found
+
+
+@dataclass(eq=False)
+class Run:
+    """Members of a slab that have the same settings and are at the same point of their schedule.
+
+    Attributes:
+        rows: of the slab.
+        matrices: their numbers in the team.
+        age: see :meth:`ShampooHyperParams.age`.
+        D: the direction whose length is borrowed, its squared norms and, before the start step, itself.
+    """
+
+    rows: Rows
+    count: int
+    patches: list[Patch]
+    group: int
+    started: bool
+    matrices: Tensor
+    age: int = field(init=False)
+    norms: Tensor = field(init=False)
+    D: Tensor | None = field(init=False)
+
+
+class StackSlab:
+    """Equal cells of which other ranks store replicas, and whose elements are updated here.
+
+    During a step S is one tensor (n, *shape): the gradients, and then the directions in their place.
+    """
+
+    def __init__(self, members: Sequence[Member], hp: ShampooHyperParams) -> None:
+        self.members, self.hp = list(members), hp
+        self.rows = {member.cell: row for row, member in enumerate(members)}
+        flat = members[0].binding.place.flat
+        self.shape = members[0].cell.piece.box.shape
+        self.device, self.dtype = flat.device, state_dtype(flat.dtype)
+        self.factored = members[0].binding.matrix.factored
+        shape = len(members), *self.shape
+        self.momenta = Momenta(shape, hp, self.dtype, self.device, factored=self.factored)
+        self._places = list(dict.fromkeys(member.binding.place for member in members))
+        self._cached: dict[Any, list[tuple[Run, Place]]] = {}
+
+    def steps(self, steps: Steps) -> bool:
+        """Whether any of its elements step."""
+        return any(place in steps for place in self._places)
+
+    def begin(self, steps: Steps) -> bool:
+        """Take the gradients of the members that step, if any do."""
+        self.runs = self._runs(steps)
+        if not self.runs:
+            return False
+        self.S = torch.empty((len(self.members), *self.shape), dtype=self.dtype, device=self.device)
+        stacks = [self._stack(run) for run in self.runs]
+        into = [patch.among(G) for run, G in zip(self.runs, stacks, strict=True) for patch in run.patches]
+        torch._foreach_copy_(into, _views([patch for run in self.runs for patch in run.patches], gradient=True)[0])
+        for run, G in zip(self.runs, stacks, strict=True):
+            D = self._borrow(run, G)
+            if isinstance(run.rows, Tensor):
+                self.S[run.rows] = G
+            run.norms = squared_norms(D)
+            run.D = None if run.started or not run.age else D.clone() if D is G else D
+        return True
+
+    def _borrow(self, run: Run, G: Tensor) -> Tensor:
+        """D; what has no factors moves along it or along the average of gradients, which take the place of G."""
+        if not run.age:
+            return G
+        average, D = self.momenta.direction(G, run.rows, run.age)
+        if not self.factored and (S := D if self.hp.variant.vectors == "diagonal" else average) is not G:
+            G.copy_(S)
+        return D
+
+    def _stack(self, run: Run) -> Tensor:
+        """For the members of a run: their part of S, or, where their rows are scattered, a tensor apart."""
+        if isinstance(run.rows, slice):
+            return self.S[run.rows]
+        return self.S.new_empty(run.count, *self.shape)
+
+    def _runs(self, steps: Steps) -> list[Run]:
+        """The members that step, by group and schedule; what is the same as at another step is found once."""
+        key = alike(self._places, steps, lambda t: phase(t, self.hp).started)
+        if key not in self._cached:
+            now = dict(zip(self._places, key, strict=True))
+            kinds: defaultdict[Any, list[int]] = defaultdict(list)
+            for row, member in enumerate(self.members):
+                place = member.binding.place
+                if now[place] is not None:
+                    kinds[place.group, now[place]].append(row)
+            self._cached[key] = [
+                (self._run(rows, group, started), self.members[rows[0]].binding.place)
+                for (group, (_, started)), rows in kinds.items()
+            ]
+        for run, place in self._cached[key]:
+            run.age = self.hp.age(steps[place])
+        return [run for run, _ in self._cached[key]]
+
+    def _run(self, rows: list[int], group: int, started: bool) -> Run:
+        members = [self.members[row] for row in rows]
+        numbers = index([member.binding.number for member in members], self.device)
+        return Run(rows_of(rows, len(self.members), self.device), len(rows), patches(members), group, started, numbers)
+
+    def direction(self, cell: Cell) -> Tensor:
+        return self.S[self.rows[cell]]
+
+    def add_norms(self, norms: Tensor, _: Sequence[Binding]) -> None:
+        """Add the squared norms of S and D to those of their matrices, (matrices, 2); all are of one team."""
+        for run in self.runs:
+            norms.index_add_(0, run.matrices, torch.stack([squared_norms(self.S[run.rows]), run.norms], 1).to(norms))
+
+    def graft(self, scale: Tensor, _: Sequence[Binding]) -> None:
+        """Multiply S by the scales of the matrices, (matrices,)."""
+        for run in self.runs:
+            self.S[run.rows] *= scale[run.matrices].to(self.S).view(-1, *[1] * len(self.shape))
+
+    def update(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """The step itself, with the settings of each member's group."""
+        for run in (run for run in self.runs if run.age):
+            settings, S = groups[run.group], self.S[run.rows]
+            _turn(settings, S, run.D)
+            views, flats = _views(run.patches, gradient=False)
+            W = None
+            if settings["weight_decay"]:
+                W = torch.empty_like(S)
+                torch._foreach_copy_([patch.among(W) for patch in run.patches], views)
+            u = self.momenta.update(W, S, run.D, _step(settings, run.started), run.rows)
+            torch._foreach_add_(views, [patch.among(u) for patch in run.patches], alpha=-settings["lr"])
+            for place, flat in flats.items():
+                place.store(flat)
+            del S, W, u, run.D
+        del self.S, self.runs
+
+
+def _views(patches: Sequence[Patch], *, gradient: bool) -> tuple[list[Tensor], dict[Place, Tensor]]:
+    """The patches' gradients or weights, in what their places hold."""
+    flats: dict[Place, Tensor] = {}
+    for place in dict.fromkeys(patch.place for patch in patches):
+        flat = place.gradient if gradient else place.flat
+        assert flat is not None
+        flats[place] = flat
+    return [patch.of(flats[patch.place]) for patch in patches], flats
+
+
+def write(pieces: Sequence[tuple[Binding, Piece]], values: Sequence[Tensor]) -> None:
+    """Put new weights in their places."""
+    flats = {place: place.flat for place in dict.fromkeys(binding.place for binding, _ in pieces)}
+    views = [binding.view(flats[binding.place], piece) for binding, piece in pieces]
+    torch._foreach_copy_(views, [value.view(view.shape) for view, value in zip(views, values, strict=True)])
+    for place, flat in flats.items():
+        place.store(flat)
+
+
+def _step(settings: Mapping[str, Any], started: bool) -> Step:
+    return Step(settings["momentum"], settings["weight_decay"], started)
+
+
+def _turn(settings: Mapping[str, Any], *directions: Tensor | None) -> None:
+    """Turn directions round where the aim is to ascend: both are odd in G."""
+    if settings["maximize"]:
+        torch._foreach_neg_([direction for direction in directions if direction is not None])

@@ -1,0 +1,83 @@
+"""How the update is computed: settings that change rounding, freshness of roots, speed and memory, validated once."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shampoo3d.settings.validation import check_bool, check_choice, check_integer, check_number
+
+RootMethod = Literal["auto", "eigh", "newton", "newton_db", "minimax"]
+Precision = Literal["state", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Computation:
+    """Settings of the computation; with the defaults nothing is traded for speed but the moment of each refresh.
+
+    Args:
+        root_method: how inverse roots are computed, see ``docs/roots.md``; "auto" takes the fastest that is accurate,
+            by device, size and exponent.
+        refresh: "staggered": with ``preconditioning_compute_steps = k`` about 1/k of the roots is computed at each
+            step; "together": all of them at every k-th step.
+        refresh_budget: the part of the optimizer's own work that roots may take, between 0 and 1; where they would take
+            more, ``preconditioning_compute_steps`` is lengthened until they do not. By the cost model, so it is the
+            same in every run. None for no bound.
+        fresh_steps: up to this step all roots are computed at every step, while gradients still turn quickly; in turns
+            or together from there on.
+        asynchronous: roots are computed beside the next forward and backward, on a thread or a side stream, and used
+            one step later.
+        products: in which precision the operands of the products of statistics and of preconditioning enter: that of
+            the "state", or "bfloat16"; sums stay in the state's.
+        root_storage, momentum_storage: the dtype in which roots and momenta are kept, that of the "state" or
+            "bfloat16".
+        max_root_failures: how many roots may fail, so that the previous one was kept or a block was not moved, before a
+            step raises; None for any number.
+
+    Raises:
+        TypeError, ValueError: naming the setting, its value and its bound.
+    """
+
+    root_method: RootMethod = "auto"
+    refresh: Literal["staggered", "together"] = "staggered"
+    refresh_budget: float | None = None
+    fresh_steps: int = 0
+    asynchronous: bool = False
+    products: Precision = "state"
+    root_storage: Precision = "state"
+    momentum_storage: Precision = "state"
+    max_root_failures: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("root_method", self.root_method, ("auto", "eigh", "newton", "newton_db", "minimax"))
+        check_choice("refresh", self.refresh, ("staggered", "together"))
+        if self.refresh_budget is not None:
+            check_number("refresh_budget", self.refresh_budget, above=0.0, most=1.0)
+        check_integer("fresh_steps", self.fresh_steps, least=0)
+        check_bool("asynchronous", self.asynchronous)
+        for name in ("products", "root_storage", "momentum_storage"):
+            check_choice(name, getattr(self, name), ("state", "bfloat16"))
+        if self.max_root_failures is not None:
+            check_integer("max_root_failures", self.max_root_failures, least=0)
+
+
+def refusal(method: RootMethod, p: int, pseudo_inverse: bool = False) -> str | None:
+    """Why ``method`` cannot compute the root, or None."""
+    if pseudo_inverse and method not in ("auto", "eigh"):
+        return "only 'eigh' (or 'auto') can leave directions out, as pseudo_inverse=True asks"
+    if method == "newton_db" and p & (p - 1):
+        return f"repeated square roots need an exponent that is a power of two, got p = {p}"
+    if method == "minimax" and p > 1 and p % 2:
+        return f"the two-sided update needs p = 1 or an even p, got p = {p}"
+    return None
+
+
+def check_method(method: RootMethod, p: int, pseudo_inverse: bool) -> None:
+    """Raise unless ``method`` can compute an inverse p-th root, with or without a pseudo-inverse.
+
+    Raises:
+        ValueError: naming the method, the exponent and the reason.
+    """
+    if p < 1:
+        raise ValueError(f"the exponent p of L^(-1/p) must be >= 1, got {p}")
+    why = refusal(method, p, pseudo_inverse)
+    if why:
+        raise ValueError(f"root_method {method!r} cannot be used: {why}")

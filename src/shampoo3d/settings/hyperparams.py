@@ -1,0 +1,250 @@
+"""The settings of Shampoo, validated once, here and nowhere else."""
+
+import enum
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from shampoo3d.settings.computation import Computation, check_method
+from shampoo3d.settings.validation import check_bool, check_choice, check_integer, check_number
+from shampoo3d.settings.variant import Variant
+
+
+class LayerwiseGrafting(enum.IntEnum):
+    """Whose step length a preconditioned direction borrows (Agarwal et al. 2020, arXiv 2002.11803)."""
+
+    NONE = 0
+    SGD = 1
+    ADAGRAD = 2
+    RMSPROP = 3
+    ADAM = 4
+
+
+_AVERAGED: dict[str, Any] = {
+    "beta2": 0.95,
+    "diagonal_eps": 1e-8,
+    "matrix_eps": 1e-5,
+    "block_size": 128,
+    "preconditioning_compute_steps": 10,
+    "variant": Variant(
+        kernels="matrix",
+        beta1=0.9,
+        graft_beta2=0.95,
+        bias_correction=True,
+        vectors="diagonal",
+        decoupled_weight_decay=True,
+    ),
+}
+"""What the presets of today have in common."""
+
+
+@dataclass(frozen=True)
+class ShampooHyperParams:
+    """Settings shared by all parameters; the symbols are those of ``docs/update-rule.md``.
+
+    Args:
+        beta2: decay of the statistics L; 1.0 sums them (AdaGrad-like), below 1 averages with weight ``1 - beta2``.
+        diagonal_eps: added to the square root in the AdaGrad graft; at least the root of the least normal number.
+        matrix_eps: L starts at ``matrix_eps * I`` and each root is taken of ``L + matrix_eps * lambda_max(L) * I``.
+        weight_decay: the default of every parameter group; added to the direction as ``weight_decay * W``.
+        inverse_exponent_override: p in ``L^(-1/p)``; 0 means twice the number of axes that have a factor.
+        start_preconditioning_step: the first step t (counted from 1) that uses the preconditioned direction.
+        preconditioning_compute_steps: the roots of a block are computed every so many steps; ``computation.refresh``
+            says at which.
+        statistics_compute_steps: statistics are accumulated at each step t that it divides.
+        block_size: the largest side of a block; 0 keeps every matrix whole.
+        best_effort_shape_interpretation: merge adjacent dimensions while their product is at most ``block_size``.
+        graft_type: the method whose step length is borrowed, a ``LayerwiseGrafting``, its number or its name.
+        nesterov: Nesterov momentum.
+        ignore_embedding_layer: leave embeddings without preconditioner (they are grafted only).
+        fair_blocks: cut each tensor-parallel matrix along its partitioned axis into as many blocks as the run has
+            ranks, so that blocks are the same for every topology of that many ranks.
+        nonfinite_gradient: what a gradient on any rank that is NaN or infinite, or so large that sums of its squares
+            may be, does: "skip" the step on all ranks, or "raise"; "ignore" does not look, which spares the host to
+            wait for the GPU.
+        pseudo_inverse: leave out the directions in which L is zero up to rounding, instead of giving them the ridge.
+        variant: which Shampoo: choices beyond the thesis.
+        computation: how all this is computed.
+
+    Raises:
+        TypeError, ValueError: naming the setting, its value and its bound.
+    """
+
+    beta2: float = 1.0
+    diagonal_eps: float = 1e-6
+    matrix_eps: float = 1e-12
+    weight_decay: float = 0.0
+    inverse_exponent_override: int = 0
+    start_preconditioning_step: int = 1
+    preconditioning_compute_steps: int = 1
+    statistics_compute_steps: int = 1
+    block_size: int = 0
+    best_effort_shape_interpretation: bool = False
+    graft_type: LayerwiseGrafting = LayerwiseGrafting.SGD
+    nesterov: bool = True
+    ignore_embedding_layer: bool = False
+    fair_blocks: bool = False
+    nonfinite_gradient: Literal["skip", "raise", "ignore"] = "skip"
+    pseudo_inverse: bool = False
+    variant: Variant = Variant()
+    computation: Computation = Computation()
+
+    def __post_init__(self) -> None:
+        check_number("beta2", self.beta2, above=0.0, most=1.0)
+        check_number("diagonal_eps", self.diagonal_eps, least=0.0)
+        check_number("matrix_eps", self.matrix_eps, above=0.0)
+        check_number("weight_decay", self.weight_decay, least=0.0)
+        for name in ("inverse_exponent_override", "block_size"):
+            check_integer(name, getattr(self, name), least=0)
+        for name in ("start_preconditioning_step", "preconditioning_compute_steps", "statistics_compute_steps"):
+            check_integer(name, getattr(self, name), least=1)
+        for name in (
+            "best_effort_shape_interpretation",
+            "nesterov",
+            "ignore_embedding_layer",
+            "fair_blocks",
+            "pseudo_inverse",
+        ):
+            check_bool(name, getattr(self, name))
+        object.__setattr__(self, "graft_type", _graft_type(self.graft_type))
+        check_choice("nonfinite_gradient", self.nonfinite_gradient, ("skip", "raise", "ignore"))
+        for name, kind in (("variant", Variant), ("computation", Computation)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {type(getattr(self, name)).__name__}")
+        self._check_variant()
+        # How many axes have a factor is known with a parameter only: here those of a matrix.
+        axes = 2 if self.variant.sides == "all" else 1
+        check_method(self.computation.root_method, self.exponent(axes), self.pseudo_inverse)
+
+    def _check_variant(self) -> None:
+        v = self.variant
+        if v.kernels == "matrix" and self.best_effort_shape_interpretation:
+            raise ValueError(
+                "variant.kernels='matrix' and best_effort_shape_interpretation=True both say which axes become one; "
+                "take one of them"
+            )
+        if self.graft_type is LayerwiseGrafting.ADAM and not v.beta1:
+            raise ValueError("graft_type ADAM averages the gradient: it needs variant.beta1 > 0, got 0 (or is RMSPROP)")
+        if v.direction == "root":
+            self._check_powers()
+            return
+        if self.beta2 == 1.0:
+            raise ValueError("variant.direction='adam' averages squares: it needs beta2 < 1, got 1.0")
+        only = {
+            "start_preconditioning_step": (self.start_preconditioning_step, 1),  # the first step finds the eigenbasis
+            "inverse_exponent_override": (self.inverse_exponent_override, 0),  # and there are no roots
+            "pseudo_inverse": (self.pseudo_inverse, False),
+            "root_method": (self.computation.root_method, "auto"),
+        }
+        for name, (given, wanted) in only.items():
+            if given != wanted:
+                raise ValueError(f"{name}={given!r} has no meaning with variant.direction='adam'; take {wanted!r}")
+
+    def _check_powers(self) -> None:
+        """Of settings that invert L by powers of its root."""
+        v = self.variant
+        needing = ["variant.statistics='kl'"] * (v.statistics == "kl")
+        needing += [f"variant.refresh_tolerance={v.refresh_tolerance}"] * (v.refresh_tolerance > 0)
+        if needing and self.inverse_exponent_override % 2:
+            raise ValueError(
+                f"{needing[0]} inverts L by powers of its root, which needs an even exponent; got "
+                f"inverse_exponent_override={self.inverse_exponent_override}"
+            )
+        if v.refresh_tolerance and self.pseudo_inverse:
+            raise ValueError(
+                f"variant.refresh_tolerance={v.refresh_tolerance} cannot see what comes into the directions that "
+                "pseudo_inverse=True leaves out of a root; take refresh_tolerance=0 or pseudo_inverse=False"
+            )
+
+    @classmethod
+    def classic(cls, **changes: Any) -> "ShampooHyperParams":
+        """The thesis's Shampoo: sums, roots at every step, whole matrices, the length of the gradient."""
+        return cls(**changes)
+
+    @classmethod
+    def default(cls, **changes: Any) -> "ShampooHyperParams":
+        """What has done best for its cost, see ``docs/variants.md``: KL-Shampoo with Adam's step length.
+
+        Learning rates, warm-up and weight decay of an AdamW script carry over.
+
+        Args:
+            changes: settings that are to be others.
+        """
+        variant = replace(_AVERAGED["variant"], statistics="kl")
+        own: dict[str, Any] = {
+            "variant": variant,
+            "inverse_exponent_override": 2,
+            "graft_type": LayerwiseGrafting.ADAM,
+            "computation": Computation(fresh_steps=10),
+        }
+        return replace(cls(**_AVERAGED | own), **changes)
+
+    @classmethod
+    def soap(cls, **changes: Any) -> "ShampooHyperParams":
+        """Adam in the eigenbases of the factors, with the settings of its paper (Vyas et al. 2024, arXiv 2409.11321).
+
+        Args:
+            changes: settings that are to be others.
+        """
+        variant = replace(_AVERAGED["variant"], direction="adam", beta1=0.95)
+        return replace(cls(**_AVERAGED | {"graft_type": LayerwiseGrafting.NONE, "variant": variant}), **changes)
+
+    def exponent(self, axes: int) -> int:
+        """p in ``L^(-1/p)`` for blocks of which so many axes have a factor."""
+        return self.inverse_exponent_override or 2 * axes
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the gradient is averaged before it is preconditioned, which leaves no room for other momentum."""
+        return self.variant.beta1 > 0.0
+
+    @property
+    def initial(self) -> float:
+        """c in ``L = c I`` before the first gradient: ``matrix_eps``, or 0 where L is nothing but gradients."""
+        v = self.variant
+        return 0.0 if v.bias_correction or v.direction == "adam" or v.statistics == "kl" else self.matrix_eps
+
+    def diagonal(self, factored: bool) -> LayerwiseGrafting:
+        """The method of the direction D, of matrices with or without factors."""
+        alone = not factored and self.variant.vectors == "diagonal" and self.graft_type is LayerwiseGrafting.NONE
+        return LayerwiseGrafting.ADAM if alone else self.graft_type
+
+    def correction(self, beta: float, t: int, method: LayerwiseGrafting = LayerwiseGrafting.NONE) -> float:
+        """By what an average of t terms is divided: the weight that it has gathered, if that is corrected for."""
+        return 1.0 - beta**t if self.variant.bias_correction or method is LayerwiseGrafting.ADAM else 1.0
+
+    @property
+    def fresh_steps(self) -> int:
+        """Up to which step all roots are computed at every step.
+
+        For "kl" at least up to the first gradient: the next ones are whitened by what it tells.
+        """
+        kl = self.variant.statistics == "kl" and self.variant.direction == "root"
+        return max(self.computation.fresh_steps, self.statistics_compute_steps if kl else 0)
+
+    @property
+    def w2(self) -> float:
+        """The weight of a gradient in the statistics: of a sum 1, else of an average."""
+        return 1.0 if self.beta2 == 1.0 else 1.0 - self.beta2
+
+    def terms(self, t: int) -> int:
+        """How many gradients are in the statistics after step t."""
+        every = self.statistics_compute_steps
+        return 1 + (t - 1) // every if self.variant.direction == "adam" else t // every
+
+    @property
+    def moves_at_once(self) -> bool:
+        """Whether the first step moves the weights."""
+        return self.age(1) > 0
+
+    def age(self, t: int) -> int:
+        """How many steps up to step t have moved the weights: the first with ``direction="adam"`` does not."""
+        return t - 1 if self.variant.direction == "adam" else t
+
+
+def _graft_type(value: object) -> LayerwiseGrafting:
+    if isinstance(value, str) and value.upper() in LayerwiseGrafting.__members__:
+        return LayerwiseGrafting[value.upper()]
+    if isinstance(value, int) and not isinstance(value, bool) and value in set(LayerwiseGrafting):
+        return LayerwiseGrafting(value)
+    names = ", ".join(f"{graft.name} ({graft.value})" for graft in LayerwiseGrafting)
+    raise ValueError(f"graft_type must be one of {names}, got {value!r}")

@@ -1,0 +1,92 @@
+"""Which Shampoo: the choices beyond the thesis that the field found to matter, validated once."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from shampoo3d.settings.validation import check_bool, check_choice, check_integer, check_number
+
+Direction = Literal["root", "adam"]
+Statistics = Literal["gradient", "kl"]
+Sides = Literal["all", "first", "last", "shortest"]
+LongAxes = Literal["none", "diagonal"]
+Kernels = Literal["axes", "matrix"]
+LONGEST_KERNEL = 16
+"""Longer axes are taken for something else: experts, positions."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """With the defaults it is the thesis's Shampoo; the equations of every choice are in ``docs/variants.md``.
+
+    Args:
+        direction: "root": ``G x_1 L_1^(-1/p) x_2 ...``; "adam": Adam in the eigenbasis of the factors (SOAP, Vyas et
+            al. 2024, arXiv 2409.11321).
+        statistics: "gradient": ``G_(i) G_(i)^T``; "kl": G is preconditioned by the other factors first, which
+            minimizes a Kullback-Leibler divergence (Lin et al. 2025, arXiv 2509.03378).
+        sides: the axes that have a factor: "all", the "first" or "last" only, or the "shortest" of each matrix; with
+            one side the exponent is -1/2 (one-sided Shampoo, Xie et al. 2025, arXiv 2503.10537).
+        largest_dimension: axes of blocks that are longer have no factor (Vyas et al. 2024), or a diagonal one; 0 for no
+            bound.
+        long_axes: what such axes have: no factor ("none"), or a "diagonal" one, a vector of sums of squares (Gupta et
+            al. 2018, arXiv 1802.09568, on a diagonal variant; Anil et al. 2020, arXiv 2002.09018, on large dimensions).
+            It counts in the exponent. Not for "adam": the eigenbasis of a diagonal matrix is I.
+        kernels: what the kernels of a convolution (out, in, height, width) are: all of their "axes" have a factor, or
+            they are the "matrix" (out, in height width) (Grosse and Martens 2016, arXiv 1602.01407). Axes from the
+            third on count as those of a kernel where they are at most 16 long.
+        beta1: decay of an average of the gradient that is preconditioned in its place, and whose length is grafted;
+            with it there is no other momentum. 0 for none.
+        graft_beta2: decay of the average of ``G^2`` for the RMSPROP and ADAM grafts and the diagonal direction.
+        bias_correction: averages are divided by the weight that they have gathered, ``1 - beta^t`` (Kingma and Ba
+            2014, arXiv 1412.6980).
+        vectors: what moves parameters without factors: "scaled": G with the length of the graft; "diagonal": the
+            direction of the graft itself, of Adam where nothing is grafted.
+        decoupled_weight_decay: ``W <- (1 - lr weight_decay) W`` beside the step, instead of decay in the direction
+            (Loshchilov and Hutter 2017, arXiv 1711.05101).
+        refresh_tolerance: a root or eigenbasis whose turn it is stays as long as it is off by at most this; 0: never.
+            An eigenbasis Q: the part of ``Q^T L Q`` off its diagonal (Eschenhagen et al. 2025, arXiv 2506.03595); a
+            root P: ``||W A W - I|| / sqrt(d)``, ``W = P^(p/2)`` and A the matrix whose root it would be, all norms
+            those of Frobenius.
+
+    Raises:
+        TypeError, ValueError: naming the setting, its value and its bound.
+    """
+
+    direction: Direction = "root"
+    statistics: Statistics = "gradient"
+    sides: Sides = "all"
+    largest_dimension: int = 0
+    long_axes: LongAxes = "none"
+    kernels: Kernels = "axes"
+    beta1: float = 0.0
+    graft_beta2: float = 0.999
+    bias_correction: bool = False
+    vectors: Literal["scaled", "diagonal"] = "scaled"
+    decoupled_weight_decay: bool = False
+    refresh_tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("direction", self.direction, ("root", "adam"))
+        check_choice("statistics", self.statistics, ("gradient", "kl"))
+        check_choice("sides", self.sides, ("all", "first", "last", "shortest"))
+        check_choice("long_axes", self.long_axes, ("none", "diagonal"))
+        check_choice("kernels", self.kernels, ("axes", "matrix"))
+        check_choice("vectors", self.vectors, ("scaled", "diagonal"))
+        check_integer("largest_dimension", self.largest_dimension, least=0)
+        check_number("beta1", self.beta1, least=0.0, below=1.0)
+        check_number("graft_beta2", self.graft_beta2, least=0.0, below=1.0)
+        # No eigenbasis is off by more than 1; a root is, by the factor by which L has grown where it was small.
+        above = 1.0 if self.direction == "adam" else math.inf
+        check_number("refresh_tolerance", self.refresh_tolerance, least=0.0, below=above)
+        check_bool("bias_correction", self.bias_correction)
+        check_bool("decoupled_weight_decay", self.decoupled_weight_decay)
+        if self.long_axes == "diagonal" and not self.largest_dimension:
+            raise ValueError(
+                "long_axes='diagonal' has no meaning with largest_dimension=0, for which no axis is long; take "
+                "largest_dimension > 0"
+            )
+        if self.long_axes == "diagonal" and self.direction == "adam":
+            raise ValueError(
+                "long_axes='diagonal' has no meaning with direction='adam': the eigenbasis of a diagonal factor is I, "
+                "as if there were none; take long_axes='none'"
+            )

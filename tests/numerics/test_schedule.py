@@ -1,0 +1,315 @@
+"""Which step refreshes what: every block soon enough, none too often, no step or rank with much more than another."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections import Counter, defaultdict
+from dataclasses import replace
+from math import ceil, prod
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import MODELS, RANDOM, a_storage, replicated
+from shampoo3d.numerics.schedule import like, offsets, phase
+from shampoo3d.planning.cost import Factored, block_cost, root_cost, within_budget
+from shampoo3d.planning.layout import describe
+from shampoo3d.planning.plan import Plan, make_plan, make_plans
+from shampoo3d.planning.stagger import factored_blocks, refresh_offsets
+from shampoo3d.settings.computation import Computation
+from shampoo3d.settings.hyperparams import ShampooHyperParams
+from shampoo3d.settings.variant import Variant
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "update-rule.md"
+EXAMPLES = settings(deadline=None, derandomize=True, max_examples=300)
+EVERY = st.integers(1, 12)
+STARTS = st.integers(1, 40)
+TURNS = st.integers(0, 30)
+COSTS = st.lists(st.sampled_from([1.0, 2.0, 2.0, 3.5, 100.0, 0.1]) | st.floats(1e-3, 1e9), max_size=60)
+
+
+def hyperparams(every: int, start: int = 1, refresh: str = "staggered", statistics: int = 1) -> ShampooHyperParams:
+    return ShampooHyperParams(
+        preconditioning_compute_steps=every,
+        start_preconditioning_step=start,
+        statistics_compute_steps=statistics,
+        computation=Computation(refresh=refresh),  # type: ignore[arg-type]
+    )
+
+
+def refreshes(hp: ShampooHyperParams, offset: int, last: int = 100) -> list[int]:
+    return [t for t in range(1, last + 1) if phase(t, hp, offset).refresh]
+
+
+def named(costs: list[float]) -> list[tuple[tuple[str, str], float]]:
+    return [((f"layers.{i // 4}.weight", f"{i % 4}:{i % 4 + 1},0:1"), cost) for i, cost in enumerate(costs)]
+
+
+# ---- steps ----
+
+
+def test_eigenbases_are_found_at_the_first_step_and_followed_in_turns() -> None:
+    """By hand, with k = 3; roots that are fresh until step 4 have their turns from there on."""
+    hp = replace(hyperparams(3), beta2=0.9, variant=Variant(direction="adam"))
+    assert refreshes(hp, 0, 10) == [1, 4, 7, 10]
+    assert refreshes(hp, 2, 10) == [1, 3, 6, 9]
+    assert [phase(t, hp).started for t in (1, 2, 3)] == [False, True, True]
+    every_other = replace(hp, statistics_compute_steps=2)
+    assert [t for t in range(1, 8) if phase(t, every_other).accumulate] == [1, 3, 5, 7]
+    fresh = replace(hyperparams(3), computation=Computation(fresh_steps=4))
+    assert refreshes(fresh, 0, 10) == [1, 2, 3, 4, 6, 9]
+    assert refreshes(fresh, 2, 10) == [1, 2, 3, 4, 5, 8]
+
+
+@EXAMPLES
+@given(EVERY, STARTS, st.integers(1, 200), TURNS)
+def test_steps_that_are_alike_refresh_the_same_blocks(every: int, start: int, t: int, offset: int) -> None:
+    """Whatever the blocks: so what is due need be found for one interval of steps only."""
+    settings = itertools.product(("staggered", "together"), (0, 3, 30), ("root", "adam"))
+    for refresh, fresh, direction in settings:
+        if direction == "adam" and start > 1:
+            continue
+        hp = hyperparams(every, start, refresh)
+        computation, variant = replace(hp.computation, fresh_steps=fresh), Variant(direction=direction)  # type: ignore[arg-type]
+        hp = replace(hp, beta2=0.9, computation=computation, variant=variant)
+        same = like(t, hp)
+        assert 0 <= same <= min(t, max(every, start, fresh) + every)
+        assert phase(t, hp, offset).refresh == (same > 0 and phase(same, hp, offset).refresh)
+
+
+def test_four_blocks_at_every_third_step() -> None:
+    """By hand, with k = 3: the start at 8 lets the refresh at 3 go unseen, but not that at 6."""
+    assert refreshes(hyperparams(3, 8), 0, 14) == [6, 9, 12]
+    assert refreshes(hyperparams(3, 8), 1, 14) == [6, 7, 10, 13]
+    assert refreshes(hyperparams(3, 8), 2, 14) == [6, 8, 11, 14]
+    assert refreshes(hyperparams(3, 8), 3, 14) == [6, 9, 12]
+    assert refreshes(hyperparams(3, 9), 1, 14) == [9, 10, 13]
+    assert refreshes(hyperparams(3, 1), 2, 14) == [3, 5, 8, 11, 14]
+
+
+@EXAMPLES
+@given(every=EVERY, start=STARTS, offset=TURNS)
+def test_together_ignores_turns_and_leaves_out_what_nobody_would_see(every: int, start: int, offset: int) -> None:
+    seen = [t for t in range(1, 101) if t % every == 0 and t + every > start]
+    assert refreshes(hyperparams(every, start, "together"), offset) == seen
+    assert refreshes(hyperparams(every, start), every * (offset // every)) == seen
+
+
+@EXAMPLES
+@given(every=EVERY, start=STARTS, offset=TURNS)
+def test_a_refresh_for_all_at_once_and_then_one_in_every_k_steps(every: int, start: int, offset: int) -> None:
+    first, *later = refreshes(hyperparams(every, start), offset)
+    assert first == refreshes(hyperparams(every, start), 0)[0]
+    assert first % every == 0
+    assert max(every, start) - every < first <= max(every, start)
+    assert 1 <= later[0] - first <= every
+    assert all(t % every == offset % every for t in later)
+    assert {b - a for a, b in itertools.pairwise(later)} == {every}
+
+
+@EXAMPLES
+@given(every=EVERY, start=STARTS, offset=TURNS, refresh=st.sampled_from(["staggered", "together"]))
+def test_roots_in_use_are_at_most_k_minus_1_steps_old(every: int, start: int, offset: int, refresh: str) -> None:
+    hp, computed = hyperparams(every, start, refresh), None
+    for t in range(1, 101):
+        due = phase(t, hp, offset)
+        computed = t if due.refresh else computed
+        assert due.started == (t >= start)
+        if t >= max(start, every):
+            assert computed is not None
+            assert t - computed <= every - 1
+        elif t < start - every:
+            assert computed is None
+    assert computed is not None
+
+
+@EXAMPLES
+@given(start=STARTS, offset=TURNS, refresh=st.sampled_from(["staggered", "together"]))
+def test_with_k_1_all_roots_are_refreshed_at_each_step(start: int, offset: int, refresh: str) -> None:
+    assert refreshes(hyperparams(1, start, refresh), offset) == list(range(start, 101))
+
+
+@EXAMPLES
+@given(t=st.integers(1, 1000), every=st.integers(1, 9), offset=TURNS)
+def test_statistics_are_of_all_blocks_at_once(t: int, every: int, offset: int) -> None:
+    assert phase(t, hyperparams(7, 3, statistics=every), offset).accumulate == (t % every == 0)
+
+
+# ---- turns ----
+
+
+@EXAMPLES
+@given(costs=COSTS, every=EVERY)
+def test_turns_differ_by_one_block_at_most(costs: list[float], every: int) -> None:
+    blocks = named(costs)
+    turns = offsets(blocks, every)
+    assert turns.keys() == dict(blocks).keys()
+    loads = [0.0] * every
+    for identity, cost in blocks:
+        loads[turns[identity]] += cost
+    assert max(loads) - min(loads) <= max(costs, default=0.0) * (1 + 1e-9)
+
+
+@EXAMPLES
+@given(count=st.integers(0, 100), cost=st.sampled_from([0.1, 1.0, 1e20]), every=EVERY)
+def test_equal_blocks_take_turns_in_order(count: int, cost: float, every: int) -> None:
+    turns = offsets(named([cost] * count), every)
+    assert [turns[identity] for identity, _ in named([cost] * count)] == [i % every for i in range(count)]
+
+
+@EXAMPLES
+@given(costs=COSTS, every=EVERY, seed=st.integers(0, 1000))
+def test_turns_do_not_depend_on_the_order_of_blocks(costs: list[float], every: int, seed: int) -> None:
+    alike = [("01", ""), ("1", ""), ("1", "0"), ("", "1"), ("²", "٣")]
+    blocks = [*named(costs), *((identity, 1.0) for identity in alike)]
+    shuffled = Random(seed).sample(blocks, len(blocks))
+    assert offsets(shuffled, every) == offsets(iter(blocks), every)
+
+
+def test_numbers_in_names_are_compared_as_numbers() -> None:
+    names = ["a", "layers.2.x", "layers.2.y", "layers.10.x", "layers.10.x2", "layers.10.x10", "layersa"]
+    assert list(offsets((((name, ""), 1.0) for name in reversed(names)), 7).items()) == [
+        ((name, ""), turn) for turn, name in enumerate(names)
+    ]
+    keys = ["0:128,0:128", "0:128,128:256", "0:128,1024:1152", "128:256,0:128"]
+    assert [offsets([(("w", key), 1.0) for key in keys[::-1]], 4)["w", key] for key in keys] == [0, 1, 2, 3]
+
+
+def test_the_most_expensive_blocks_are_dealt_out_first() -> None:
+    assert list(offsets(named([1, 1, 5, 2, 2]), 2).values()) == [0, 1, 1, 1, 0]
+    assert offsets(named([1, 1, 5, 2, 2]), 2)["layers.0.weight", "2:3,0:1"] == 0
+
+
+@pytest.mark.parametrize("every", [2, 10, 37])
+def test_each_step_refreshes_a_kth_of_the_work(every: int) -> None:
+    """Layers of four different blocks: counted step by step after the first refresh."""
+    blocks = named([8.0, 27.0, 27.0, 64.0] * 100)
+    turns, hp = offsets(blocks, every), hyperparams(every)
+    total = sum(cost for _, cost in blocks)
+    for t in range(every + 1, 3 * every + 1):
+        work = sum(cost for identity, cost in blocks if phase(t, hp, turns[identity]).refresh)
+        assert work == pytest.approx(total / every, abs=64.0)
+
+
+def test_a_hundred_thousand_blocks_take_less_than_a_second() -> None:
+    blocks = [((f"layers.{i // 64}.weight", f"{i % 64}:9,0:8"), float(i % 7)) for i in range(100_000)]
+    started = time.process_time()
+    assert len(offsets(blocks, 10)) == 100_000
+    assert len(offsets(blocks[:9], 10**12)) == 9
+    assert time.process_time() - started < 1.0
+
+
+# ---- turns in a plan ----
+
+
+@EXAMPLES
+@given(count=st.integers(1, 60), ranks=st.integers(1, 9), every=EVERY)
+def test_each_rank_has_its_share_of_each_turn(count: int, ranks: int, every: int) -> None:
+    hp = hyperparams(every)
+    held = [describe(replicated(f"w{i}", (3, 2), range(ranks)), hp, ranks) for i in range(count)]
+    plan = make_plan(held, range(ranks), hp)
+    counts = Counter((block.owner, block.offset) for block in plan.blocks)
+    assert max(counts.values()) <= ceil(ceil(count / every) / ranks)
+    by_rank = Counter(block.owner for block in plan.blocks)
+    assert max(by_rank.values()) == ceil(count / ranks)
+
+
+def slowest(plan: Plan, every: int) -> list[float]:
+    """At each turn, the work of the rank with most: what it has to do at each step, and that turn's roots."""
+    load, roots = plan.load(), defaultdict[tuple[int, int], float](float)
+    for block in plan.blocks:
+        roots[block.owner, block.offset] += root_cost(block.factors)
+        load[block.owner] -= root_cost(block.factors) / every
+    return [max(load[rank] + roots[rank, turn] for rank in plan.ranks) for turn in range(every)]
+
+
+def gpt_2(block_size: int, ranks: int, refresh: str = "staggered") -> list[float]:
+    hp = replace(hyperparams(10, refresh=refresh), block_size=block_size)
+    shapes = [(f"w{i}", shape, "embedding" * (shape[0] > 20000)) for i, shape in enumerate(MODELS["GPT-2 small"])]
+    held = [describe(replicated(name, shape, range(ranks), excluded=why), hp, ranks) for name, shape, why in shapes]
+    return slowest(make_plan(held, range(ranks), hp), 10)
+
+
+@pytest.mark.parametrize(("block_size", "ranks"), [(1024, 1), (1024, 8), (1024, 64), (256, 1), (256, 8), (256, 64)])
+def test_no_step_of_gpt_2_is_much_slower_than_the_mean(block_size: int, ranks: int) -> None:
+    work, together = gpt_2(block_size, ranks), gpt_2(block_size, ranks, "together")
+    assert max(work) <= 1.3 * sum(work) / 10
+    assert max(together) > 3 * sum(together) / 10
+
+
+def test_the_document_says_what_turns_cost_where_ranks_have_few_blocks() -> None:
+    (said,) = re.findall(r"takes ([\d.]+) times as long staggered", DOCUMENT.read_text())
+    assert sum(gpt_2(1024, 64)) / sum(gpt_2(1024, 64, "together")) == pytest.approx(float(said), abs=0.05)
+
+
+@EXAMPLES
+@given(chance=RANDOM, every=EVERY)
+def test_turns_do_not_depend_on_who_stores_what(chance: Random, every: int) -> None:
+    hp = replace(hyperparams(every), block_size=3)
+    held = [describe(a_storage(chance, range(4), f"w{i}"), hp, 4) for i in range(5)]
+    turns = refresh_offsets(factored_blocks(held), hp)
+    storages = (replicated(m.name, m.shape, excluded=m.storage.excluded, split=m.storage.split) for m in held)
+    alone = [describe(storage, hp, 1) for storage in storages]
+    assert refresh_offsets(factored_blocks(chance.sample(alone, 5)), hp) == turns
+    planned = make_plan(held, range(4), hp).blocks
+    assert {block.id: block.offset for block in planned if block.axes} == turns
+    assert all(block.offset == 0 for block in planned if not block.axes)
+    costs = {block.id: root_cost(block.factors) for block in planned if block.axes}
+    assert turns == offsets(costs.items(), every)
+    together = replace(hp, computation=Computation(refresh="together"))
+    assert set(refresh_offsets(factored_blocks(held), together).values()) <= {0}
+
+
+def test_turns_are_dealt_out_over_all_teams_or_given() -> None:
+    hp = hyperparams(4)
+    teams = {(0, 1): ["a", "b"], (2, 3): ["c"], (0, 1, 2, 3): ["d"]}
+    held = {ranks: [describe(replicated(name, (3, 3), ranks), hp, 4) for name in teams[ranks]] for ranks in teams}
+
+    def found(given: dict[tuple[str, str], int] | None = None) -> dict[str, int]:
+        return {block.matrix: block.offset for plan in make_plans(held, hp, offsets=given) for block in plan.blocks}
+
+    assert found() == {"a": 0, "b": 1, "c": 2, "d": 3}
+    given = {(name, "0:3,0:3"): turn for turn, name in enumerate("dcba")}
+    assert found(given) == {"d": 0, "c": 1, "b": 2, "a": 3}
+    (block,) = make_plan(held[2, 3], (2, 3), hp, offsets=given).blocks
+    assert block.offset == 1
+
+
+# ---- the budget ----
+
+
+@EXAMPLES
+@given(chance=RANDOM, budget=st.floats(0.01, 1.0), every=st.integers(1, 9))
+def test_roots_take_at_most_their_budget_and_are_no_older_than_they_must(
+    chance: Random, budget: float, every: int
+) -> None:
+    factors = [tuple(chance.choice([3, 17, 130]) for _ in range(chance.choice([1, 2, 3]))) for _ in range(5)]
+    blocks = [Factored(prod(sizes) * chance.choice([1, 4]), sizes) for sizes in factors]
+
+    def share(k: int) -> float:
+        hp = replace(hyperparams(every), preconditioning_compute_steps=k)
+        return sum(map(root_cost, factors)) / k / sum(block_cost(block.elements, block.factors, hp) for block in blocks)
+
+    hp = replace(hyperparams(every), computation=Computation(refresh_budget=budget))
+    found = within_budget(blocks, hp).preconditioning_compute_steps
+    assert found == every or share(found) <= budget * (1 + 1e-9) < share(found - 1) * (1 + 1e-6)
+    assert share(found) <= budget * (1 + 1e-9)
+    assert replace(within_budget(blocks, hp), preconditioning_compute_steps=every) == hp
+    assert within_budget(blocks, hyperparams(every)) == hyperparams(every)
+
+
+def test_the_budget_is_that_of_the_whole_run() -> None:
+    hp = replace(hyperparams(1), computation=Computation(refresh_budget=0.1))
+    held = {
+        (0, 1): [describe(replicated("a", (300, 300), (0, 1)), hp, 4)],
+        (2, 3): [describe(replicated("b", (40, 7), (2, 3)), hp, 4)],
+    }
+    blocks = [Factored(300 * 300, (300, 300)), Factored(40 * 7, (40, 7))]
+    every = within_budget(blocks, hp).preconditioning_compute_steps
+    assert every > 1
+    assert [plan.every for plan in make_plans(held, hp)] == [every, every]

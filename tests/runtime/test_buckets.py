@@ -1,0 +1,66 @@
+"""Patches: as few strided views as rows and columns of blocks make, each element where its block has it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from common import replicated
+from shampoo3d.planning.layout import Matrix, describe
+from shampoo3d.runtime.bindings import Binding, Place
+from shampoo3d.runtime.buckets import Member, patches
+from shampoo3d.settings.hyperparams import ShampooHyperParams
+
+Rows = list[list[Member]]
+
+
+def bound(matrix: Matrix, number: int) -> Binding:
+    param = nn.Parameter(torch.arange(1.0 * matrix.storage.shape[0] * torch.Size(matrix.storage.shape[1:]).numel()))
+    return Binding(number, matrix, Place(param, 0, True), 0, param.numel())
+
+
+def members_by_shape(shapes: list[tuple[int, ...]], block_size: int) -> Rows:
+    """Of all blocks of matrices of these shapes, in the order of the plan."""
+    hp = ShampooHyperParams(block_size=block_size)
+    kinds: dict[tuple[int, ...], list[Member]] = {}
+    for number, shape in enumerate(shapes):
+        matrix = describe(replicated(f"w{number}", shape), hp, 1)
+        binding = bound(matrix, number)
+        for slot, cell in enumerate(matrix.cells(0)):
+            kinds.setdefault(cell.piece.box.shape, []).append(Member(slot, binding, cell))
+    return list(kinds.values())
+
+
+SIDES = st.integers(1, 9)
+SHAPES = st.lists(st.lists(SIDES, min_size=1, max_size=4).map(tuple), min_size=1, max_size=4)
+
+
+@given(shapes=SHAPES, block_size=st.integers(0, 5), chance=st.randoms(use_true_random=False), shuffled=st.booleans())
+def test_patches_hold_the_elements_of_their_members_in_order(
+    shapes: list[tuple[int, ...]], block_size: int, chance: object, shuffled: bool
+) -> None:
+    for members in members_by_shape(shapes, block_size):
+        if shuffled:
+            chance.shuffle(members)  # type: ignore[attr-defined]
+        stack = torch.stack([m.binding.view(m.binding.place.flat, m.cell.piece) for m in members])
+        first = 0
+        for patch in patches(members):
+            assert patch.first == first
+            first += patch.count
+            assert torch.equal(patch.of(patch.place.flat), patch.among(stack))
+        assert first == len(members)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "block_size", "count"),
+    [
+        ([(12, 8)], 4, 1),  # a wall of 3 x 2
+        ([(12, 8), (8, 20)], 4, 2),  # one each
+        ([(10, 4)] * 3, 4, 6),  # rows of 4 and of 3: two shapes in each
+        ([(24,)], 4, 1),
+        ([(4, 6, 8)], 2, 1),  # a wall of three axes
+    ],
+)
+def test_a_matrix_takes_few_patches(shapes: list[tuple[int, ...]], block_size: int, count: int) -> None:
+    assert sum(len(patches(members)) for members in members_by_shape(shapes, block_size)) == count
