@@ -24,7 +24,7 @@ from shampoo3d.cli.train.text import read_text
 from shampoo3d.numerics.roots import inverse_roots
 from shampoo3d.settings.computation import refusal
 
-METHODS = ("eigh", "newton", "newton_db", "minimax")
+METHODS = ("eigh", "minimax")
 EXPONENTS = (2, 4, 8)
 RIDGES = (1e-6, 1e-12)
 CONDITIONS = ("1e0", "1e4", "1e8", "1e12", "1e16", "rank n/4")

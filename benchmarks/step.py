@@ -246,8 +246,8 @@ def _stack_products(optimizer: Any) -> Iterator[Callable[[], object]]:
         S = torch.empty_like(G)
 
         def work(stack: Any = stack, G: Tensor = G, S: Tensor = S) -> None:
-            stack.accumulate(G, slice(None))
-            stack.precondition(G, slice(None), out=S)
+            stack.accumulate(G, slice(None), 2)
+            stack.precondition(G, slice(None), 2, out=S)
 
         yield work
 

@@ -27,7 +27,6 @@ RANKS = (1, 2, 4, 8)
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO 0": (0, {}),
     "ZeRO 0, root_copies=2": (0, {"root_copies": 2}),
-    "ZeRO 0, reduce_to_owners": (0, {"reduce_to_owners": True}),
     "ZeRO 1": (1, {}),
     "ZeRO 2": (2, {}),
     "ZeRO 3": (3, {}),

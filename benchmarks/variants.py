@@ -26,7 +26,7 @@ VARIANTS = {
     "every 10, together": replace(EVERY_10, computation=Computation(refresh="together")),
     "every 10, staggered": EVERY_10,
     "every 10, staggered, asynchronous": replace(EVERY_10, computation=Computation(asynchronous=True)),
-    "budget of 20 %": replace(EVERY_STEP, computation=Computation(refresh_budget=0.2)),
+    "every 23, staggered": replace(EVERY_STEP, preconditioning_compute_steps=23),
     "every step, bfloat16 products": replace(EVERY_STEP, computation=Computation(products="bfloat16")),
     "every step, bfloat16 roots": replace(EVERY_STEP, computation=Computation(root_storage="bfloat16")),
     "every step, bfloat16 momenta": replace(EVERY_STEP, computation=Computation(momentum_storage="bfloat16")),

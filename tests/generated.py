@@ -46,12 +46,11 @@ VARIANT: dict[str, list[Any]] = {
     "bias_correction": [False, True],
     "vectors": ["scaled", "diagonal"],
     "decoupled_weight_decay": [False, True],
-    "refresh_tolerance": [0.0, 0.0, 0.01, 0.5, 2.0],
+    "refresh_tolerance": [0.0, 0.0, 0.0, 0.01, 0.5, 2.0],
 }
 COMPUTATION: dict[str, list[Any]] = {
-    "root_method": ["auto", "auto", "eigh", "newton", "newton_db", "minimax"],
+    "root_method": ["auto", "auto", "eigh", "minimax"],
     "refresh": ["staggered", "together"],
-    "refresh_budget": [None, 0.5, 0.01],
     "fresh_steps": [0, 1, 3],
     "asynchronous": [False, True],
     "products": ["state", "bfloat16"],
@@ -87,6 +86,8 @@ def settings(chance: random.Random) -> ShampooHyperParams | None:
         parts[0] |= {"start_preconditioning_step": 1, "inverse_exponent_override": 0}
         parts[1] |= {"long_axes": "none", "refresh_tolerance": chance.choice([0.0, 0.5])}
         parts[2]["root_method"] = "auto"
+    elif chance.random() < 0.9:  # what is about eigenbases
+        parts[1].pop("refresh_tolerance", None)
     if bad := chance.random() < 0.02:
         place = chance.randrange(3)
         parts[place][chance.choice(list(tables[place]))] = chance.choice(BAD)

@@ -14,8 +14,6 @@ from math import ceil, prod
 import numpy as np
 from numpy.typing import NDArray
 
-from shampoo3d.planning.cost import root_cost
-
 Array = NDArray[np.float64]
 
 
@@ -54,7 +52,6 @@ class Settings:
     bias_correction: bool = False
     vectors: str = "scaled"
     decoupled_weight_decay: bool = False
-    refresh_tolerance: float = 0.0
     u: float = 2.0**-52
 
 
@@ -133,13 +130,6 @@ def inverse_diagonal_root(L: Array, p: int, eps: float, pseudo: bool = False) ->
     return np.diag(np.where(entries == 0, 0.0, scale) if pseudo else scale)
 
 
-def departure(P: Array, L: Array, p: int, eps: float) -> float:
-    """||W A W - I||_F / sqrt(d) for the matrix A whose root would be computed, W = P^(p/2): how far P is from it."""
-    W = np.linalg.matrix_power(P, p // 2)
-    A = L + eps * np.linalg.eigvalsh(L)[-1] * np.eye(len(L))
-    return float(np.linalg.norm(W @ A @ W - np.eye(len(L))) / np.sqrt(len(L)))
-
-
 def deal_turns(blocks: Sequence[Block], every: int) -> None:
     """The blocks with the costliest roots first, each to the turn that costs least so far; equal ones in order."""
     costs = np.zeros(every)
@@ -157,7 +147,9 @@ class Block:
         initial = 0.0 if s.bias_correction or s.statistics == "kl" else s.matrix_eps
         self.L = {i: initial * np.eye(n) for i, n in sizes.items()}
         self.P = {i: np.eye(n) for i, n in sizes.items()}
-        self.cost, self.turn = root_cost(n for i, n in sizes.items() if i not in long), 0
+        # Turns are dealt out by the cost of a root, in multiply-adds: see docs/update-rule.md.
+        self.cost = sum(6.5 * n**3 + 2000.0 * n**2 for i, n in sizes.items() if i not in long)
+        self.turn = 0
 
     def due(self, t: int, s: Settings) -> bool:
         """Whether roots are computed: of all blocks at one step, which the start may put off, then in turns."""
@@ -170,12 +162,6 @@ class Block:
         """The step at which the roots of all blocks are computed."""
         k = s.preconditioning_compute_steps
         return max(n for n in range(k, max(k, s.start_preconditioning_step) + 1, k))
-
-    def may_stay(self, i: int, t: int, L: Array, p: int, s: Settings) -> bool:
-        """Whether a root that is due is close enough to what it would be: not the first time."""
-        last = max(self.first(s), s.statistics_compute_steps if s.statistics == "kl" else 0)
-        tolerated = s.refresh_tolerance > 0 and t > last
-        return tolerated and departure(self.P[i], L, p, s.matrix_eps) <= s.refresh_tolerance
 
     def update(self, G: Array, t: int, s: Settings) -> None:
         w2 = 1.0 if s.beta2 == 1.0 else 1.0 - s.beta2
@@ -203,7 +189,7 @@ class Block:
                 averaged = self.L[i] / gathered
                 if i in self.long:
                     self.P[i] = inverse_diagonal_root(averaged, p, s.matrix_eps, s.pseudo_inverse)
-                elif not self.may_stay(i, t, averaged, p, s):
+                else:
                     self.P[i] = inverse_root(averaged, p, s.matrix_eps, s.u, s.pseudo_inverse)
 
     def apply(self, G: Array) -> Array:

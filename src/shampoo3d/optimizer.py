@@ -24,7 +24,6 @@ from shampoo3d.runtime.agreement import StepRefusedError, Verdict, agree
 from shampoo3d.runtime.assemble import assemble, check_shapes, flat_groups, is_trainable
 from shampoo3d.runtime.bindings import Place
 from shampoo3d.runtime.exchange import Exchange
-from shampoo3d.runtime.owner_reduction import OwnerReduction
 from shampoo3d.runtime.report import Report
 from shampoo3d.runtime.step import settle, take_step
 from shampoo3d.runtime.team import Team, state_bytes
@@ -101,9 +100,6 @@ class Shampoo(Checkpointed):
         self._saved: dict[Tensor, ParamState] = {}  # loaded state that waits until its parameter is bound
         self._saved_own: dict[str, Any] | None = None  # the same of flat slices
         self._known: dict[str, Any] = {}  # the matrices, as they were bound last
-        self._reduction = OwnerReduction() if distribution.reduce_to_owners else None
-        if self._reduction is not None:  # DeepSpeed's engine looks for this method, and obeys it where it is there
-            self.get_grads_for_reduction = self._grads_for_reduction
         self._learn_model(params)
         if momentum is None:
             momentum = 0.0 if hyperparams.averaged else 0.9
@@ -186,22 +182,14 @@ class Shampoo(Checkpointed):
     def _verdict(self) -> Verdict:
         """What all ranks do next, once their parameters are bound."""
         mesh = self._mesh or locate(self._claims)
-        averaged = self._reduction is None or not self._reduction.done
-        complaint = self._unusable() or (self._reduction.complaint() if self._reduction is not None else "")
-        verdict = self._agree(mesh, complaint, self._has_unbound(), averaged=averaged)
+        verdict = self._agree(mesh, self._unusable(), self._has_unbound())
         if verdict is Verdict.BIND:
-            verdict = self._agree(mesh, self._bind(mesh) or self._unusable(), unbound=False, averaged=averaged)
+            verdict = self._agree(mesh, self._bind(mesh) or self._unusable(), unbound=False)
         return verdict
 
-    def _agree(self, mesh: Mesh, complaint: str, unbound: bool, *, averaged: bool) -> Verdict:
+    def _agree(self, mesh: Mesh, complaint: str, unbound: bool) -> Verdict:
         hp, present = self.hyperparams, self._present()
-        return agree(mesh, self._teams, present, hp, self._groups, complaint, unbound, averaged=averaged)
-
-    def _grads_for_reduction(self) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-        """The gradients that DeepSpeed's engine has to all-reduce: dense ones, and those of experts by their group."""
-        assert self._reduction is not None
-        with during(lambda: f"before step {self._steps_taken() + 1}"):
-            return self._reduction.reduce((p for params in self._facts.originals for p in params), self._exchanges), {}
+        return agree(mesh, self._teams, present, hp, self._groups, complaint, unbound)
 
     def _is_trial(self) -> bool:
         """Whether an engine's wrapper is trying the optimizer out with zero gradients, which must change nothing."""

@@ -41,7 +41,7 @@ SETTINGS: dict[str, Settings] = {
     "asynchronous-2": {
         "block_size": 5,
         "preconditioning_compute_steps": 2,
-        "computation": Computation(asynchronous=True, root_method="newton"),
+        "computation": Computation(asynchronous=True),
     },
     "no-momentum": {"block_size": 8, "beta2": 0.9, "momentum": 0.0, "nesterov": False, "lr": 0.2},
     "one-sided": {"block_size": 5, "beta2": 0.9, "variant": Variant(sides="shortest")},
@@ -98,13 +98,6 @@ VARIANTS: dict[str, Settings] = {
         "preconditioning_compute_steps": 2,
         "variant": Variant(largest_dimension=11, long_axes="diagonal", statistics="kl", beta1=0.8),
         "momentum": 0.0,
-    },
-    "tolerant": {
-        "block_size": 6,
-        "beta2": 0.9,
-        "lr": 0.05,
-        "preconditioning_compute_steps": 2,
-        "variant": Variant(bias_correction=True, refresh_tolerance=0.5),
     },
     "default": {  # the preset, in smaller blocks
         **_AVERAGED,

@@ -134,7 +134,7 @@ def test_some_rows_are_computed_like_all_and_leave_the_others_alone(statistics: 
         for stack, which in ((some, rows), (few, ALL)):
             stack.accumulate(G, which, t)
             stack.refresh_roots(which, t)
-        assert torch.equal(some.precondition(G, rows, t=t), few.precondition(G, ALL, t=t))
+        assert torch.equal(some.precondition(G, rows, t), few.precondition(G, ALL, t))
     untouched = stack_of((3, 4), 4, (1,), **given).tensors()
     for name, tensor in some.tensors().items():
         assert torch.equal(tensor[rows], few.tensors()[name]), name

@@ -47,10 +47,10 @@ def test_factors_and_direction_by_their_definitions(
     stack = stack_of(shape, 2, axes, beta2=0.9, computation=Computation(products=products))
     G = gradient(shape, 2)
     gradients = G.numpy().copy()
-    stack.accumulate(G, ALL)
-    stack.refresh_roots(ALL)
+    stack.accumulate(G, ALL, 1)
+    stack.refresh_roots(ALL, 1)
     into = {"new": None, "itself": G, "other": torch.full_like(G, torch.nan)}[out]
-    S = stack.precondition(G, ALL, into)
+    S = stack.precondition(G, ALL, 1, into)
     assert into is None or S.data_ptr() == into.data_ptr()
     assert list(stack.tensors()) == [f"L{axis}" for axis in axes] + [f"P{axis}" for axis in axes]
     for block in range(2):
@@ -84,7 +84,7 @@ def test_some_rows_are_computed_like_all_and_leave_the_others_alone(
         for stack, which in ((some, rows), (few, ALL)):
             stack.accumulate(G, which, t)
             stack.refresh_roots(which, t)
-        assert torch.equal(some.precondition(G, rows, t=t), few.precondition(G, ALL, t=t))
+        assert torch.equal(some.precondition(G, rows, t), few.precondition(G, ALL, t))
     untouched = stack_of(shape, 4, **settings).tensors()
     others = sorted(set(range(4)) - set(torch.arange(4)[rows].tolist()))
     for name, tensor in some.tensors().items():
@@ -119,12 +119,12 @@ def test_an_average_goes_on_while_directions_wait_for_the_start() -> None:
     for t in range(1, 4):
         G = gradient((3, 4), 2, seed=t)
         waiting.wait(G, ALL, t)
-        started.precondition(G, ALL, t=t)
+        started.precondition(G, ALL, t)
     G = gradient((3, 4), 2, seed=4)
     weights = [0.3 * 0.7 ** (4 - t) / (1 - 0.7**4) for t in range(1, 5)]
     expected = sum(w * gradient((3, 4), 2, seed=t) for t, w in zip(range(1, 5), weights, strict=True))
     for stack in (waiting, started):  # whose roots are I
-        torch.testing.assert_close(stack.precondition(G, ALL, t=4), expected)
+        torch.testing.assert_close(stack.precondition(G, ALL, 4), expected)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -136,14 +136,14 @@ def test_roots_that_are_computed_a_few_at_a_time(
     found = []
     for most in (2**20, at_once):
         monkeypatch.setitem(choice.AT_ONCE, "cpu", most)
-        stack = stack_of((3, 4), 5, computation=Computation(asynchronous=asynchronous, root_method="newton"))
-        stack.accumulate(gradient((3, 4), 5), ALL)
+        stack = stack_of((3, 4), 5, computation=Computation(asynchronous=asynchronous))
+        stack.accumulate(gradient((3, 4), 5), ALL, 1)
         if asynchronous:
-            stack.refresh_later(rows)
+            stack.refresh_later(rows, 1)
             stack.launch()
             stack.settle()
         else:
-            stack.refresh_roots(rows)
+            stack.refresh_roots(rows, 1)
         found.append(stack.roots)
     for together, apart in zip(*found, strict=True):
         torch.testing.assert_close(together, apart, rtol=1e-9, atol=1e-12)
@@ -161,10 +161,10 @@ def test_exponent(axes: tuple[int, ...], override: int, exponent: int) -> None:
 @pytest.mark.parametrize("bad", ["not finite", "not converging"])
 def test_a_root_that_cannot_be_computed_stays_as_it_was(bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stack, G = stack_of((3, 4), 3), gradient((3, 4), 3)
-    stack.accumulate(G, ALL)
-    stack.refresh_roots(ALL)
+    stack.accumulate(G, ALL, 1)
+    stack.refresh_roots(ALL, 1)
     before = [P.clone() for P in stack.roots]
-    stack.accumulate(gradient((3, 4), 3, seed=1), ALL)
+    stack.accumulate(gradient((3, 4), 3, seed=1), ALL, 2)
     stack.statistics[0].tiles[""][1] = torch.inf if bad == "not finite" else 77.0
     eigh = torch.linalg.eigh
 
@@ -174,7 +174,7 @@ def test_a_root_that_cannot_be_computed_stays_as_it_was(bad: str, monkeypatch: p
         return eigh(A)
 
     monkeypatch.setattr(torch.linalg, "eigh", stubborn)
-    stack.refresh_roots(ALL)
+    stack.refresh_roots(ALL, 1)
     assert int(stack.root_failures) == 1
     assert torch.equal(stack.roots[0][1], before[0][1])
     assert not torch.equal(stack.roots[0][0], before[0][0])

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import random_states
 from shampoo3d.numerics.roots import inverse_roots
-from shampoo3d.numerics.roots.newton import _until_done
 from shampoo3d.numerics.roots.remez import polynomials
 
 D = 8
@@ -100,24 +99,6 @@ def test_a_root_beyond_the_range_of_its_dtype_fails() -> None:
     roots, failed = inverse_roots(tiny, 1, 1e-6)
     assert failed.tolist() == [False, True]
     assert torch.equal(roots[1], torch.eye(2))
-
-
-@pytest.mark.parametrize("method", ["newton", "newton_db"])
-def test_a_matrix_that_is_done_is_not_harmed_by_others_that_go_on(method: str) -> None:
-    easy, hard = sound(4), rotated([10.0 ** (-k) for k in range(D)])
-    roots, failed = inverse_roots(torch.stack([easy, hard]), 4, 1e-6, method=method)
-    alone, _ = inverse_roots(easy[None], 4, 1e-6, method=method)
-    assert not failed.any()
-    assert torch.equal(roots[0], alone[0])
-
-
-def test_iterations_stop_where_a_residual_grows_or_is_small() -> None:
-    """x -> 3 x has doubled its residual after one step; x -> x^2 makes one more step when it is small enough."""
-    growing = torch.tensor([True, False])[:, None, None]
-    start = torch.tensor([1.0, 0.1])[:, None, None]
-    state, converged = _until_done(lambda s, E: (torch.where(growing, 3 * E, E * E),), lambda s: s[0], (start,), 20)
-    assert converged.tolist() == [False, True]
-    assert torch.allclose(state[0].flatten(), torch.tensor([3.0, 1e-8]))
 
 
 def test_a_decomposition_that_does_not_converge_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

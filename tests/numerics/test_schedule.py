@@ -7,7 +7,7 @@ import re
 import time
 from collections import Counter, defaultdict
 from dataclasses import replace
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 from random import Random
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from common import MODELS, RANDOM, a_storage, replicated
 from shampoo3d.numerics.schedule import like, offsets, phase
-from shampoo3d.planning.cost import Factored, block_cost, root_cost, within_budget
+from shampoo3d.planning.cost import root_cost
 from shampoo3d.planning.layout import describe
 from shampoo3d.planning.plan import Plan, make_plan, make_plans
 from shampoo3d.planning.stagger import factored_blocks, refresh_offsets
@@ -281,35 +281,3 @@ def test_turns_are_dealt_out_over_all_teams_or_given() -> None:
 
 
 # ---- the budget ----
-
-
-@EXAMPLES
-@given(chance=RANDOM, budget=st.floats(0.01, 1.0), every=st.integers(1, 9))
-def test_roots_take_at_most_their_budget_and_are_no_older_than_they_must(
-    chance: Random, budget: float, every: int
-) -> None:
-    factors = [tuple(chance.choice([3, 17, 130]) for _ in range(chance.choice([1, 2, 3]))) for _ in range(5)]
-    blocks = [Factored(prod(sizes) * chance.choice([1, 4]), sizes) for sizes in factors]
-
-    def share(k: int) -> float:
-        hp = replace(hyperparams(every), preconditioning_compute_steps=k)
-        return sum(map(root_cost, factors)) / k / sum(block_cost(block.elements, block.factors, hp) for block in blocks)
-
-    hp = replace(hyperparams(every), computation=Computation(refresh_budget=budget))
-    found = within_budget(blocks, hp).preconditioning_compute_steps
-    assert found == every or share(found) <= budget * (1 + 1e-9) < share(found - 1) * (1 + 1e-6)
-    assert share(found) <= budget * (1 + 1e-9)
-    assert replace(within_budget(blocks, hp), preconditioning_compute_steps=every) == hp
-    assert within_budget(blocks, hyperparams(every)) == hyperparams(every)
-
-
-def test_the_budget_is_that_of_the_whole_run() -> None:
-    hp = replace(hyperparams(1), computation=Computation(refresh_budget=0.1))
-    held = {
-        (0, 1): [describe(replicated("a", (300, 300), (0, 1)), hp, 4)],
-        (2, 3): [describe(replicated("b", (40, 7), (2, 3)), hp, 4)],
-    }
-    blocks = [Factored(300 * 300, (300, 300)), Factored(40 * 7, (40, 7))]
-    every = within_budget(blocks, hp).preconditioning_compute_steps
-    assert every > 1
-    assert [plan.every for plan in make_plans(held, hp)] == [every, every]

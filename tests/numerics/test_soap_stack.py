@@ -45,7 +45,7 @@ def stack_of(shape: Sequence[int], n: int, axes: Sequence[int] | None = None, **
 def step(stack: EigenStack, G: Tensor, t: int, rows: Rows = ALL, out: Tensor | None = None) -> Tensor | None:
     """In the order of a step: directions, after the statistics have the gradient; then the bases follow."""
     stack.accumulate(G, rows, t)
-    S = stack.precondition(G, rows, out, t) if t > 1 else None
+    S = stack.precondition(G, rows, t, out) if t > 1 else None
     stack.refresh_roots(rows, t)
     return S
 
@@ -95,7 +95,7 @@ def test_a_direction_by_its_definition(shape: tuple[int, ...], out: str) -> None
         G = draw((2, *shape), t)
         gradients = G.numpy().copy()
         into = {"new": None, "itself": G, "other": torch.full_like(G, torch.nan)}[out]
-        S = stack.precondition(G, ALL, into, t)
+        S = stack.precondition(G, ALL, t, into)
         assert into is None or S.data_ptr() == into.data_ptr()
         for b in range(2):
             rotated = mode_product(gradients[b], Q[b].T, axis)
@@ -123,7 +123,7 @@ def test_bases_from_the_background_are_the_same_and_come_when_they_settle(
         for stack in (now, later):
             stack.accumulate(G, ALL, t)
             if t > 1:
-                stack.precondition(G, ALL, None, t)
+                stack.precondition(G, ALL, t)
         now.refresh_roots(which, t)
         later.refresh_later(which, t)
         before = {name: tensor.clone() for name, tensor in later.tensors().items()}

@@ -66,9 +66,8 @@ RULES: list[dict[str, Any]] = [
     {"largest_dimension": 63},
 ]
 ROOTS: list[dict[str, Any]] = [
-    *({"root_method": method} for method in ("eigh", "newton", "newton_db", "minimax")),
+    *({"root_method": method} for method in ("eigh", "minimax")),
     *({"root_method": "minimax", "inverse_exponent_override": p} for p in (1, 2, 6, 8)),
-    *({"root_method": "newton", "inverse_exponent_override": p} for p in (1, 3)),
     {"root_storage": "bfloat16"},
 ]
 
@@ -158,7 +157,7 @@ class AtOnce:
         return done
 
 
-@pytest.mark.parametrize("rule", [{}, {"refresh_tolerance": 1e-6, "beta2": 0.9, "bias_correction": True}], ids=ids)
+@pytest.mark.parametrize("rule", [{}, {"beta2": 0.9, "bias_correction": True}], ids=ids)
 def test_roots_that_are_computed_beside_the_step_stay_until_the_next(
     rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,13 +282,12 @@ def test_torch(sharding: Sharding) -> None:
         (Distribution(root_copies=2), {}),
         (Distribution(root_copies=2), SOAP),
         (Distribution(root_copies=2), KL),
-        (Distribution(reduce_to_owners=True), {}),
     ],
     ids=str,
 )
 def test_replicas(distribution: Distribution, rule: dict[str, Any]) -> None:
     """What is reduced in an engine's backward is not seen in a step."""
-    _check(_stage_0, 4, Topology(data=4), distribution, rule, peak=not distribution.reduce_to_owners)
+    _check(_stage_0, 4, Topology(data=4), distribution, rule)
 
 
 @needs_deepspeed

@@ -77,10 +77,6 @@ ROOTS: list[dict[str, Any]] = [
     {**EMA, "beta1": 0.9, "products": "bfloat16", "sides": "last"},
     {**EMA, "beta1": 0.9, "sides": "first", "start_preconditioning_step": 2},
     *DIAGONALS,
-    {**EMA, "refresh_tolerance": 1e-6},
-    {**EMA, "refresh_tolerance": 1e-6, "preconditioning_compute_steps": 3, "root_storage": "bfloat16"},
-    {**EMA, "refresh_tolerance": 1e-6, "bias_correction": True, "root_method": "minimax"},
-    *({**EMA, "refresh_tolerance": 1e-6, "inverse_exponent_override": p, "root_method": "eigh"} for p in (2, 6, 8)),
 ]
 
 
@@ -157,7 +153,7 @@ def test_random_models_and_settings(seed: int, monkeypatch: pytest.MonkeyPatch) 
         "preconditioning_compute_steps": [1, 2, 3],
         "nesterov": [False, True],
         "best_effort_shape_interpretation": [False, True],
-        "root_method": ["auto", "minimax", "newton"],
+        "root_method": ["auto", "minimax"],
         "refresh": ["staggered", "together"],
         "root_storage": ["state", "bfloat16"],
         "momentum_storage": ["state", "bfloat16"],
@@ -172,7 +168,6 @@ def test_random_models_and_settings(seed: int, monkeypatch: pytest.MonkeyPatch) 
         "vectors": ["scaled", "diagonal"],
         "decoupled_weight_decay": [False, True],
         "products": ["state", "state", "bfloat16"],
-        "refresh_tolerance": [0.0, 0.0, 1e-6],
     }
     drawn = {name: chance.choice(values) for name, values in given.items()}
     if drawn["direction"] == "adam" or not drawn["largest_dimension"]:

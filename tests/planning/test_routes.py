@@ -167,11 +167,9 @@ def test_a_rank_sees_what_it_stores_and_the_blocks_that_it_keeps_in_the_order_of
 
 
 @EXAMPLES
-@given(case=CASES, low=st.booleans(), reduced=st.booleans())
-def test_bytes_are_those_of_the_elements_that_are_not_where_they_are_needed(
-    case: Case, low: bool, reduced: bool
-) -> None:
-    distribution = Distribution(update_precision="parameter" if low else "state", reduce_to_owners=reduced)
+@given(case=CASES, low=st.booleans())
+def test_bytes_are_those_of_the_elements_that_are_not_where_they_are_needed(case: Case, low: bool) -> None:
+    distribution = Distribution(update_precision="parameter" if low else "state")
     expected = {rank: Counter({"gradients": 0, "updates": 0, "weights": 0, "roots": 0}) for rank in case.ranks}
     shared: dict[tuple[tuple[int, ...], str], Counter[int]] = {}
     for number, matrix in enumerate(case.matrices):
@@ -203,7 +201,6 @@ def test_bytes_are_those_of_the_elements_that_are_not_where_they_are_needed(
         for rank in ranks:
             each = (len(ranks) - 1) * ITEM_BYTES[dtype]
             expected[rank]["weights"] += max(counts.values()) * each  # each rank's share padded to the largest
-            expected[rank]["reduced"] += counts[rank] * each * reduced
     for rank in case.ranks:
         found = traffic(case.plan, case.matrices, rank, ShampooHyperParams(), distribution)
         assert found.keys() >= {"gradients", "updates", "weights", "roots"}

@@ -15,14 +15,12 @@ BAD: dict[str, list[Any]] = {
     "root_copies": [0, -1, 1.5, 2.0, True, None, "1"],
     "update_precision": ["bfloat16", "", None, 16],
     "memory_bound": [-1, 1e9, True, "1GB", float("inf")],
-    "reduce_to_owners": [1, 0, None, "yes"],
 }
 GOOD: dict[str, list[Any]] = {
     "tensor_parallel": ["exact", "per_shard"],
     "root_copies": [1, 2, 1024],
     "update_precision": ["state", "parameter"],
     "memory_bound": [None, 0, 10**12],
-    "reduce_to_owners": [True, False],
 }
 
 
@@ -51,12 +49,7 @@ def test_choices_are_named() -> None:
             Distribution(**{name: "other"})
 
 
-def test_gradients_that_are_reduced_to_one_owner_have_no_other_keeper() -> None:
-    with pytest.raises(ValueError, match=r"reduce_to_owners=True .* root_copies=3 "):
-        Distribution(reduce_to_owners=True, root_copies=3)
-
-
 def test_defaults_are_those_of_one_process_and_stay() -> None:
-    assert Distribution() == Distribution("exact", 1, "state", None, False)
+    assert Distribution() == Distribution("exact", 1, "state", None)
     with pytest.raises(FrozenInstanceError):
         Distribution().root_copies = 2  # type: ignore[misc]

@@ -101,7 +101,7 @@ class Reblocking:
         for (batch, t), numbers in rows.items():
             if hp.terms(t):
                 index = torch.tensor(numbers, device=batch.stack.device)
-                batch.stack.refresh_roots(index, t, tolerant=False)
+                batch.stack.refresh_roots(index, t)
 
 
 def _reached(cuts: Sequence[Cuts], block: Block) -> Iterator[Block]:

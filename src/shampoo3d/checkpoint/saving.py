@@ -219,7 +219,6 @@ class Checkpointed(Optimizer):
             "skipped_steps",
             "_claims",
             "_saved_own",
-            "_reduction",
             "_unfinished",
         )
         fresh = {"state": defaultdict(dict), "_facts": facts, "_mesh": None, "_teams": [], "_exchanges": []}

@@ -84,11 +84,6 @@ def meets_shards(param: Tensor) -> bool:
     return not is_expert(param) or int(_groups()._get_expert_model_parallel_world_size()) > 1
 
 
-def sequence_parallel_size() -> int:
-    """Among how many ranks the tokens of one sample are split: their gradients are summed, not averaged."""
-    return int(_groups()._get_sequence_parallel_world_size())
-
-
 def unwrap(params: Sequence[Tensor], originals: Sequence[Tensor]) -> list[Tensor]:
     """The model's parameter behind each tensor of a group whose parameters a wrapper has replaced.
 

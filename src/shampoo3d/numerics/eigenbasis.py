@@ -14,8 +14,6 @@ from torch import Tensor
 
 from shampoo3d.numerics.roots.eigen import INDEFINITE, decompose
 from shampoo3d.numerics.roots.guard import largest_entry, scaled
-from shampoo3d.numerics.roots.precision import all_digits
-from shampoo3d.numerics.roots.scaling import ridge_of
 
 PerAxis = Mapping[int, Tensor]
 """A matrix (n, d_i, d_i) for each axis i, from 0, that has one; of a diagonal one its diagonal (n, d_i)."""
@@ -163,23 +161,6 @@ def whitener_of_root(P: Tensor, p: int) -> Tensor:
     if p == 2:
         return P
     return P.pow(p // 2) if P.dim() == 2 else torch.linalg.matrix_power(P, p // 2)
-
-
-def unwhitened(L: Tensor, P: Tensor, p: int, eps: float) -> Tensor:
-    """``||W A W - I||_F / sqrt(d)``, (n,), with ``A = L + eps lambda_max(L) I`` and ``W = P^(p/2)``: how far P is off.
-
-    It is 0 for ``P = A^(-1/p)``, and ``|c - 1|`` for the root of A / c. The ridge is that of the methods made of
-    products. 0 for a zero matrix; infinite where L is none that has a root, so that computing it anew is tried and its
-    failure seen.
-    """
-    A, exponent, sound, zero = scaled(L)
-    with all_digits(A):  # of A the smallest eigenvalues count as much as the largest
-        A.diagonal(dim1=-2, dim2=-1).add_(ridge_of(A, A @ A, eps)[1][..., 0])
-        W = whitener_of_root(P * torch.exp2(exponent.to(P.dtype) / p)[:, None, None], p)
-        B = W @ A @ W
-    B.diagonal(dim1=-2, dim2=-1).sub_(1.0)
-    distance = torch.where(sound, torch.linalg.matrix_norm(B) / L.shape[-1] ** 0.5, torch.inf)
-    return torch.where(zero, 0.0, distance)
 
 
 def whitener_of_basis(Q: Tensor, lambdas: Tensor, eps: float) -> Tensor:

@@ -12,7 +12,6 @@ from shampoo3d.numerics.eigenbasis import (
     PerAxis,
     divergence_weight,
     multiply,
-    unwhitened,
     whiten_others,
     whitener_of_root,
 )
@@ -20,7 +19,6 @@ from shampoo3d.numerics.matmul_precision import reduced_products
 from shampoo3d.numerics.momenta import Rows, average, kept_dtype
 from shampoo3d.numerics.roots import inverse_diagonal_roots, inverse_roots
 from shampoo3d.numerics.roots.choice import at_once
-from shampoo3d.numerics.schedule import unconditional
 from shampoo3d.numerics.state_names import momenta_names, owned_names
 from shampoo3d.numerics.symmetric import Diagonal, Symmetric
 from shampoo3d.numerics.tiles import Shape, tile_shapes
@@ -95,7 +93,7 @@ class Stack:
         """p in ``L^(-1/p)``."""
         return self.hp.exponent(len(self.axes))
 
-    def accumulate(self, G: Tensor, rows: Rows, t: int = 2) -> None:
+    def accumulate(self, G: Tensor, rows: Rows, t: int) -> None:
         """``L_i <- beta2 L_i + w2 G_(i) G_(i)^T`` at step t, or what "kl" takes in its place."""
         with self._products():
             if self.hp.variant.statistics == "kl":
@@ -150,17 +148,12 @@ class Stack:
         roots = zip(self.axes, self.roots, strict=True)
         return {axis: whitener_of_root(P[rows].to(self.dtype), self.exponent) for axis, P in roots}
 
-    def refresh_roots(self, rows: Rows, t: int = 1, *, tolerant: bool = True) -> None:
-        """``P_i = (L_i + matrix_eps lambda_max(L_i) I)^(-1/p)``; where that fails the previous root stays.
-
-        Args:
-            t: the step of the blocks.
-            tolerant: if there is a tolerance, those within it stay, too.
-        """
-        for place, part in self._parts(rows, t, tolerant=tolerant):
+    def refresh_roots(self, rows: Rows, t: int) -> None:
+        """``P_i = (L_i + matrix_eps lambda_max(L_i) I)^(-1/p)`` at step t; where that fails the previous root stays."""
+        for place, part in self._parts(rows, t):
             self._take(place, part, *self._new_roots(place, part, t))
 
-    def refresh_later(self, rows: Rows, t: int = 1) -> None:
+    def refresh_later(self, rows: Rows, t: int) -> None:
         """Have these roots computed from the next :meth:`launch` to :meth:`settle`."""
         self._wanted.append((rows, t))
 
@@ -184,25 +177,13 @@ class Stack:
             self._take(place, part, *new)
         self._coming, self._wanted = [], []
 
-    def _parts(self, rows: Rows, t: int, *, tolerant: bool = True) -> Iterator[tuple[int, Rows]]:
-        """Of each factor, by its place in ``axes``, the rows whose roots are computed at once.
-
-        With a tolerance without those that are within it; the host waits to know them. Roots of diagonals cost no more
-        than to ask.
-        """
-        tolerance = self.hp.variant.refresh_tolerance
+    def _parts(self, rows: Rows, t: int) -> Iterator[tuple[int, Rows]]:
+        """Yield for each factor, by its place in ``axes``, the rows whose roots are computed at step t in one call."""
         for place, axis in enumerate(self.axes):
             if axis in self.diagonal:
                 yield place, rows
-                continue
-            for part in self._at_once(rows, at_once(self.shape[axis], self.device.type)):
-                if not (tolerant and tolerance) or unconditional(t, self.hp):
-                    yield place, part
-                    continue
-                within = self._distance(place, part, t) <= tolerance  # NaN is not
-                far = within.logical_not().nonzero()[:, 0]
-                if len(far):
-                    yield place, torch.arange(self.n, device=self.device)[part][far]
+            else:
+                yield from ((place, part) for part in self._at_once(rows, at_once(self.shape[axis], self.device.type)))
 
     def _at_once(self, rows: Rows, most: int) -> Iterator[Rows]:
         if isinstance(rows, Tensor):
@@ -210,11 +191,6 @@ class Stack:
         else:
             start, stop, _ = rows.indices(self.n)
             yield from (slice(first, min(first + most, stop)) for first in range(start, stop, most))
-
-    def _distance(self, place: int, rows: Rows, t: int) -> Tensor:
-        """How far the roots are from those of the statistics that there are now."""
-        L, P = self._averaged_statistics(place, rows, t), self.roots[place][rows].to(self.dtype)
-        return unwhitened(L, P, self.exponent, self.hp.matrix_eps)
 
     @property
     def corrects_statistics(self) -> bool:
@@ -266,7 +242,7 @@ class Stack:
         if self.hp.age(t):
             self._average(G, rows, t)
 
-    def precondition(self, G: Tensor, rows: Rows, out: Tensor | None = None, t: int = 2) -> Tensor:
+    def precondition(self, G: Tensor, rows: Rows, t: int, out: Tensor | None = None) -> Tensor:
         """``S = G x_1 P_1 x_2 P_2 ...`` for the blocks G (n, *shape) of step t, or their average.
 
         ``out`` may be G itself.

@@ -1,5 +1,7 @@
 """Adam in the eigenbases of the factors (SOAP, Vyas et al. 2024, arXiv 2409.11321)."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from shampoo3d.numerics.eigenbasis import (
 from shampoo3d.numerics.grafting import least_root
 from shampoo3d.numerics.momenta import Rows
 from shampoo3d.numerics.preconditioner import Stack
+from shampoo3d.numerics.schedule import unconditional
 
 
 class EigenStack(Stack):
@@ -37,7 +40,7 @@ class EigenStack(Stack):
     def _whitener(self, L: Tensor, Q: Tensor) -> Tensor:
         return whitener_of_basis(Q, eigenvalues(L, Q), self.hp.matrix_eps)
 
-    def precondition(self, G: Tensor, rows: Rows, out: Tensor | None = None, t: int = 2) -> Tensor:
+    def precondition(self, G: Tensor, rows: Rows, t: int, out: Tensor | None = None) -> Tensor:
         """``S = (M / (sqrt(V) + diagonal_eps)) x_1 Q_1 x_2 Q_2 ...``: M and V average G and its square in the bases.
 
         A correction of V is one of the length, as in the authors' code: ``diagonal_eps`` is added before it.
@@ -55,8 +58,17 @@ class EigenStack(Stack):
         M.div_(squares.sqrt().add_(least_root(V.dtype, hp)).div_(correction**0.5))
         return self._usable(self._multiplied(M, Q, out))
 
-    def _distance(self, place: int, rows: Rows, t: int) -> Tensor:
-        return turned(self.statistics[place].whole(rows), self.roots[place][rows].to(self.dtype))
+    def _parts(self, rows: Rows, t: int) -> Iterator[tuple[int, Rows]]:
+        """As for roots, without the bases that are within ``refresh_tolerance``; the host waits to know these."""
+        tolerance = self.hp.variant.refresh_tolerance
+        for place, part in super()._parts(rows, t):
+            if not tolerance or unconditional(t, self.hp):
+                yield place, part
+                continue
+            within = turned(self.statistics[place].whole(part), self.roots[place][part].to(self.dtype)) <= tolerance
+            far = within.logical_not().nonzero()[:, 0]  # NaN is not within
+            if len(far):
+                yield place, torch.arange(self.n, device=self.device)[part][far]
 
     def _new_roots(self, place: int, rows: Rows, t: int) -> tuple[Tensor, ...]:
         """New bases, the columns of the previous ones that theirs come from, and which failed."""

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import NamedTuple
 
 from shampoo3d.numerics.state_names import momenta_names, owned_names, storage_of
@@ -54,25 +53,6 @@ def block_cost(elements: int, factors: Shape, hp: ShampooHyperParams, diagonals:
     products = elements * sum(factors) * (len(factors) + len(diagonals) if hp.variant.statistics == "kl" else 1)
     roots = refresh_cost(factors, hp) / hp.preconditioning_compute_steps
     return applied_cost(elements, factors, hp) + products / hp.statistics_compute_steps + roots
-
-
-def within_budget(blocks: Iterable[Factored], hp: ShampooHyperParams) -> ShampooHyperParams:
-    """The settings with ``preconditioning_compute_steps`` long enough for ``refresh_budget``, if there is one.
-
-    With R the work of all roots, and W that of the rest of a step, ``R / k <= budget (R / k + W)``.
-
-    Args:
-        blocks: all that the run preconditions.
-    """
-    budget = hp.computation.refresh_budget
-    if budget is None:
-        return hp
-    factored = list(blocks)
-    roots = sum(refresh_cost(block.factors, hp) for block in factored)
-    every = hp.preconditioning_compute_steps
-    rest = sum(block_cost(block.elements, block.factors, hp, block.diagonals) for block in factored) - roots / every
-    needed = math.ceil(roots * (1 - budget) / (budget * rest)) if rest else 1
-    return replace(hp, preconditioning_compute_steps=max(every, needed))
 
 
 def bytes_of(name: str, hp: ShampooHyperParams, dtype: str) -> int:

@@ -249,7 +249,7 @@ class _Share:
         return found
 
     def _copied(self, distribution: Distribution) -> Iterator[int]:
-        """Bytes for each class of replicas: of new weights and, if they are reduced here, of gradients."""
+        """Bytes of new weights for each class of replicas."""
         classes: defaultdict[Any, list[Leg]] = defaultdict(list)
         for leg in self.legs:
             if len(leg.cell.ranks) > 1 and self.rank in leg.cell.ranks:
@@ -258,14 +258,6 @@ class _Share:
             items = [(leg.home, leg.elements) for leg in legs]
             widest = max(width(bucket, items) for bucket in buckets(ranks, items, BUCKET_ELEMENTS))
             yield ITEM_BYTES[dtype] * widest * (1 + len(ranks))
-            if distribution.reduce_to_owners:
-                largest: Counter[Any] = Counter()
-                for number, bucket in enumerate(packed(items, lambda item: item[1], BUCKET_ELEMENTS)):
-                    mine = sum(elements for home, elements in bucket if home == self.rank)
-                    others = sum(elements for _, elements in bucket) - mine
-                    for place, count in (("out", others), ("in", mine * (len(ranks) - 1))):
-                        largest[place, number % 2] = max(largest[place, number % 2], count)
-                yield ITEM_BYTES[dtype] * sum(largest.values())
 
 
 def _together(blocks: Sequence[PlannedBlock], device: str) -> int:

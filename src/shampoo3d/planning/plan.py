@@ -14,7 +14,7 @@ from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.cost import applied_cost, block_bytes, block_cost, element_bytes, statistics_bytes
 from shampoo3d.planning.factors import sizes
 from shampoo3d.planning.layout import Matrix
-from shampoo3d.planning.stagger import factored_blocks, timed
+from shampoo3d.planning.stagger import factored_blocks, refresh_offsets
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.validation import check_integer, check_kind
 
@@ -173,13 +173,13 @@ def make_plan(
         fixed: blocks that already have an owner keep it.
         load: what ranks have to do, and bytes that they keep, beside this plan.
         memory_bound: bytes of state that no rank may exceed.
-        offsets: of all blocks with factors, by ``turns.refresh_offsets``; taken over ``matrices`` alone unless given.
+        offsets: of all blocks with factors, by :func:`refresh_offsets`; taken over ``matrices`` alone unless given.
 
     Raises:
         ValueError: naming the block, the bytes and the bound, if there is no rank left to take it.
     """
     if offsets is None:
-        hp, offsets = timed(factored_blocks(matrices), hp)
+        offsets = refresh_offsets(factored_blocks(matrices), hp)
     drafts = [_draft(m, number, hp, fixed or {}, offsets) for m in matrices for number in range(len(m.blocks))]
     storing = _storing(matrices, drafts)
     counterparts = {matrix.name: matrix.storage.counterparts for matrix in matrices}
@@ -373,7 +373,7 @@ def make_plans(
     """
     plans: list[Plan] = []
     if offsets is None:
-        hp, offsets = timed(factored_blocks(itertools.chain.from_iterable(held.values())), hp)
+        offsets = refresh_offsets(factored_blocks(itertools.chain.from_iterable(held.values())), hp)
     for ranks in in_order(held):
         known = [(plan.load(), plan.bytes()) for plan in plans if set(ranks) <= set(plan.ranks)]
         load = {rank: (sum(cost[rank] for cost, _ in known), sum(size[rank] for _, size in known)) for rank in ranks}

@@ -155,7 +155,7 @@ def traffic(
     """Bytes that a rank receives from others in a step in which all parameters have gradients, by what they are.
 
     "gradients" on their way to the keepers of roots, "updates" on their way home, "weights" for replicas, and "roots",
-    these only in steps that refresh. Gradients that ``reduce_to_owners`` brings are "reduced".
+    these only in steps that refresh.
     """
     found: Counter[str] = Counter({"gradients": 0, "updates": 0, "weights": 0, "roots": 0})
     copies: defaultdict[tuple[tuple[int, ...], str], list[tuple[int, int]]] = defaultdict(list)
@@ -172,9 +172,6 @@ def traffic(
     for (ranks, dtype), items in copies.items():
         padded = sum(width(bucket, items) for bucket in buckets(ranks, items, BUCKET_ELEMENTS))
         found["weights"] += padded * (len(ranks) - 1) * ITEM_BYTES[dtype]
-        if distribution.reduce_to_owners:
-            here = sum(elements for home, elements in items if home == rank)
-            found["reduced"] += here * (len(ranks) - 1) * ITEM_BYTES[dtype]
     for block in plan.blocks:
         if rank in block.keepers and rank != block.owner:
             V = block.elements if block.axes and hp.variant.direction == "adam" else 0

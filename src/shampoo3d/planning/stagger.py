@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from shampoo3d.numerics.schedule import BlockId, offsets
-from shampoo3d.planning.cost import Factored, root_cost, within_budget
+from shampoo3d.planning.cost import Factored, root_cost
 from shampoo3d.planning.factors import sizes
 from shampoo3d.planning.layout import Matrix
 from shampoo3d.settings.hyperparams import ShampooHyperParams
@@ -29,9 +29,3 @@ def refresh_offsets(blocks: Mapping[BlockId, Factored], hp: ShampooHyperParams) 
     """
     every = hp.preconditioning_compute_steps if hp.computation.refresh == "staggered" else 1
     return offsets({id_: root_cost(block.factors) for id_, block in blocks.items()}.items(), every)
-
-
-def timed(blocks: Mapping[BlockId, Factored], hp: ShampooHyperParams) -> tuple[ShampooHyperParams, dict[BlockId, int]]:
-    """The settings within their budget, and the turns that the blocks take in the interval that it leaves."""
-    hp = within_budget(blocks.values(), hp)
-    return hp, refresh_offsets(blocks, hp)

@@ -191,9 +191,7 @@ def _root_copies(method: Method, p: int) -> int:
     if method == "minimax":
         half = p // 2
         return 7 + (half > 0) + (half > 1) + (half & (half - 1) > 0)  # q^half, by squaring
-    if method == "newton":
-        return 12 + (p > 1) + (p > 1) * (p % 2)  # T^p, in two halves
-    return {"eigh": 4, "newton_db": 10}[method]
+    return 4
 
 
 def _due(blocks: Sequence[PlannedBlock], hp: ShampooHyperParams, *, started: bool) -> Iterator[tuple[int, bool]]:

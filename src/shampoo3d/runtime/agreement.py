@@ -39,8 +39,6 @@ def agree(
     groups: Sequence[Mapping[str, Any]],
     complaint: str,
     unbound: bool,
-    *,
-    averaged: bool,
 ) -> Verdict:
     """What all ranks do next: this step, not this step, or bind parameters first.
 
@@ -52,7 +50,6 @@ def agree(
         groups: the parameter groups, whose settings must be the same in a team.
         complaint: what this rank was given that it cannot use.
         unbound: whether this rank has parameters that are not bound yet.
-        averaged: replicas have the same gradients, not only the parts that they own.
 
     Raises:
         StepRefusedError: on every rank, if one has a complaint, or if ranks of a team differ in their settings, in
@@ -73,7 +70,7 @@ def agree(
                     f"most {most[bad[0]]:.3g}, so that no sum of its squares can overflow"
                 )
         # A shared weight may be clipped by its own stage's norm, so that copies on two stages differ by a factor.
-        largest = 0.0 if team.tied or not averaged else max(norms.values(), default=0.0)
+        largest = 0.0 if team.tied else max(norms.values(), default=0.0)
         if bad:  # on this replica only, perhaps: no number to compare, and what is done is decided among everyone
             largest = math.nan
         if team.group.size > 1 and places:

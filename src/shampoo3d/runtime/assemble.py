@@ -17,11 +17,10 @@ from shampoo3d.engines.reading import Stored, is_flat, read
 from shampoo3d.numerics.schedule import BlockId
 from shampoo3d.planning.layout import Holder, Matrix, Storage, describe
 from shampoo3d.planning.plan import Plan, in_order, make_plans
-from shampoo3d.planning.stagger import factored_blocks, timed
+from shampoo3d.planning.stagger import factored_blocks, refresh_offsets
 from shampoo3d.runtime.bindings import Binding, Place
 from shampoo3d.runtime.buckets import FlatSlab
 from shampoo3d.runtime.team import Team
-from shampoo3d.settings.computation import refusal
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
@@ -66,7 +65,7 @@ def assemble(
         matrices[ranks], differences = _matrices(ranks, by_team[ranks], groups, facts, mesh, distribution)
         complaint = complaint or differences
     _refuse(mesh, complaint)
-    plans, hp = _planned(matrices, facts.hp, fixed, distribution.memory_bound, mesh)
+    plans, hp = _planned(matrices, facts.hp, fixed, distribution.memory_bound, mesh), facts.hp
     places: dict[Tensor, Place] = {}
     slabs: dict[Place, FlatSlab] = {}
     for s in stored:
@@ -127,8 +126,8 @@ def _planned(
     fixed: Mapping[BlockId, int],
     memory_bound: int | None,
     mesh: Mesh,
-) -> tuple[list[Plan], ShampooHyperParams]:
-    """A plan for each team, the same on all its ranks, and the settings within the budget of the whole run."""
+) -> list[Plan]:
+    """A plan for each team, the same on all its ranks."""
     plans: list[Plan] = []
     complaint = ""
     # Turns are dealt out over the whole run; the first rank of each team speaks for it.
@@ -138,14 +137,14 @@ def _planned(
         if ranks[0] == mesh.rank
         for id_, block in factored_blocks(held).items()
     }
-    hp, offsets = timed(dict(ChainMap(*everyones(mesh.everyone, told))), hp)
+    offsets = refresh_offsets(dict(ChainMap(*everyones(mesh.everyone, told))), hp)
     try:
         plans = make_plans(matrices, hp, fixed, memory_bound, offsets)
     except ValueError as error:
         complaint = str(error)
     _refuse(mesh, complaint)
     _refuse(mesh, _different_plans(plans, mesh))
-    return plans, hp
+    return plans
 
 
 def _unknown_ties(stored: Sequence[Stored], facts: Facts, tied: Mapping[Tensor, Ranks]) -> str:
@@ -199,7 +198,6 @@ def _matrices(
     settings = {field.name: getattr(of, field.name) for of in (facts.hp, distribution) for field in fields(of)}
     table = everyones(mesh.group(ranks), (settings, storages, parts, values))
     matrices: list[Matrix] = []
-    method = facts.hp.computation.root_method
     complaint = _differences(ranks, table)
     if complaint:
         return matrices, complaint
@@ -212,9 +210,6 @@ def _matrices(
             matrix = describe(stored, facts.hp, mesh.everyone.size)
         except ValueError as error:
             return matrices, str(error)
-        full = len(matrix.axes) > len(matrix.diagonal)
-        if full and (why := refusal(method, facts.hp.exponent(len(matrix.axes)))):
-            return matrices, f"root_method {method!r} cannot be used for {matrix.name!r} of shape {matrix.shape}: {why}"
         if gaps := matrix.gaps():
             return matrices, f"the storage of {matrix.name!r} of shape {matrix.shape} can't be explained: {gaps}"
         matrices.append(matrix)

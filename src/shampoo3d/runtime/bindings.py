@@ -47,17 +47,9 @@ class Place:
 
     def store(self, flat: Tensor) -> None:
         """Take over what was written into :attr:`flat`."""
-        _store(flat, self.stored)
-
-    def store_gradient(self, flat: Tensor) -> None:
-        """Take over what was written into :attr:`gradient`."""
-        if self.tensor.grad is not None:
-            _store(flat, local(self.tensor.grad))
-
-
-def _store(flat: Tensor, stored: Tensor) -> None:
-    if flat.data_ptr() != stored.data_ptr():  # a copy, since it is not stored in row-major order
-        stored.copy_(flat.view(stored.shape))
+        stored = self.stored
+        if flat.data_ptr() != stored.data_ptr():  # a copy, since it is not stored in row-major order
+            stored.copy_(flat.view(stored.shape))
 
 
 @dataclass(eq=False)

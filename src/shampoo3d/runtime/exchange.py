@@ -13,7 +13,7 @@ from shampoo3d.distributed.collectives import Link, Swap
 from shampoo3d.distributed.topology import Mesh
 from shampoo3d.numerics.schedule import Phase, phase
 from shampoo3d.planning.layout import Storage
-from shampoo3d.planning.routes import BUCKET_ELEMENTS, Leg, packed
+from shampoo3d.planning.routes import BUCKET_ELEMENTS, Leg
 from shampoo3d.runtime.bindings import Binding, Place, Steps
 from shampoo3d.runtime.buckets import write
 from shampoo3d.runtime.team import Due, Team, Unit
@@ -94,30 +94,6 @@ class Exchange:
             others = {legs[number]: flat for number, flat in arrived.items() if legs[number].home != self.rank}
             if others:
                 write([(self.team.bindings[leg.matrix], leg.cell.piece) for leg in others], list(others.values()))
-
-    def reduce(self, sequence_parallel: int) -> None:
-        """Average the gradients over the replicas, each element at its home only: what others have of it stays.
-
-        ``sequence_parallel``: among how many ranks the tokens of one sample are split, whose gradients are summed.
-        """
-        for link, dtype, legs in self._copies:
-            self._reduce(link, legs, dtype, link.group.size / sequence_parallel)
-
-    def _reduce(self, link: Link, legs: Sequence[Leg], dtype: torch.dtype, divisor: float) -> None:
-        views = _Views(self.team.bindings, _gradient)
-        for turn, bucket in enumerate(packed(legs, lambda leg: leg.elements, BUCKET_ELEMENTS)):
-            mine = [leg for leg in bucket if leg.home == self.rank]
-            peers = [rank for rank in link.group.ranks if rank != self.rank]
-            out = [(leg.home, views.of(leg)) for leg in bucket if leg.home != self.rank]
-            into = [(peer, leg.elements) for peer in peers for leg in mine]
-            arrived = link.swap("reduced", turn, dtype, out, into).wait()
-            for place, leg in enumerate(mine):
-                total = views.of(leg)
-                for flat in arrived[place :: len(mine)]:
-                    total.add_(flat.view(total.shape))
-                total.div_(divisor)
-        for of, averaged in views.flats.items():
-            of.store_gradient(averaged)
 
     # ---- between homes and owners ------------------------------------------------------------------------------------
 

@@ -78,10 +78,6 @@ class Report:
         lines.append(f"bytes of state on this rank: {self.state_bytes}")
         received = ", ".join(f"{what} {count}" for what, count in self.traffic.items() if count)
         lines.append(f"bytes from other ranks in a step, roots only when they are refreshed: {received or 'none'}")
-        if reduced := self.traffic.get("reduced"):
-            lines.append(
-                f"gradients reduced to owners: {reduced} bytes instead of about {2 * reduced} of an all-reduce"
-            )
         return "\n".join(lines)
 
 

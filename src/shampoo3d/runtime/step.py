@@ -78,7 +78,7 @@ def _direct(units: Sequence[Unit]) -> None:
         if not unit.started:
             unit.batch.stack.wait(unit.blocks, unit.rows, unit.t)
         else:
-            unit.batch.stack.precondition(unit.blocks, unit.rows, out=unit.blocks, t=unit.t)
+            unit.batch.stack.precondition(unit.blocks, unit.rows, unit.t, out=unit.blocks)
             if unit.batch.slab is not None and isinstance(unit.rows, torch.Tensor):  # these are a copy
                 unit.batch.slab.S[unit.rows] = unit.blocks
 

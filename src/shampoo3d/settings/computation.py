@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from shampoo3d.settings.validation import check_bool, check_choice, check_integer, check_number
+from shampoo3d.settings.validation import check_bool, check_choice, check_integer
 
-RootMethod = Literal["auto", "eigh", "newton", "newton_db", "minimax"]
+RootMethod = Literal["auto", "eigh", "minimax"]
 Precision = Literal["state", "bfloat16"]
 
 
@@ -18,9 +18,6 @@ class Computation:
             by device, size and exponent.
         refresh: "staggered": with ``preconditioning_compute_steps = k`` about 1/k of the roots is computed at each
             step; "together": all of them at every k-th step.
-        refresh_budget: the part of the optimizer's own work that roots may take, between 0 and 1; where they would take
-            more, ``preconditioning_compute_steps`` is lengthened until they do not. By the cost model, so it is the
-            same in every run. None for no bound.
         fresh_steps: up to this step all roots are computed at every step, while gradients still turn quickly; in turns
             or together from there on.
         asynchronous: roots are computed beside the next forward and backward, on a thread or a side stream, and used
@@ -38,7 +35,6 @@ class Computation:
 
     root_method: RootMethod = "auto"
     refresh: Literal["staggered", "together"] = "staggered"
-    refresh_budget: float | None = None
     fresh_steps: int = 0
     asynchronous: bool = False
     products: Precision = "state"
@@ -47,10 +43,8 @@ class Computation:
     max_root_failures: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("root_method", self.root_method, ("auto", "eigh", "newton", "newton_db", "minimax"))
+        check_choice("root_method", self.root_method, ("auto", "eigh", "minimax"))
         check_choice("refresh", self.refresh, ("staggered", "together"))
-        if self.refresh_budget is not None:
-            check_number("refresh_budget", self.refresh_budget, above=0.0, most=1.0)
         check_integer("fresh_steps", self.fresh_steps, least=0)
         check_bool("asynchronous", self.asynchronous)
         for name in ("products", "root_storage", "momentum_storage"):
@@ -63,8 +57,6 @@ def refusal(method: RootMethod, p: int, pseudo_inverse: bool = False) -> str | N
     """Why ``method`` cannot compute the root, or None."""
     if pseudo_inverse and method not in ("auto", "eigh"):
         return "only 'eigh' (or 'auto') can leave directions out, as pseudo_inverse=True asks"
-    if method == "newton_db" and p & (p - 1):
-        return f"repeated square roots need an exponent that is a power of two, got p = {p}"
     if method == "minimax" and p > 1 and p % 2:
         return f"the two-sided update needs p = 1 or an even p, got p = {p}"
     return None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from shampoo3d.settings.validation import check_bool, check_choice, check_integer
+from shampoo3d.settings.validation import check_choice, check_integer
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,6 @@ class Distribution:
         update_precision: the dtype in which updates travel home under ZeRO and FSDP: that of the "state", or that of
             the model's own "parameter", such as bfloat16.
         memory_bound: bytes of optimizer state that no rank may exceed; None for no bound.
-        reduce_to_owners: DeepSpeed stage 0 with float32: gradients are reduced to the owners of their blocks only,
-            instead of all-reduced by the engine.
 
     Raises:
         TypeError, ValueError: naming the setting, its value and its bound.
@@ -29,7 +27,6 @@ class Distribution:
     root_copies: int = 1
     update_precision: Literal["state", "parameter"] = "state"
     memory_bound: int | None = None
-    reduce_to_owners: bool = False
 
     def __post_init__(self) -> None:
         check_choice("tensor_parallel", self.tensor_parallel, ("exact", "per_shard"))
@@ -37,9 +34,3 @@ class Distribution:
         check_integer("root_copies", self.root_copies, least=1)
         if self.memory_bound is not None:
             check_integer("memory_bound", self.memory_bound, least=0)
-        check_bool("reduce_to_owners", self.reduce_to_owners)
-        if self.reduce_to_owners and self.root_copies > 1:
-            raise ValueError(
-                "reduce_to_owners=True leaves each gradient whole on its owner only, but root_copies="
-                f"{self.root_copies} needs it on as many ranks; take root_copies=1"
-            )

@@ -125,7 +125,11 @@ class ShampooHyperParams:
         if self.graft_type is LayerwiseGrafting.ADAM and not v.beta1:
             raise ValueError("graft_type ADAM averages the gradient: it needs variant.beta1 > 0, got 0 (or is RMSPROP)")
         if v.direction == "root":
-            self._check_powers()
+            if v.statistics == "kl" and self.inverse_exponent_override % 2:
+                raise ValueError(
+                    "variant.statistics='kl' inverts L by powers of its root, which needs an even exponent; got "
+                    f"inverse_exponent_override={self.inverse_exponent_override}"
+                )
             return
         if self.beta2 == 1.0:
             raise ValueError("variant.direction='adam' averages squares: it needs beta2 < 1, got 1.0")
@@ -138,22 +142,6 @@ class ShampooHyperParams:
         for name, (given, wanted) in only.items():
             if given != wanted:
                 raise ValueError(f"{name}={given!r} has no meaning with variant.direction='adam'; take {wanted!r}")
-
-    def _check_powers(self) -> None:
-        """Of settings that invert L by powers of its root."""
-        v = self.variant
-        needing = ["variant.statistics='kl'"] * (v.statistics == "kl")
-        needing += [f"variant.refresh_tolerance={v.refresh_tolerance}"] * (v.refresh_tolerance > 0)
-        if needing and self.inverse_exponent_override % 2:
-            raise ValueError(
-                f"{needing[0]} inverts L by powers of its root, which needs an even exponent; got "
-                f"inverse_exponent_override={self.inverse_exponent_override}"
-            )
-        if v.refresh_tolerance and self.pseudo_inverse:
-            raise ValueError(
-                f"variant.refresh_tolerance={v.refresh_tolerance} cannot see what comes into the directions that "
-                "pseudo_inverse=True leaves out of a root; take refresh_tolerance=0 or pseudo_inverse=False"
-            )
 
     @classmethod
     def classic(cls, **changes: Any) -> "ShampooHyperParams":

@@ -1,6 +1,5 @@
 """Which Shampoo: the choices beyond the thesis that the field found to matter, validated once."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,10 +42,9 @@ class Variant:
             direction of the graft itself, of Adam where nothing is grafted.
         decoupled_weight_decay: ``W <- (1 - lr weight_decay) W`` beside the step, instead of decay in the direction
             (Loshchilov and Hutter 2017, arXiv 1711.05101).
-        refresh_tolerance: a root or eigenbasis whose turn it is stays as long as it is off by at most this; 0: never.
-            An eigenbasis Q: the part of ``Q^T L Q`` off its diagonal (Eschenhagen et al. 2025, arXiv 2506.03595); a
-            root P: ``||W A W - I|| / sqrt(d)``, ``W = P^(p/2)`` and A the matrix whose root it would be, all norms
-            those of Frobenius.
+        refresh_tolerance: for "adam": an eigenbasis Q whose turn it is stays as long as the part of ``Q^T L Q`` off its
+            diagonal is at most this part of the whole, in Frobenius norms (Eschenhagen et al. 2025, arXiv 2506.03595);
+            0: never.
 
     Raises:
         TypeError, ValueError: naming the setting, its value and its bound.
@@ -75,15 +73,18 @@ class Variant:
         check_integer("largest_dimension", self.largest_dimension, least=0)
         check_number("beta1", self.beta1, least=0.0, below=1.0)
         check_number("graft_beta2", self.graft_beta2, least=0.0, below=1.0)
-        # No eigenbasis is off by more than 1; a root is, by the factor by which L has grown where it was small.
-        above = 1.0 if self.direction == "adam" else math.inf
-        check_number("refresh_tolerance", self.refresh_tolerance, least=0.0, below=above)
+        check_number("refresh_tolerance", self.refresh_tolerance, least=0.0, below=1.0)
         check_bool("bias_correction", self.bias_correction)
         check_bool("decoupled_weight_decay", self.decoupled_weight_decay)
         if self.long_axes == "diagonal" and not self.largest_dimension:
             raise ValueError(
                 "long_axes='diagonal' has no meaning with largest_dimension=0, for which no axis is long; take "
                 "largest_dimension > 0"
+            )
+        if self.refresh_tolerance and self.direction == "root":
+            raise ValueError(
+                f"refresh_tolerance={self.refresh_tolerance} is about eigenbases: it has no meaning with "
+                "direction='root'; take refresh_tolerance=0 or direction='adam'"
             )
         if self.long_axes == "diagonal" and self.direction == "adam":
             raise ValueError(

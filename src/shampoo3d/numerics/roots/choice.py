@@ -5,7 +5,7 @@ from typing import Literal
 
 from shampoo3d.settings.computation import RootMethod, check_method, refusal
 
-Method = Literal["eigh", "newton", "newton_db", "minimax"]
+Method = Literal["eigh", "minimax"]
 
 COST: dict[str, dict[str, dict[int, float]]] = {
     "cpu": {

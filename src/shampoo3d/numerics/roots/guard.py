@@ -8,7 +8,6 @@ from torch import Tensor
 from shampoo3d.numerics.roots.choice import Method, choose
 from shampoo3d.numerics.roots.eigen import eigh_roots
 from shampoo3d.numerics.roots.minimax import minimax_roots
-from shampoo3d.numerics.roots.newton import newton_db_roots, newton_roots
 from shampoo3d.numerics.roots.precision import products_for
 from shampoo3d.numerics.roots.scaling import Found, probes
 from shampoo3d.settings.computation import RootMethod
@@ -66,9 +65,7 @@ def inverse_roots(
 
 
 def _compute(method: Method, A: Tensor, p: int, eps: float, pseudo_inverse: bool) -> Found:
-    if method == "eigh":
-        return eigh_roots(A, p, eps, pseudo_inverse)
-    return {"newton": newton_roots, "newton_db": newton_db_roots, "minimax": minimax_roots}[method](A, p, eps)
+    return eigh_roots(A, p, eps, pseudo_inverse) if method == "eigh" else minimax_roots(A, p, eps)
 
 
 def largest_entry(stack: Tensor) -> Tensor:
