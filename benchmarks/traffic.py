@@ -77,10 +77,10 @@ def run(rank: int, world: int, port: int, stage: int, settings: dict[str, Any], 
         engine.step()
     received = {what: n - before.get(what, 0) for what, n in optimizer.received_bytes().items()}
     found = {"state": optimizer.state_bytes(), "received": received, "foreseen": dict(optimizer.report().traffic)}
-    everyones: list[Any] = [None] * world
-    dist.all_gather_object(everyones, found)
+    all_gather_object: list[Any] = [None] * world
+    dist.all_gather_object(all_gather_object, found)
     if rank == 0:
-        results.put(everyones)
+        results.put(all_gather_object)
     dist.barrier()
     os._exit(0)  # DeepSpeed's threads need not be waited for
 
@@ -95,16 +95,16 @@ def measure(world: int, stage: int, settings: dict[str, Any]) -> dict[str, Any]:
     ranks = [context.Process(target=run, args=(rank, *arguments)) for rank in range(world)]
     for process in ranks:
         process.start()
-    everyones: list[dict[str, Any]] = results.get()
+    all_gather_object: list[dict[str, Any]] = results.get()
     for process in ranks:
         process.join()
-    kinds = sorted({what for found in everyones for what in found["received"]} - {"norms"})
-    for found in everyones:
+    kinds = sorted({what for found in all_gather_object for what in found["received"]} - {"norms"})
+    for found in all_gather_object:
         assert all(found["received"].get(what, 0) == found["foreseen"].get(what, 0) for what in kinds), found
     return {
         "ranks": world,
-        "state bytes per rank": [found["state"] for found in everyones],
-        "received per rank": {what: [found["received"].get(what, 0) for found in everyones] for what in kinds},
+        "state bytes per rank": [found["state"] for found in all_gather_object],
+        "received per rank": {what: [found["received"].get(what, 0) for found in all_gather_object] for what in kinds},
     }
 
 

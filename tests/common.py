@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from reference import Array, Reference, Settings
 from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams
 from shampoo3d.planning.blocks import Span, Split
-from shampoo3d.planning.layout import Holder, Matrix, Part, Piece, Storage
+from shampoo3d.planning.layout import Holder, Matrix, Piece, Shard, Sharding
 from shampoo3d.settings.variant import Variant
 
 HYPERPARAMS = ShampooHyperParams(matrix_eps=1e-4, block_size=4, weight_decay=0.01)
@@ -130,12 +130,12 @@ MODELS: dict[str, list[tuple[int, ...]]] = {
 Numbers = NDArray[np.int64]
 
 
-def replicated(name: str, shape: Sequence[int], ranks: Iterable[int] = (0,), **settings: Any) -> Storage:
-    holders = tuple(Holder(rank, Part.whole(tuple(shape))) for rank in ranks)
-    return Storage(name, tuple(shape), "float32", holders, **settings)
+def replicated(name: str, shape: Sequence[int], ranks: Iterable[int] = (0,), **settings: Any) -> Sharding:
+    holders = tuple(Holder(rank, Shard.whole(tuple(shape))) for rank in ranks)
+    return Sharding(name, tuple(shape), "float32", holders, **settings)
 
 
-def stored(part: Part, shape: Sequence[int]) -> Numbers:
+def stored(part: Shard, shape: Sequence[int]) -> Numbers:
     """The numbers of the elements of a matrix that a part stores, in the order in which it stores them."""
     rows = [[i for a, b in spans for i in range(a, b)] for spans in part.spans]
     spanned = np.arange(np.prod(shape, dtype=int)).reshape(shape)[np.ix_(*rows)]
@@ -171,7 +171,7 @@ def dealt(chance: random.Random, length: int, parts: int) -> list[list[Span]]:
     return [ranges or [(0, 0)] for ranges in spans]
 
 
-def partition(chance: random.Random, shape: Sequence[int], count: int) -> list[Part]:
+def partition(chance: random.Random, shape: Sequence[int], count: int) -> list[Shard]:
     """Parts that store each element once between them: axes dealt out, then cut at any element as ZeRO does."""
     sides: list[list[list[Span]]] = [[[(0, n)] for n in shape]]
     for axis in chance.sample(range(len(shape)), len(shape)):
@@ -181,10 +181,10 @@ def partition(chance: random.Random, shape: Sequence[int], count: int) -> list[P
             axes = dealt(chance, shape[axis], ways)
             sides = [[*side[:axis], spans, *side[axis + 1 :]] for side in sides for spans in axes]
     parts = []
-    for spanned in map(Part.of, sides):
+    for spanned in map(Shard.of, sides):
         n = spanned.elements
         cuts = [chance.choice([0, n, chance.randint(0, n), chance.randint(0, n)]) for _ in range(count - 1)]
-        parts += [Part(spanned.spans, a, b) for a, b in itertools.pairwise([0, *sorted(cuts), n])]
+        parts += [Shard(spanned.spans, a, b) for a, b in itertools.pairwise([0, *sorted(cuts), n])]
     return parts
 
 
@@ -196,16 +196,16 @@ def a_team(chance: random.Random) -> list[int]:
     return sorted(chance.sample(range(20), chance.randint(1, 6)))
 
 
-def a_storage(chance: random.Random, ranks: Sequence[int], name: str = "w", copies: int = 1) -> Storage:
+def a_storage(chance: random.Random, ranks: Sequence[int], name: str = "w", copies: int = 1) -> Sharding:
     """A matrix stored by these ranks: once, once in each of two covers, or by replicas, evenly or not.
 
     With ``copies``, a divisor of the number of ranks, each part has so many times as many replicas.
     """
     shape, order = a_shape(chance), chance.sample(ranks, len(ranks))
     sharded = copies == 1 and chance.random() < 0.6
-    covers = chance.randint(1, min(2, len(ranks))) if sharded else 1
+    shard_groups = chance.randint(1, min(2, len(ranks))) if sharded else 1
     holders = []
-    for team in (order[i::covers] for i in range(covers)):
+    for team in (order[i::shard_groups] for i in range(shard_groups)):
         different = len(team) // copies
         count = different if sharded else chance.randint(1, different)
         parts = partition(chance, shape, count)
@@ -213,7 +213,7 @@ def a_storage(chance: random.Random, ranks: Sequence[int], name: str = "w", copi
     holders.sort(key=lambda holder: holder.rank)
     dtype, excluded = chance.choice(["float32", "float64", "bfloat16"]), "embedding" * (chance.random() < 0.2)
     divided = chance.choice([None, *range(len(shape))])
-    return Storage(name, shape, dtype, tuple(holders), sharded, divided, excluded, "bfloat16", a_split(chance, shape))
+    return Sharding(name, shape, dtype, tuple(holders), sharded, divided, excluded, "bfloat16", a_split(chance, shape))
 
 
 def a_split(chance: random.Random, shape: Sequence[int]) -> Split:

@@ -62,10 +62,10 @@ class Bound:
         v, length = self.hp.variant, G.double().norm().item()
         self.steps += 1
         self.gradient = max(self.gradient, length) if self.hp.averaged else length
-        if not self.hp.age(self.steps):
+        if not self.hp.weight_updates(self.steps):
             return 0.0
         decay = group["weight_decay"] * W.double().norm().item()
-        b = self._borrowed(G.numel(), self.hp.age(self.steps)) + (0.0 if v.decoupled_weight_decay else decay)
+        b = self._borrowed(G.numel(), self.hp.weight_updates(self.steps)) + (0.0 if v.decoupled_weight_decay else decay)
         self.M, u = times(group["momentum"], self.M) + b, b
         if not self.hp.averaged:
             u = times(group["momentum"], self.M) + b if self.hp.nesterov else self.M
@@ -76,7 +76,11 @@ class Bound:
 
         By Cauchy and Schwarz ``E^2 <= A (1 - beta1)^2 / (1 - gamma) sum_k (beta1^2 / gamma)^k``.
         """
-        method, beta1, gamma = self.hp.diagonal(self.factored), self.hp.variant.beta1, self.hp.variant.graft_beta2
+        method, beta1, gamma = (
+            self.hp.diagonal_method(self.factored),
+            self.hp.variant.beta1,
+            self.hp.variant.graft_beta2,
+        )
         if method is LayerwiseGrafting.NONE and self.factored:
             return INF
         if method in (LayerwiseGrafting.NONE, LayerwiseGrafting.SGD):
@@ -182,7 +186,11 @@ class Case:
         hp, bound = self.hp, self.bounds[p]
         usual = hp.graft_type is LayerwiseGrafting.SGD and not hp.averaged and not hp.pseudo_inverse
         usual &= "bfloat16" not in (hp.computation.products, hp.computation.root_storage)
-        usual &= hp.inverse_exponent_override == 0 and self.optimizer.root_failures == 0 and hp.age(bound.steps) > 0
+        usual &= (
+            hp.inverse_exponent_override == 0
+            and self.optimizer.root_failures == 0
+            and hp.weight_updates(bound.steps) > 0
+        )
         bound.ordinary &= p.grad is not None and 1e-3 < p.grad.double().norm() < 1e3
         alone = group["momentum"] == group["weight_decay"] == 0.0
         return group["lr"] * bound.gradient if usual and alone and bound.ordinary else 0.0

@@ -182,7 +182,7 @@ def test_options_of_a_group_that_is_added(name: str) -> None:
     for value, text in GROUP[name]:
         model = nn.Linear(3, 2)
         refused(lambda m=model, v=value: optimizer.add_param_group({"params": m.parameters(), name: v}), name, text)
-        assert optimizer._facts.models == []
+        assert optimizer._registry.models == []
     assert_equal(snapshot(optimizer), before)
     train(optimizer, [1])
 

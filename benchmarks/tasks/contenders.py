@@ -46,7 +46,7 @@ class Contender:
 
     Args:
         settings: what is the same in all its trials, in words.
-        make: from a model, ``lr`` and perhaps the settings of ``alternative``.
+        make: from a model, ``lr`` and any_or_unknown the settings of ``alternative``.
         rates: the learning rates that are tried, each the same factor above the one before.
         alternative: what is tried at the best of them; may be empty.
     """

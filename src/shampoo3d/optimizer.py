@@ -12,20 +12,20 @@ from shampoo3d.checkpoint import slices
 from shampoo3d.checkpoint import state as checkpoint
 from shampoo3d.checkpoint.saving import Checkpointed
 from shampoo3d.checkpoint.state import ParamState
-from shampoo3d.distributed.collectives import everyones, first_complaint
+from shampoo3d.distributed.collectives import all_gather_object, first_error
 from shampoo3d.distributed.errors import during
-from shampoo3d.distributed.topology import Claims, Mesh, Topology
+from shampoo3d.distributed.topology import Claims, ParallelGroups, Topology
 from shampoo3d.engines import deepspeed, native
-from shampoo3d.engines.parameters import Embeddings, Facts, collected
+from shampoo3d.engines.parameters import Embeddings, ParameterRegistry, collected
 from shampoo3d.engines.reading import locate, unwrapped
 from shampoo3d.engines.splits import Splits, copied
 from shampoo3d.planning.plan import Plan
 from shampoo3d.runtime.agreement import StepRefusedError, Verdict, agree
 from shampoo3d.runtime.assemble import assemble, check_shapes, flat_groups, is_trainable
-from shampoo3d.runtime.bindings import Place
+from shampoo3d.runtime.bindings import GroupTensor
 from shampoo3d.runtime.exchange import Exchange
 from shampoo3d.runtime.report import Report
-from shampoo3d.runtime.step import settle, take_step
+from shampoo3d.runtime.step import join_background_roots, take_step
 from shampoo3d.runtime.team import Team, state_bytes
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.groups import check_group
@@ -91,11 +91,11 @@ class Shampoo(Checkpointed):
         if dist.is_available() and dist.is_initialized():
             self._claims.check_ranks(dist.get_rank(), dist.get_world_size(), "torch.distributed")
         given, models = collected(embeddings), [] if model is None else [model]
-        self._facts = Facts(hyperparams, given=given, splits=copied(splits), models=models)
-        self._mesh: Mesh | None = None
+        self._registry = ParameterRegistry(hyperparams, given=given, splits=copied(splits), models=models)
+        self._parallel: ParallelGroups | None = None
         self._teams: list[Team] = []
         self._exchanges: list[Exchange] = []
-        self._places: dict[Tensor, Place] = {}
+        self._group_tensors: dict[Tensor, GroupTensor] = {}
         self._groups: list[dict[str, Any]] = []  # engines show one at a time in param_groups
         self._saved: dict[Tensor, ParamState] = {}  # loaded state that waits until its parameter is bound
         self._saved_own: dict[str, Any] | None = None  # the same of flat slices
@@ -105,13 +105,13 @@ class Shampoo(Checkpointed):
             momentum = 0.0 if hyperparams.averaged else 0.9
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": hyperparams.weight_decay}
         super().__init__(params, defaults | {"precondition": True, "maximize": maximize})
-        self._facts.check_given()
+        self._registry.check_given()
         check_shapes(shapes, [param for group in self.param_groups for param in group["params"]])
 
     def _learn_model(self, params: Any) -> None:
         found = native.model_behind(params)
-        if found is not None and all(found is not known for known in self._facts.models):
-            self._facts.models.append(found)
+        if found is not None and all(found is not known for known in self._registry.models):
+            self._registry.models.append(found)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with settings of their own; they take part from the next step on.
@@ -122,16 +122,16 @@ class Shampoo(Checkpointed):
         check_kind("param_group", param_group, dict, "a dict")
         if "params" not in param_group:
             raise ValueError(f"param_group must have 'params', got {sorted(param_group)}")
-        count, models = len(self.param_groups), list(self._facts.models)
+        count, models = len(self.param_groups), list(self._registry.models)
         try:
             self._learn_model(param_group["params"])
             super().add_param_group(param_group)
             group = self.param_groups[-1]
             check_group(group, self.hyperparams)
-            self._facts.learn(group["params"], group.get("param_names"))
+            self._registry.learn(group["params"], group.get("param_names"))
         except Exception:
             del self.param_groups[count:]
-            self._facts.models = models
+            self._registry.models = models
             raise
         self._groups.append(group)
 
@@ -162,7 +162,7 @@ class Shampoo(Checkpointed):
             check_kind("closure", closure, Callable, "a function")  # type: ignore[arg-type]
             with torch.enable_grad():
                 loss = closure()
-        if self._mesh is None and self._is_trial():
+        if self._parallel is None and self._is_trial():
             return loss
         with during(lambda: f"before step {self._steps_taken() + 1}"):
             verdict = self._verdict()
@@ -174,29 +174,33 @@ class Shampoo(Checkpointed):
         return loss
 
     def _step(self) -> None:
-        steps = {place: self._count(place) for place in self._present() if place.gradient is not None}
+        steps = {
+            group_tensor: self._count(group_tensor)
+            for group_tensor in self._present()
+            if group_tensor.gradient is not None
+        }
         self._unfinished = max(steps.values(), default=0)
         take_step(self._teams, self._exchanges, self._groups, self.hyperparams, steps)
         self._unfinished = 0
 
     def _verdict(self) -> Verdict:
         """What all ranks do next, once their parameters are bound."""
-        mesh = self._mesh or locate(self._claims)
-        verdict = self._agree(mesh, self._unusable(), self._has_unbound())
+        parallel = self._parallel or locate(self._claims)
+        verdict = self._agree(parallel, self._unusable(), self._has_unbound())
         if verdict is Verdict.BIND:
-            verdict = self._agree(mesh, self._bind(mesh) or self._unusable(), unbound=False)
+            verdict = self._agree(parallel, self._bind(parallel) or self._unusable(), unbound=False)
         return verdict
 
-    def _agree(self, mesh: Mesh, complaint: str, unbound: bool) -> Verdict:
+    def _agree(self, parallel: ParallelGroups, error: str, unbound: bool) -> Verdict:
         hp, present = self.hyperparams, self._present()
-        return agree(mesh, self._teams, present, hp, self._groups, complaint, unbound)
+        return agree(parallel, self._teams, present, hp, self._groups, error, unbound)
 
     def _is_trial(self) -> bool:
         """Whether an engine's wrapper is trying the optimizer out with zero gradients, which must change nothing."""
         params = [param for group in self.param_groups for param in group["params"]]
-        trial = not flat_groups(self._facts) and deepspeed.is_trial_step(params, self._facts.names)
+        trial = not flat_groups(self._registry) and deepspeed.is_trial_step(params, self._registry.names)
         if trial:
-            for group, originals in zip(self._groups, self._facts.originals, strict=True):
+            for group, originals in zip(self._groups, self._registry.originals, strict=True):
                 unwrapped(group["params"], originals)  # refuses a wrapper that it does not know at once
         return trial
 
@@ -204,13 +208,13 @@ class Shampoo(Checkpointed):
         """Those of the parameter that has taken most."""
         return max(self._steps.values(), default=0)
 
-    def _count(self, place: Place) -> int:
-        self.state[place.tensor]["step"] += 1
-        return int(self.state[place.tensor]["step"])
+    def _count(self, group_tensor: GroupTensor) -> int:
+        self.state[group_tensor.tensor]["step"] += 1
+        return int(self.state[group_tensor.tensor]["step"])
 
     def _unusable(self) -> str:
         """What this step is given that it cannot use, or what has failed too often; empty if nothing."""
-        if self._mesh is not None and self._mesh.source != deepspeed.NAME and deepspeed.is_running():
+        if self._parallel is not None and self._parallel.source != deepspeed.NAME and deepspeed.is_running():
             return "the ranks were found before DeepSpeed was started: bind or load after deepspeed.initialize"
         most = self.hyperparams.computation.max_root_failures
         if most is not None and self.root_failures > most:
@@ -218,45 +222,51 @@ class Shampoo(Checkpointed):
         for number, group in enumerate(self._groups):
             try:
                 check_group(group, self.hyperparams)
-            except (TypeError, ValueError) as error:
-                return f"in group {number} {error}"
+            except (TypeError, ValueError) as raised:
+                return f"in group {number} {raised}"
         for team in self._teams:
-            for place, names in team.names.items():
-                if place.tensor.grad is not None and not place.has_dense_gradient:
+            for group_tensor, names in team.names.items():
+                if group_tensor.tensor.grad is not None and not group_tensor.has_dense_gradient:
                     return f"the gradient of {names[0]!r} is sparse, which Shampoo does not support"
-                if self._groups[place.group]["precondition"] != place.precondition:
-                    return f"precondition of group {place.group} was changed after its first step; make a new optimizer"
+                if self._groups[group_tensor.group]["precondition"] != group_tensor.precondition:
+                    number = group_tensor.group
+                    return f"precondition of group {number} was changed after its first step; make a new optimizer"
         return ""
 
     # ---- who holds and owns what -------------------------------------------------------------------------------------
 
-    def _present(self) -> set[Place]:
+    def _present(self) -> set[GroupTensor]:
         """The places that the groups show now."""
-        return {self._places[p] for group in self.param_groups for p in group["params"] if p in self._places}
+        return {
+            self._group_tensors[p] for group in self.param_groups for p in group["params"] if p in self._group_tensors
+        }
 
     def _has_unbound(self) -> bool:
         """Whether a parameter has joined, has been unfrozen or has gone since parameters were bound."""
-        if self._mesh is None:
+        if self._parallel is None:
             return True
-        places = self._places
+        group_tensors = self._group_tensors
         shown = {p: number for number, group in enumerate(self._groups) for p in group["params"]}
-        if any(is_trainable(p) and (p not in places or places[p].group != number) for p, number in shown.items()):
+        if any(
+            is_trainable(p) and (p not in group_tensors or group_tensors[p].group != number)
+            for p, number in shown.items()
+        ):
             return True
-        return not flat_groups(self._facts) and not places.keys() <= shown.keys()
+        return not flat_groups(self._registry) and not group_tensors.keys() <= shown.keys()
 
-    def _bind(self, mesh: Mesh) -> str:
+    def _bind(self, parallel: ParallelGroups) -> str:
         """Bind all parameters anew; those bound before keep state and owners. Returns why it can't be done, if so."""
         shown = {p for group in self._groups for p in group["params"]}
-        owned = {tensor: self.state[tensor] for tensor in self._places if tensor in shown}
+        owned = {tensor: self.state[tensor] for tensor in self._group_tensors if tensor in shown}
         try:
-            self._assemble(mesh, self._saved, self._saved_own, owned)
-        except ValueError as error:  # perhaps on this rank only: all are told of it
-            return str(error)
+            self._assemble(parallel, self._saved, self._saved_own, owned)
+        except ValueError as raised:  # perhaps on this rank only: all are told of it
+            return str(raised)
         return ""
 
     def _assemble(
         self,
-        mesh: Mesh,
+        parallel: ParallelGroups,
         saved: Mapping[Tensor, ParamState],
         own: Mapping[str, Any] | None,
         owned: Mapping[Tensor, ParamState],
@@ -266,8 +276,8 @@ class Shampoo(Checkpointed):
         Raises ValueError if ranks differ or the saved state does not fit; then nothing has changed.
         """
         fixed = {b.id: b.owner for team in self._teams for b in team.plan.blocks} if owned else {}
-        settle(self._teams)
-        teams = assemble(self._groups, self._facts, mesh, self.distribution, owned.keys(), fixed)
+        join_background_roots(self._teams)
+        teams = assemble(self._groups, self._registry, parallel, self.distribution, owned.keys(), fixed)
         saved = {tensor: state for tensor, state in saved.items() if state != {"step": 0}}  # those have not begun
         live = checkpoint.live_state(teams)
         if own is not None:
@@ -275,13 +285,15 @@ class Shampoo(Checkpointed):
             slices.load_own(teams, live, own, saved)
         else:
             for binding in (binding for team in teams for binding in team.bindings):
-                if binding.place.tensor in saved:
-                    checkpoint.check_loadable(binding, saved[binding.place.tensor], self.hyperparams)
+                if binding.group_tensor.tensor in saved:
+                    checkpoint.check_loadable(binding, saved[binding.group_tensor.tensor], self.hyperparams)
             checkpoint.load(teams, live, saved)
         checkpoint.carry(live, owned, self._teams, teams)
-        self._mesh, self._teams = mesh, teams
-        self._places = {place.tensor: place for team in teams for place in team.places}
-        self._exchanges = [Exchange(team, mesh, self.distribution.update_precision) for team in teams]
+        self._parallel, self._teams = parallel, teams
+        self._group_tensors = {
+            group_tensor.tensor: group_tensor for team in teams for group_tensor in team.group_tensors
+        }
+        self._exchanges = [Exchange(team, parallel, self.distribution.update_precision) for team in teams]
         self._saved, self._saved_own = {p: state for p, state in saved.items() if p not in live}, None
         self.state.clear()
         self.state.update(live)
@@ -295,8 +307,10 @@ class Shampoo(Checkpointed):
         Raises:
             StepRefusedError: on every rank, as from :meth:`step`.
         """
-        mesh = self._mesh or locate(self._claims)
-        if any(everyones(mesh.everyone, self._has_unbound())) and (why := first_complaint(mesh, self._bind(mesh))):
+        parallel = self._parallel or locate(self._claims)
+        if any(all_gather_object(parallel.world, self._has_unbound())) and (
+            why := first_error(parallel, self._bind(parallel))
+        ):
             raise StepRefusedError(why)
 
     @property
@@ -317,9 +331,9 @@ class Shampoo(Checkpointed):
     def root_failures(self) -> int:
         """How many roots of this rank's blocks could not be computed, so that the previous one was kept, or not be
         used, so that the block was not moved or its statistics started anew, see ``docs/update-rule.md``."""
-        settle(self._teams)
+        join_background_roots(self._teams)
         return sum(int(batch.stack.root_failures) for team in self._teams for batch in team.batches)
 
     def report(self) -> Report:
         """Which path each parameter takes, and why; what this rank keeps, and what a step brings from other ranks."""
-        return Report.of(self._teams, self._facts.names, self.skipped_steps, self.distribution)
+        return Report.of(self._teams, self._registry.names, self.skipped_steps, self.distribution)

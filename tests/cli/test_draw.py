@@ -14,28 +14,28 @@ from shampoo3d import Plan, ShampooHyperParams
 from shampoo3d.cli.draw import _matrix, loss_figure, memory_table, ownership_figure, ownership_table, traffic_table
 from shampoo3d.cli.train.results import Curve, Run
 from shampoo3d.planning.blocks import cut
-from shampoo3d.planning.layout import Holder, Part, Storage, describe
+from shampoo3d.planning.layout import Holder, Shard, Sharding, describe
 from shampoo3d.planning.memory import Memory
 from shampoo3d.planning.plan import make_plan
 
 SHAPES = {"a.weight": (30, 20), "a.bias": (30,), "b.conv.weight": (8, 3, 5, 5), "scale": (), "c.embedding": (50, 6)}
 
 
-def storage(name: str, ranks: tuple[int, ...], layout: str) -> Storage:
+def sharding(name: str, ranks: tuple[int, ...], layout: str) -> Sharding:
     """All replicas, or each rank with its part: of the rows (tensor parallel), of the elements (ZeRO)."""
     shape, excluded = SHAPES[name], "embedding" * ("embedding" in name)
     if layout == "replicas" or not shape:
         return replicated(name, shape, ranks, excluded=excluded)
     edges = list(itertools.pairwise(cut(shape[0] if layout == "rows" else math.prod(shape), len(ranks))))
     rest = [((0, n),) for n in shape[1:]]
-    parts = [Part.of([(ends,), *rest]) if layout == "rows" else Part.whole(shape).range(*ends) for ends in edges]
+    parts = [Shard.of([(ends,), *rest]) if layout == "rows" else Shard.whole(shape).range(*ends) for ends in edges]
     holders = tuple(Holder(rank, part) for rank, part in zip(ranks, parts, strict=True))
-    return Storage(name, shape, "float32", holders, layout == "elements", excluded=excluded)
+    return Sharding(name, shape, "float32", holders, layout == "elements", excluded=excluded)
 
 
 def plan(ranks: tuple[int, ...], block_size: int = 8, layout: str = "replicas") -> Plan:
     hp = ShampooHyperParams(block_size=block_size)
-    return make_plan([describe(storage(name, ranks, layout), hp, len(ranks)) for name in SHAPES], ranks, hp)
+    return make_plan([describe(sharding(name, ranks, layout), hp, len(ranks)) for name in SHAPES], ranks, hp)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -88,7 +88,7 @@ def test_ownership_picture(ranks: tuple[int, ...], layout: str, tmp_path: Path) 
 
 def test_no_picture_of_nothing(tmp_path: Path) -> None:
     """What ZeRO stores and no one preconditions has no owner."""
-    matrix = describe(storage("a.bias", (0, 1), "elements"), ShampooHyperParams(), 2)
+    matrix = describe(sharding("a.bias", (0, 1), "elements"), ShampooHyperParams(), 2)
     with pytest.raises(ValueError, match="no plan has a block"):
         ownership_figure([make_plan([matrix], (0, 1), ShampooHyperParams())], tmp_path / "a.png")
 

@@ -214,8 +214,8 @@ def test_a_rank_that_hangs_while_others_save(layout: str, tmp_path: Path) -> Non
 
 
 def _timeouts() -> list[timedelta]:
-    mesh = native.locate(None)
-    groups = [mesh.group((0, 1, 2)), mesh.group((0, 1) if mesh.rank < 2 else (2,))]
+    parallel = native.locate(None)
+    groups = [parallel.group((0, 1, 2)), parallel.group((0, 1) if parallel.rank < 2 else (2,))]
     handles: list[Any] = [group.handle for group in groups if group.handle is not None]
     return [handle._get_backend(torch.device("cpu")).options._timeout for handle in handles]
 

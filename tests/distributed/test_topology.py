@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from shampoo3d.distributed.topology import Claims, Mesh, Topology
+from shampoo3d.distributed.topology import Claims, ParallelGroups, Topology
 
 GRID = Topology(("pipe", "data", "model"), (2, 3, 2))
 
@@ -44,4 +44,4 @@ def test_anything_else_is_refused_by_type() -> None:
 )
 def test_claims_that_contradict_what_is_found_name_both(claims: Claims, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        claims.check(Mesh.alone())
+        claims.check(ParallelGroups.alone())

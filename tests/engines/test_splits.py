@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from common import REFUSED, assert_equal, draw, replicated, saved_and_loaded, snapshot
 from shampoo3d import Shampoo, ShampooHyperParams, StepRefusedError, Variant
-from shampoo3d.engines.parameters import Facts
-from shampoo3d.planning.blocks import Split, joined, lengths_of, merge_dims
+from shampoo3d.engines.parameters import ParameterRegistry
+from shampoo3d.planning.blocks import Split, concatenate_cuts, lengths_of, merge_dims
 from shampoo3d.planning.layout import describe
 
 SETTINGS: list[dict[str, Any]] = [
@@ -117,8 +117,8 @@ def test_the_graft_is_that_of_the_parameter() -> None:
 
 
 def keys(shape: tuple[int, ...], split: Split, **settings: Any) -> list[str]:
-    storage = replicated("w", shape, split=split, divided=0)
-    return [block.key for block in describe(storage, ShampooHyperParams(**settings), 4).blocks]
+    sharding = replicated("w", shape, split=split, divided=0)
+    return [block.key for block in describe(sharding, ShampooHyperParams(**settings), 4).blocks]
 
 
 def test_blocks_end_where_a_matrix_ends() -> None:
@@ -155,7 +155,7 @@ def test_the_length_of_an_axis_is_that_of_its_longest_matrix() -> None:
 
 
 def test_boundaries() -> None:
-    assert joined([(0, 3, 5), (0, 2), (0, 1, 2)]) == (0, 3, 5, 7, 8, 9)
+    assert concatenate_cuts([(0, 3, 5), (0, 2), (0, 1, 2)]) == (0, 3, 5, 7, 8, 9)
     assert lengths_of(6, 3) == lengths_of(6, (2, 2, 2)) == (2, 2, 2)
 
 
@@ -215,16 +215,16 @@ def test_a_parameter_that_an_engine_has_replaced_is_told_by_its_name() -> None:
         model = nn.Sequential(nn.Linear(5, 12, bias=False))
         params: list[Tensor] = list(model.parameters())
         ways: dict[str, Any] = {"name": {"0.weight": 3}, "function": lambda name, _: 3, "parameter": {params[0]: 3}}
-        facts = Facts(ShampooHyperParams(), splits=ways[told], models=[model])
-        facts.learn(params, None)
-        assert facts.split == {model[0].weight: ((0, 3),)}
+        registry = ParameterRegistry(ShampooHyperParams(), splits=ways[told], models=[model])
+        registry.learn(params, None)
+        assert registry.split == {model[0].weight: ((0, 3),)}
         params[0] = model[0].weight = nn.Parameter(draw((12, 5), 0))
         if told != "parameter":
-            facts.learn_replaced()
-            assert facts.split == {model[0].weight: ((0, 3),)}
+            registry.learn_replaced()
+            assert registry.split == {model[0].weight: ((0, 3),)}
         else:
             with pytest.raises(ValueError, match=r"splits has '0.weight' as a parameter, which an engine has replaced"):
-                facts.learn_replaced()
+                registry.learn_replaced()
 
 
 def test_a_parameter_that_joins_later_can_be_told_by_a_function() -> None:

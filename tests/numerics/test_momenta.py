@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common import clones, draw
-from shampoo3d.numerics.momenta import ALL, Momenta, Rows, Step, average
+from shampoo3d.numerics.momenta import ALL, Momenta, Rows, StepSettings, average
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.variant import Variant
 
@@ -78,7 +78,7 @@ class Element:
         self.A = c.beta2 * self.A + (1 - c.beta2) * g * g
         return e, e / (sqrt(self.A / weight2) + EPS) if c.method in ("rmsprop", "adam") else e
 
-    def update(self, w: float, s: float, d: float, step: Step) -> float:
+    def update(self, w: float, s: float, d: float, step: StepSettings) -> float:
         c, decay, momentum = self.choice, step.weight_decay * w, 0.0 if self.choice.beta1 else step.momentum
         if not c.decoupled:
             s, d = s + decay, d + decay
@@ -113,7 +113,9 @@ def follow(choice: Choice, rows: Rows, weight_decay: float) -> None:
     for t in range(1, 6):
         which = ALL if t == 1 else rows  # what the first step leaves in the other rows stays there
         chosen = torch.arange(SHAPE[0])[which].tolist()
-        step = Step(momentum=0.0 if choice.beta1 else 0.9 / t, weight_decay=weight_decay, started=t >= choice.start)
+        step = StepSettings(
+            momentum=0.0 if choice.beta1 else 0.9 / t, weight_decay=weight_decay, started=t >= choice.start
+        )
         W, G, S = (draw((len(chosen), SHAPE[1]), 10 * t + seed) for seed in range(3))
         before = clones([W, G, S])
         averaged, D = kept.direction(G, which, t)
@@ -157,8 +159,8 @@ def test_decoupled_decay_does_not_enter_the_momentum(nesterov: bool) -> None:
     plain, decayed = (momenta(Choice(nesterov=nesterov, decoupled=True)) for _ in range(2))
     W = draw(SHAPE, 0)
     for t in range(1, 4):
-        without = plain.update(None, draw(SHAPE, t), None, Step(0.9, 0.0, True)).clone()
-        with_decay = decayed.update(W, draw(SHAPE, t), None, Step(0.9, 0.3, True))
+        without = plain.update(None, draw(SHAPE, t), None, StepSettings(0.9, 0.0, True)).clone()
+        with_decay = decayed.update(W, draw(SHAPE, t), None, StepSettings(0.9, 0.3, True))
         torch.testing.assert_close(with_decay, without + 0.3 * W)
         assert plain.momentum is not None
         assert decayed.momentum is not None

@@ -118,7 +118,7 @@ def test_an_average_goes_on_while_directions_wait_for_the_start() -> None:
     )
     for t in range(1, 4):
         G = gradient((3, 4), 2, seed=t)
-        waiting.wait(G, ALL, t)
+        waiting.update_average(G, ALL, t)
         started.precondition(G, ALL, t)
     G = gradient((3, 4), 2, seed=4)
     weights = [0.3 * 0.7 ** (4 - t) / (1 - 0.7**4) for t in range(1, 5)]
@@ -139,9 +139,9 @@ def test_roots_that_are_computed_a_few_at_a_time(
         stack = stack_of((3, 4), 5, computation=Computation(asynchronous=asynchronous))
         stack.accumulate(gradient((3, 4), 5), ALL, 1)
         if asynchronous:
-            stack.refresh_later(rows, 1)
+            stack.enqueue_refresh(rows, 1)
             stack.launch()
-            stack.settle()
+            stack.join()
         else:
             stack.refresh_roots(rows, 1)
         found.append(stack.roots)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import MODELS, RANDOM, a_storage, replicated
-from shampoo3d.numerics.schedule import like, offsets, phase
+from shampoo3d.numerics.schedule import equivalent_step, offsets, phase
 from shampoo3d.planning.cost import root_cost
 from shampoo3d.planning.layout import describe
 from shampoo3d.planning.plan import Plan, make_plan, make_plans
@@ -77,7 +77,7 @@ def test_steps_that_are_alike_refresh_the_same_blocks(every: int, start: int, t:
         hp = hyperparams(every, start, refresh)
         computation, variant = replace(hp.computation, fresh_steps=fresh), Variant(direction=direction)  # type: ignore[arg-type]
         hp = replace(hp, beta2=0.9, computation=computation, variant=variant)
-        same = like(t, hp)
+        same = equivalent_step(t, hp)
         assert 0 <= same <= min(t, max(every, start, fresh) + every)
         assert phase(t, hp, offset).refresh == (same > 0 and phase(same, hp, offset).refresh)
 
@@ -253,8 +253,8 @@ def test_turns_do_not_depend_on_who_stores_what(chance: Random, every: int) -> N
     hp = replace(hyperparams(every), block_size=3)
     held = [describe(a_storage(chance, range(4), f"w{i}"), hp, 4) for i in range(5)]
     turns = refresh_offsets(factored_blocks(held), hp)
-    storages = (replicated(m.name, m.shape, excluded=m.storage.excluded, split=m.storage.split) for m in held)
-    alone = [describe(storage, hp, 1) for storage in storages]
+    storages = (replicated(m.name, m.shape, excluded=m.sharding.excluded, split=m.sharding.split) for m in held)
+    alone = [describe(sharding, hp, 1) for sharding in storages]
     assert refresh_offsets(factored_blocks(chance.sample(alone, 5)), hp) == turns
     planned = make_plan(held, range(4), hp).blocks
     assert {block.id: block.offset for block in planned if block.axes} == turns

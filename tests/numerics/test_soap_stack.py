@@ -16,7 +16,7 @@ from shampoo3d import Computation, Shampoo, ShampooHyperParams, Variant
 from shampoo3d.numerics.momenta import ALL, Rows
 from shampoo3d.numerics.roots import choice
 from shampoo3d.numerics.soap import EigenStack
-from shampoo3d.runtime.buckets import StackSlab
+from shampoo3d.runtime.buckets import StackedBucket
 
 ROWS: dict[str, Rows] = {"all": ALL, "slice": slice(1, 3), "numbers": torch.tensor([3, 0])}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -125,12 +125,12 @@ def test_bases_from_the_background_are_the_same_and_come_when_they_settle(
             if t > 1:
                 stack.precondition(G, ALL, t)
         now.refresh_roots(which, t)
-        later.refresh_later(which, t)
+        later.enqueue_refresh(which, t)
         before = {name: tensor.clone() for name, tensor in later.tensors().items()}
         later.launch()
         for name, tensor in later.tensors().items():
             assert torch.equal(tensor, before[name]), name
-        later.settle()
+        later.join()
         for name, tensor in later.tensors().items():
             torch.testing.assert_close(tensor, now.tensors()[name], rtol=1e-12, atol=1e-14, msg=name)
     assert int(later.root_failures) == 0
@@ -155,11 +155,11 @@ def test_second_moments_follow_their_columns_along_each_axis(axes: tuple[int, ..
     stack.refresh_roots(which, 2)
     expected, moved = V.numpy().copy(), False
     for row in chosen(which):
-        for place, axis in enumerate(axes):
+        for group_tensor, axis in enumerate(axes):
             order = np.argsort(-entries[axis][row])
             moved |= bool((order != np.arange(shape[axis])).any())
             expected[row] = np.take(expected[row], order, axis)
-            np.testing.assert_allclose(stack.roots[place][row].abs(), np.eye(shape[axis])[:, order], atol=1e-12)
+            np.testing.assert_allclose(stack.roots[group_tensor][row].abs(), np.eye(shape[axis])[:, order], atol=1e-12)
     assert moved
     assert np.array_equal(stack.elements["exp_avg_sq"].numpy(), expected)
 
@@ -263,8 +263,8 @@ def test_the_first_step_finds_bases_and_nothing_else(beta1: float, asynchronous:
         for name, tensor in block.items():
             assert bool(tensor.any()) == name.startswith(("L", "Q")), name
             assert not (name.startswith("Q") and torch.equal(tensor, torch.eye(len(tensor)).to(tensor))), name
-    slabs = [slab for team in optimizer._teams for slab in team.slabs if isinstance(slab, StackSlab)]
-    runs = [run for slab in slabs for cached in slab._cached.values() for run, _ in cached]
+    buckets = [bucket for team in optimizer._teams for bucket in team.buckets if isinstance(bucket, StackedBucket)]
+    runs = [run for bucket in buckets for cached in bucket._cached.values() for run, _ in cached]
     assert runs
     assert all(run.D is None for run in runs), "a gradient is kept for ever"
     put_gradients(params, 2)

@@ -26,7 +26,7 @@ from common import (
     some_hyperparams,
     stored,
 )
-from shampoo3d.planning.layout import GRAFTED_BLOCK, Holder, Part, Storage, describe
+from shampoo3d.planning.layout import GRAFTED_BLOCK, Holder, Shard, Sharding, describe
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.variant import Variant
 
@@ -45,10 +45,10 @@ def starts(lengths: Sequence[int]) -> list[int]:
     return [0, *np.cumsum(lengths).tolist()][:-1]
 
 
-def lengths_of(storage: Storage) -> list[list[int]]:
+def lengths_of(sharding: Sharding) -> list[list[int]]:
     """How long the matrices in a parameter are, along each axis."""
-    told = [dict(storage.split).get(axis, 1) for axis in range(len(storage.shape))]
-    return [[n // k] * k if isinstance(k, int) else list(k) for n, k in zip(storage.shape, told, strict=True)]
+    told = [dict(sharding.split).get(axis, 1) for axis in range(len(sharding.shape))]
+    return [[n // k] * k if isinstance(k, int) else list(k) for n, k in zip(sharding.shape, told, strict=True)]
 
 
 def groups_of(lengths: Sequence[Sequence[int]], limit: int, first: Collection[int]) -> list[list[int]]:
@@ -62,12 +62,12 @@ def groups_of(lengths: Sequence[Sequence[int]], limit: int, first: Collection[in
     return groups[1:] or [[]]
 
 
-def parts_of(storage: Storage, cover: int) -> dict[Part, list[int]]:
+def parts_of(sharding: Sharding, shard_group: int) -> dict[Shard, list[int]]:
     """What is stored in a cover, and by whom."""
-    found: dict[Part, list[int]] = {}
-    for holder in storage.holders:
-        if holder.cover == cover:
-            found.setdefault(holder.part, []).append(holder.rank)
+    found: dict[Shard, list[int]] = {}
+    for holder in sharding.holders:
+        if holder.shard_group == shard_group:
+            found.setdefault(holder.shard, []).append(holder.rank)
     return found
 
 
@@ -75,32 +75,32 @@ def parts_of(storage: Storage, cover: int) -> dict[Part, list[int]]:
 
 
 @EXAMPLES
-@given(storage=STORAGES, hp=HYPERPARAMS)
-def test_blocks_are_cut_from_the_logical_matrix(storage: Storage, hp: ShampooHyperParams) -> None:
-    matrix = describe(storage, hp, WORLD)
-    lengths = lengths_of(storage)
-    groups = groups_of(lengths, hp.block_size if hp.best_effort_shape_interpretation else 0, dict(storage.split))
+@given(sharding=STORAGES, hp=HYPERPARAMS)
+def test_blocks_are_cut_from_the_logical_matrix(sharding: Sharding, hp: ShampooHyperParams) -> None:
+    matrix = describe(sharding, hp, WORLD)
+    lengths = lengths_of(sharding)
+    groups = groups_of(lengths, hp.block_size if hp.best_effort_shape_interpretation else 0, dict(sharding.split))
     sides = []
     for group in groups:
-        inner = math.prod(storage.shape[axis] for axis in group[1:])
+        inner = math.prod(sharding.shape[axis] for axis in group[1:])
         matrices = [n * inner for n in lengths[group[0]]] if group else [1]
-        fair = hp.fair_blocks and storage.divided in group
+        fair = hp.fair_blocks and sharding.divided in group
         counts = [min(WORLD, n) if fair else math.ceil(n / hp.block_size) if hp.block_size else 1 for n in matrices]
         sides.append(
             [s for n, count, at in zip(matrices, counts, starts(matrices), strict=True) for s in edges(n, count, at)]
         )
     expected = list(itertools.product(*sides))
-    largest = [max(lengths[g[0]]) * math.prod(storage.shape[axis] for axis in g[1:]) for g in groups if g]
+    largest = [max(lengths[g[0]]) * math.prod(sharding.shape[axis] for axis in g[1:]) for g in groups if g]
     variant = hp.variant
     chosen = reference.Settings(
         sides=variant.sides, largest_dimension=variant.largest_dimension, long_axes=variant.long_axes
     )
-    axes = reference.factored_axes(largest, expected, chosen) if len(groups) > 1 and not storage.excluded else []
+    axes = reference.factored_axes(largest, expected, chosen) if len(groups) > 1 and not sharding.excluded else []
     assert (matrix.axes, matrix.factored) == (tuple(axes), bool(axes))
-    merged = tuple(math.prod(storage.shape[axis] for axis in group) for group in groups)
+    merged = tuple(math.prod(sharding.shape[axis] for axis in group) for group in groups)
     if not axes:
-        assert matrix.path == ("excluded" if storage.excluded else "grafted only")
-        merged = (*storage.shape[:1], *[math.prod(storage.shape[1:])] * (len(storage.shape) > 1))
+        assert matrix.path == ("excluded" if sharding.excluded else "grafted only")
+        merged = (*sharding.shape[:1], *[math.prod(sharding.shape[1:])] * (len(sharding.shape) > 1))
     assert matrix.merged == (merged or (1,))
     if axes:
         assert matrix.path == "preconditioned"
@@ -110,15 +110,15 @@ def test_blocks_are_cut_from_the_logical_matrix(storage: Storage, hp: ShampooHyp
 
 
 @EXAMPLES
-@given(storage=STORAGES, hp=HYPERPARAMS)
-def test_blocks_that_are_grafted_only_are_each_stored_in_one_place(storage: Storage, hp: ShampooHyperParams) -> None:
-    matrix = describe(replace(storage, excluded="embedding"), hp, WORLD)
-    if storage.sharded:  # updated where they are, with no blocks
+@given(sharding=STORAGES, hp=HYPERPARAMS)
+def test_blocks_that_are_grafted_only_are_each_stored_in_one_place(sharding: Sharding, hp: ShampooHyperParams) -> None:
+    matrix = describe(replace(sharding, excluded="embedding"), hp, WORLD)
+    if sharding.sharded:  # updated where they are, with no blocks
         assert (matrix.blocks, list(matrix.cells())) == ((), [])
         return
     assert sorted(cell.block for cell in matrix.cells()) == list(range(len(matrix.blocks)))
     numbers = [number for block in matrix.blocks for number in numbers_of(matrix)[block.slices].flat]
-    assert sorted(numbers) == list(range(math.prod(storage.shape)))
+    assert sorted(numbers) == list(range(math.prod(sharding.shape)))
 
 
 def test_a_large_embedding_is_cut_by_rows_so_that_ranks_can_share_it() -> None:
@@ -205,32 +205,37 @@ def test_fair_blocks_are_as_many_as_the_world_has_ranks(axis: int) -> None:
 
 
 @EXAMPLES
-@given(storage=STORAGES, hp=HYPERPARAMS)
-def test_pieces_say_where_each_element_of_a_part_lies(storage: Storage, hp: ShampooHyperParams) -> None:
-    matrix = describe(storage, hp, WORLD)
-    for holder in storage.holders:
-        expected = stored(holder.part, storage.shape)
-        assert holder.part.elements == len(expected)
+@given(sharding=STORAGES, hp=HYPERPARAMS)
+def test_pieces_say_where_each_element_of_a_part_lies(sharding: Sharding, hp: ShampooHyperParams) -> None:
+    matrix = describe(sharding, hp, WORLD)
+    for holder in sharding.holders:
+        expected = stored(holder.shard, sharding.shape)
+        assert holder.shard.elements == len(expected)
         found: list[tuple[int, int]] = []
-        for piece in matrix.pieces(holder.part):
+        for piece in matrix.pieces(holder.shard):
             found += zip(positions(piece).flat, numbers_of(matrix)[piece.box.slices].flat, strict=True)
         assert sorted(found) == list(enumerate(expected))
 
 
 @EXAMPLES
-@given(storage=STORAGES, hp=HYPERPARAMS)
-def test_cells_make_every_block_whole_in_every_cover(storage: Storage, hp: ShampooHyperParams) -> None:
-    matrix = describe(storage, hp, WORLD)
-    covers = {holder.cover for holder in storage.holders}
-    held: dict[int, Numbers] = {holder.rank: stored(holder.part, storage.shape) for holder in storage.holders}
-    classes = {
-        (cover, tuple(ranks)) for cover in covers for part, ranks in parts_of(storage, cover).items() if part.elements
+@given(sharding=STORAGES, hp=HYPERPARAMS)
+def test_cells_make_every_block_whole_in_every_cover(sharding: Sharding, hp: ShampooHyperParams) -> None:
+    matrix = describe(sharding, hp, WORLD)
+    shard_groups = {holder.shard_group for holder in sharding.holders}
+    held: dict[int, Numbers] = {holder.rank: stored(holder.shard, sharding.shape) for holder in sharding.holders}
+    replica_groups = {
+        (shard_group, tuple(ranks))
+        for shard_group in shard_groups
+        for part, ranks in parts_of(sharding, shard_group).items()
+        if part.elements
     }
-    assert {(cover, ranks) for (cover, _), ranks in storage.classes.items()} == classes
-    written = {(cover, i): np.full(b.shape, -1) for cover in covers for i, b in enumerate(matrix.blocks)}
+    assert {(shard_group, ranks) for (shard_group, _), ranks in sharding.replica_groups.items()} == replica_groups
+    written = {
+        (shard_group, i): np.full(b.shape, -1) for shard_group in shard_groups for i, b in enumerate(matrix.blocks)
+    }
     for cell in matrix.cells():
-        assert (cell.cover, cell.ranks) in classes
-        into = written[cell.cover, cell.block][cell.piece.box.within(matrix.blocks[cell.block])]
+        assert (cell.shard_group, cell.ranks) in replica_groups
+        into = written[cell.shard_group, cell.block][cell.piece.box.within(matrix.blocks[cell.block])]
         assert (into == -1).all()
         places = positions(cell.piece)
         assert places.min() >= 0
@@ -247,7 +252,7 @@ def test_what_is_stored_in_one_piece_is_one_piece(shape: Shape, merge: bool) -> 
         replicated("w", shape), ShampooHyperParams(block_size=6, best_effort_shape_interpretation=merge), 1
     )
     rows = [((1, 2), (2, 4)), *(((0, n),) for n in shape[1:])]
-    for part in [Part.whole(shape), *[Part.of(rows)] * (len(shape) > 0)]:
+    for part in [Shard.whole(shape), *[Shard.of(rows)] * (len(shape) > 0)]:
         (piece,) = matrix.pieces(part)
         assert piece.box.elements == part.elements
 
@@ -256,7 +261,7 @@ def test_what_is_stored_in_one_piece_is_one_piece(shape: Shape, merge: bool) -> 
 @given(chance=RANDOM)
 def test_parts(chance: Random) -> None:
     shape = a_shape(chance)
-    assert stored(Part.whole(shape), shape).tolist() == list(range(math.prod(shape)))
+    assert stored(Shard.whole(shape), shape).tolist() == list(range(math.prod(shape)))
     for part in partition(chance, shape, 3):
         first, last = chance.randint(-3, 30), chance.randint(-3, 30)
         expected = stored(part, shape)[max(first, 0) : max(last, 0)]
@@ -268,14 +273,14 @@ def test_parts(chance: Random) -> None:
 # ---- copies ----
 
 
-def shards(ranks: Sequence[int], model: int) -> Storage:
+def shards(ranks: Sequence[int], model: int) -> Sharding:
     """Rows divided among ``model`` ranks that are next to each other."""
-    parts = [Part.of([[(i, i + 1)], [(0, 2)]]) for i in range(model)]
-    return Storage("w", (model, 2), "float32", tuple(Holder(r, parts[i % model]) for i, r in enumerate(ranks)))
+    parts = [Shard.of([[(i, i + 1)], [(0, 2)]]) for i in range(model)]
+    return Sharding("w", (model, 2), "float32", tuple(Holder(r, parts[i % model]) for i, r in enumerate(ranks)))
 
 
 @pytest.mark.parametrize(
-    ("storage", "copies", "covers"),
+    ("sharding", "copies", "shard_groups"),
     [
         (replicated("w", (2, 2), (3, 4, 5, 8)), 1, [(3, 4, 5, 8)]),
         (replicated("w", (2, 2), (3, 4, 5, 8)), 2, [(3, 4), (5, 8)]),
@@ -285,96 +290,96 @@ def shards(ranks: Sequence[int], model: int) -> Storage:
         (shards((0, 2, 4, 6), 1), 2, [(0, 2), (4, 6)]),
     ],
 )
-def test_replicas_next_to_each_other_share_a_copy(storage: Storage, copies: int, covers: list[Shape]) -> None:
-    found = storage.with_covers(copies)
-    assert list(found.covers.values()) == covers
-    assert [(h.rank, h.part) for h in found.holders] == [(h.rank, h.part) for h in storage.holders]
+def test_replicas_next_to_each_other_share_a_copy(sharding: Sharding, copies: int, shard_groups: list[Shape]) -> None:
+    found = sharding.with_shard_groups(copies)
+    assert list(found.shard_groups.values()) == shard_groups
+    assert [(h.rank, h.shard) for h in found.holders] == [(h.rank, h.shard) for h in sharding.holders]
     assert describe(found, ShampooHyperParams(), 8).gaps() == ""
-    for cover in covers:
-        for place, rank in enumerate(cover):
-            assert found.counterparts(rank) == tuple(ranks[place] for ranks in covers)
+    for shard_group in shard_groups:
+        for place, rank in enumerate(shard_group):
+            assert found.counterparts(rank) == tuple(ranks[place] for ranks in shard_groups)
 
 
 def test_copies_that_replicas_can_not_hold_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^root_copies=3 does not divide the 4 replicas \[0, 1, 2, 3\] of 'w'"):
-        replicated("w", (2, 2), range(4)).with_covers(3)
+        replicated("w", (2, 2), range(4)).with_shard_groups(3)
     with pytest.raises(ValueError, match=r"^root_copies=4 does not divide the 2 replicas \[0, 2\] of 'w'"):
-        shards(range(4), 2).with_covers(4)
+        shards(range(4), 2).with_shard_groups(4)
     with pytest.raises(ValueError, match=r"^root_copies=2 needs replicas.*'w'"):
-        whole_twice().with_covers(2)
-    assert whole_twice().with_covers(1) == whole_twice()
+        whole_twice().with_shard_groups(2)
+    assert whole_twice().with_shard_groups(1) == whole_twice()
     assert whole_twice().counterparts(3) == (3,)
 
 
 # ---- gaps ----
 
 
-def fused_and_sliced() -> Storage:
+def fused_and_sliced() -> Sharding:
     """A fused query, key and value of tensor-parallel size 2 (every second range of each), sliced by ZeRO over 2."""
-    shards = [Part.of([[(a, a + 2), (a + 4, a + 6), (a + 8, a + 10)], [(0, 3)]]) for a in (0, 2)]
+    shards = [Shard.of([[(a, a + 2), (a + 4, a + 6), (a + 8, a + 10)], [(0, 3)]]) for a in (0, 2)]
     sliced = [part.range(a, b) for a, b in ((0, 11), (11, 22)) for part in shards]
-    return Storage("w", (12, 3), "float32", tuple(Holder(i, part) for i, part in enumerate(sliced)), sharded=True)
+    return Sharding("w", (12, 3), "float32", tuple(Holder(i, part) for i, part in enumerate(sliced)), sharded=True)
 
 
-def rows_on_too_many() -> Storage:
+def rows_on_too_many() -> Sharding:
     """FSDP: 5 rows on 4 ranks are 2, 2, 1 and none."""
     rows = [[(0, 2)], [(2, 4)], [(4, 5)], [(0, 0)]]
-    return Storage("w", (5, 3), "float32", tuple(Holder(i, Part.of([r, [(0, 3)]])) for i, r in enumerate(rows)), True)
+    return Sharding("w", (5, 3), "float32", tuple(Holder(i, Shard.of([r, [(0, 3)]])) for i, r in enumerate(rows)), True)
 
 
-def whole_twice() -> Storage:
+def whole_twice() -> Sharding:
     """Not divided under tensor-parallel size 2: each model rank's data ranks store it once between them."""
-    whole = Part.whole((3, 5))
+    whole = Shard.whole((3, 5))
     slices = [whole.range(0, 8), whole.range(0, 8), whole.range(8, 99), whole.range(8, 99)]
-    return Storage("w", (3, 5), "float32", tuple(Holder(i, part, i % 2) for i, part in enumerate(slices)), True)
+    return Sharding("w", (3, 5), "float32", tuple(Holder(i, part, i % 2) for i, part in enumerate(slices)), True)
 
 
 @pytest.mark.parametrize(
-    "storage", [fused_and_sliced(), rows_on_too_many(), whole_twice(), replicated("w", (), (3, 4))]
+    "sharding", [fused_and_sliced(), rows_on_too_many(), whole_twice(), replicated("w", (), (3, 4))]
 )
-def test_no_gaps(storage: Storage) -> None:
-    assert describe(storage, ShampooHyperParams(), 4).gaps() == ""
+def test_no_gaps(sharding: Sharding) -> None:
+    assert describe(sharding, ShampooHyperParams(), 4).gaps() == ""
 
 
 @EXAMPLES
-@given(chance=RANDOM, storage=STORAGES)
-def test_gaps_are_found(chance: Random, storage: Storage) -> None:
-    assert describe(storage, ShampooHyperParams(), WORLD).gaps() == ""
-    holders = list(storage.holders)
-    place, part = chance.randrange(len(holders)), chance.choice(holders).part
+@given(chance=RANDOM, sharding=STORAGES)
+def test_gaps_are_found(chance: Random, sharding: Sharding) -> None:
+    assert describe(sharding, ShampooHyperParams(), WORLD).gaps() == ""
+    holders = list(sharding.holders)
+    place, part = chance.randrange(len(holders)), chance.choice(holders).shard
     first = part.first + chance.randint(0, 1)
     last = max(first, min(part.last + chance.randint(-1, 1), math.prod(part.shape)))
-    holders[place] = replace(holders[place], part=Part(part.spans, first, last))
-    other = replace(storage, holders=tuple(holders))
+    holders[place] = replace(holders[place], shard=Shard(part.spans, first, last))
+    other = replace(sharding, holders=tuple(holders))
     assert (describe(other, ShampooHyperParams(), WORLD).gaps() == "") == is_sound(other)
 
 
-def is_sound(storage: Storage) -> bool:
-    for cover in {holder.cover for holder in storage.holders}:
-        by_part = parts_of(storage, cover)
-        count = Counter(number for part in by_part for number in stored(part, storage.shape).tolist())
-        if any(count[number] != 1 for number in range(math.prod(storage.shape))):
+def is_sound(sharding: Sharding) -> bool:
+    for shard_group in {holder.shard_group for holder in sharding.holders}:
+        by_part = parts_of(sharding, shard_group)
+        count = Counter(number for part in by_part for number in stored(part, sharding.shape).tolist())
+        if any(count[number] != 1 for number in range(math.prod(sharding.shape))):
             return False
-        if storage.sharded and any(len(ranks) > 1 and part.elements for part, ranks in by_part.items()):
+        if sharding.sharded and any(len(ranks) > 1 and part.elements for part, ranks in by_part.items()):
             return False
     return True
 
 
-def changed(storage: Storage, *parts: Part) -> str:
+def changed(sharding: Sharding, *parts: Shard) -> str:
     """The gaps with other parts on the first ranks."""
-    holders = [replace(holder, part=part) for holder, part in zip(storage.holders, parts, strict=False)]
-    holders += storage.holders[len(parts) :]
-    return describe(replace(storage, holders=tuple(holders)), ShampooHyperParams(), 4).gaps()
+    holders = [replace(holder, shard=part) for holder, part in zip(sharding.holders, parts, strict=False)]
+    holders += sharding.holders[len(parts) :]
+    return describe(replace(sharding, holders=tuple(holders)), ShampooHyperParams(), 4).gaps()
 
 
 def test_gaps_tell_what_is_wrong() -> None:
-    whole = Part.whole((3, 5))
+    whole = Shard.whole((3, 5))
     assert changed(whole_twice(), whole.range(0, 7)) == "its holders store 14 elements of 15"
     assert changed(whole_twice(), whole.range(0, 9)) == "its holders store 16 elements of 15, some twice"
     assert changed(whole_twice(), whole.range(1, 8), whole.range(0, 8), whole.range(7, 15)) == (
         "its holders store 15 elements of 15, some twice"
     )
-    rows = [Part.of([[(a, b)], [(0, 3)]]) for a, b in ((0, 3), (1, 2), (3, 4), (0, 0))]
+    rows = [Shard.of([[(a, b)], [(0, 3)]]) for a, b in ((0, 3), (1, 2), (3, 4), (0, 0))]
     assert changed(rows_on_too_many(), *rows) == "its holders store 15 elements of 15, some twice"
     assert changed(whole_twice(), whole, whole.range(0, 8), whole.range(15, 15)) == ""
     assert changed(rows_on_too_many(), *[whole.range(0, 0)] * 4) == "its holders store 0 elements of 15"
@@ -384,6 +389,6 @@ def test_gaps_tell_what_is_wrong() -> None:
 
 
 def test_parts_beyond_the_matrix_are_gaps() -> None:
-    parts = [Part.of([[(0, 5)], [(0, 2)]]), Part.of([[(6, 11)], [(0, 2)]])]
-    storage = Storage("w", (10, 2), "float32", tuple(Holder(i, part) for i, part in enumerate(parts)))
-    assert describe(storage, ShampooHyperParams(block_size=2), 2).gaps() != ""
+    parts = [Shard.of([[(0, 5)], [(0, 2)]]), Shard.of([[(6, 11)], [(0, 2)]])]
+    sharding = Sharding("w", (10, 2), "float32", tuple(Holder(i, part) for i, part in enumerate(parts)))
+    assert describe(sharding, ShampooHyperParams(block_size=2), 2).gaps() != ""

@@ -196,7 +196,7 @@ def test_documented_model() -> None:
             replicated(f"layer.{k}", shape, range(ranks), excluded="embedding" * (k < 2))
             for k, shape in enumerate(MODELS["GPT-2 small"])
         ]
-        matrices = [describe(storage, hp, ranks) for storage in storages]
+        matrices = [describe(sharding, hp, ranks) for sharding in storages]
         team = make_plan(matrices, range(ranks), hp), matrices
         largest = max((memory([team], rank, hp, device=device) for rank in range(ranks)), key=lambda of: of.total)
         assert [int(cell) for cell in cells] == [round(size / 1e6) for size in astuple(largest)]

@@ -25,7 +25,7 @@ from common import (
     stored,
     transformer,
 )
-from shampoo3d.planning.layout import Holder, Matrix, Part, Storage, describe
+from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding, describe
 from shampoo3d.planning.plan import Plan, PlannedBlock, make_plan, make_plans
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
@@ -41,8 +41,8 @@ def matrices(shapes: list[Shape], ranks: Sequence[int] = (0,), hp: ShampooHyperP
 def random_matrices(chance: Random) -> tuple[list[int], list[Matrix], ShampooHyperParams]:
     ranks, hp = a_team(chance), replace(some_hyperparams(chance), preconditioning_compute_steps=chance.randint(1, 3))
     copies = chance.choice([k for k in (1, 1, 2, 3) if len(ranks) % k == 0])
-    found = [a_storage(chance, ranks, f"w{i}", copies).with_covers(copies) for i in range(chance.randint(1, 4))]
-    return ranks, [describe(storage, hp, len(ranks)) for storage in found], hp
+    found = [a_storage(chance, ranks, f"w{i}", copies).with_shard_groups(copies) for i in range(chance.randint(1, 4))]
+    return ranks, [describe(sharding, hp, len(ranks)) for sharding in found], hp
 
 
 # ---- balance ----
@@ -104,7 +104,7 @@ def test_more_ranks_than_blocks() -> None:
 
 def test_of_ranks_with_equal_work_the_one_with_less_state_is_next() -> None:
     first, second, third = matrices([(256, 256), (256, 256), (8, 8)], range(2))
-    double = [replace(matrix, storage=replace(matrix.storage, dtype="float64")) for matrix in (first, second)]
+    double = [replace(matrix, sharding=replace(matrix.sharding, dtype="float64")) for matrix in (first, second)]
     assert [block.owner for block in make_plan([double[0], second, third], (0, 1), HP).blocks] == [0, 1, 1]
     assert [block.owner for block in make_plan([first, double[1], third], (0, 1), HP).blocks] == [0, 1, 0]
 
@@ -123,8 +123,8 @@ def test_planned_owners_stay_and_new_blocks_even_out_the_load() -> None:
 
 
 def test_those_that_keep_copies_of_roots_have_less_to_do_than_owners() -> None:
-    storages = [replicated(f"w{n}", (n, n), range(4)).with_covers(2) for n in (100, 60, 56, 46, 8)]
-    plan = make_plan([describe(storage, HP, 4) for storage in storages], range(4), HP)
+    storages = [replicated(f"w{n}", (n, n), range(4)).with_shard_groups(2) for n in (100, 60, 56, 46, 8)]
+    plan = make_plan([describe(sharding, HP, 4) for sharding in storages], range(4), HP)
     assert [block.owner for block in plan.blocks] == [0, 1, 3, 2, 2]
     assert [block.keepers for block in plan.blocks] == [(0, 2), (1, 3), (1, 3), (0, 2), (0, 2)]
 
@@ -151,8 +151,8 @@ def sliced(shapes: list[Shape], ranks: int, hp: ShampooHyperParams) -> list[Matr
     size = -(-ends[-1] // ranks)
     found = []
     for i, (shape, start) in enumerate(zip(shapes, ends, strict=False)):
-        holders = [Holder(r, Part.whole(shape).range(r * size - start, (r + 1) * size - start)) for r in range(ranks)]
-        found.append(describe(Storage(f"w{i}", shape, "float32", tuple(holders), sharded=True), hp, ranks))
+        holders = [Holder(r, Shard.whole(shape).range(r * size - start, (r + 1) * size - start)) for r in range(ranks)]
+        found.append(describe(Sharding(f"w{i}", shape, "float32", tuple(holders), sharded=True), hp, ranks))
     return found
 
 
@@ -162,8 +162,8 @@ def kept(plan: Plan, held: list[Matrix]) -> dict[tuple[str, str], dict[int, int]
     for matrix in held:
         for block in matrix.blocks:
             counts = {}
-            for holder in matrix.storage.holders:
-                here = np.isin(numbers_of(matrix)[block.slices], stored(holder.part, matrix.shape))
+            for holder in matrix.sharding.holders:
+                here = np.isin(numbers_of(matrix)[block.slices], stored(holder.shard, matrix.shape))
                 counts[holder.rank] = int(here.sum())
             found[matrix.name, block.key] = counts
     return {block.id: found[block.id] for block in plan.blocks}
@@ -212,10 +212,10 @@ def test_blocks_of_equal_cost_are_with_the_rank_that_stores_most(
     assert total - at_home(near, held) < 0.4 * (total - at_home(far, held))
 
 
-def halves(name: str, holders: Sequence[int]) -> Storage:
+def halves(name: str, holders: Sequence[int]) -> Sharding:
     """The upper eight rows on some ranks, the lower eight on the others."""
-    rows = [Part.of([[(0, 8)], [(0, 4)]]), Part.of([[(8, 16)], [(0, 4)]])]
-    return Storage(name, (16, 4), "float32", tuple(Holder(i, rows[row]) for i, row in enumerate(holders)), divided=0)
+    rows = [Shard.of([[(0, 8)], [(0, 4)]]), Shard.of([[(8, 16)], [(0, 4)]])]
+    return Sharding(name, (16, 4), "float32", tuple(Holder(i, rows[row]) for i, row in enumerate(holders)), divided=0)
 
 
 def test_blocks_that_lie_on_one_rank_stay_there() -> None:
@@ -226,15 +226,15 @@ def test_blocks_that_lie_on_one_rank_stay_there() -> None:
     divided = describe(halves("w", (0, 1, 0, 1)), hp, 4)
     assert [block.owner % 2 for block in make_plan([divided], range(4), hp).blocks] == [0, 0, 1, 1]
     cut = [[(0, 1), (1, 4)], [(0, 3), (3, 4)]]  # all ranks store some of each block: first 1 has most, then 0
-    parts = [[Part.of([[rows], [(0, 4)]]) for rows in edges] for edges in cut]
-    both = [Storage(f"w{i}", (4, 4), "float32", tuple(map(Holder, (0, 1), of)), True) for i, of in enumerate(parts)]
+    parts = [[Shard.of([[rows], [(0, 4)]]) for rows in edges] for edges in cut]
+    both = [Sharding(f"w{i}", (4, 4), "float32", tuple(map(Holder, (0, 1), of)), True) for i, of in enumerate(parts)]
     assert [block.owner for block in make_plan([describe(s, hp, 2) for s in both], (0, 1), hp).blocks] == [1, 0]
 
 
 def test_exchanged_owners_leave_the_keepers_of_copies_balanced(monkeypatch: pytest.MonkeyPatch) -> None:
     hp = ShampooHyperParams(block_size=4)
     orders = [(0, 1) * 4, (0, 0, 0, 0, 1, 1, 1, 1), (1, 0) * 4]
-    held = [describe(halves(f"w{i}", order).with_covers(2), hp, 8) for i, order in enumerate(orders)]
+    held = [describe(halves(f"w{i}", order).with_shard_groups(2), hp, 8) for i, order in enumerate(orders)]
     near = make_plan(held, range(8), hp)
     monkeypatch.setattr("shampoo3d.planning.plan._nearest", lambda *_: {})
     far = make_plan(held, range(8), hp)
@@ -253,19 +253,21 @@ def test_owners_and_keepers(chance: Random) -> None:
     assert plan.ranks == tuple(ranks)
     for planned, (matrix, block) in zip(plan.blocks, slots, strict=True):
         assert planned.id == (matrix.name, block.key)
-        assert (planned.shape, planned.dtype) == (block.shape, matrix.storage.dtype)
+        assert (planned.shape, planned.dtype) == (block.shape, matrix.sharding.dtype)
         assert planned.elements == numbers_of(matrix)[block.slices].size
         assert (planned.axes, planned.diagonal) == (matrix.axes, matrix.diagonal)
         assert planned.factors == tuple(block.shape[axis] for axis in matrix.axes if axis not in matrix.diagonal)
         assert planned.diagonals == tuple(block.shape[axis] for axis in matrix.diagonal)
         assert planned.owner in planned.keepers
-        covers = [[planned.owner]] if matrix.storage.sharded else matrix.storage.covers.values()
-        assert all(keeper in cover for keeper, cover in zip(planned.keepers, covers, strict=True))
+        shard_groups = [[planned.owner]] if matrix.sharding.sharded else matrix.sharding.shard_groups.values()
+        assert all(keeper in shard_group for keeper, shard_group in zip(planned.keepers, shard_groups, strict=True))
         assert planned.axes or counts[planned.id][planned.owner] == planned.elements
     for rank in ranks:
         kept_here = [block for block in plan.blocks if rank in block.keepers and rank != block.owner]
         owned = plan.owned_by(rank)
-        sharded = [(m.storage, h.part) for m in held for h in m.storage.holders if m.storage.sharded and h.rank == rank]
+        sharded = [
+            (m.sharding, h.shard) for m in held for h in m.sharding.holders if m.sharding.sharded and h.rank == rank
+        ]
         stay = sum(len(stored(part, s.shape)) * (8 if s.dtype == "float64" else 4) for s, part in sharded)
         stay *= hp.start_preconditioning_step  # M, and N if the start lies ahead
         assert plan.bytes()[rank] == stay + sum(b.bytes for b in owned) + sum(b.kept_bytes for b in kept_here)
@@ -310,7 +312,8 @@ def test_no_rank_exceeds_the_memory_bound(chance: Random) -> None:
 def test_the_memory_bound_holds_for_all_keepers() -> None:
     hp = ShampooHyperParams()
     held = [
-        describe(replicated(f"w{i}", shape, (0, 1)).with_covers(2), hp, 2) for i, shape in enumerate([(6, 1), (2, 3)])
+        describe(replicated(f"w{i}", shape, (0, 1)).with_shard_groups(2), hp, 2)
+        for i, shape in enumerate([(6, 1), (2, 3)])
     ]
     assert max(make_plan(held, (0, 1), hp).bytes().values()) == 396
     for bound in range(300, 396):
@@ -320,8 +323,8 @@ def test_the_memory_bound_holds_for_all_keepers() -> None:
 
 def test_what_stays_where_it_is_counts() -> None:
     hp = ShampooHyperParams()
-    parts = [Part.whole((8,)).range(0, 6), Part.whole((8,)).range(6, 8)]
-    sharded = Storage("v", (8,), "float32", tuple(Holder(rank, part) for rank, part in enumerate(parts)), sharded=True)
+    parts = [Shard.whole((8,)).range(0, 6), Shard.whole((8,)).range(6, 8)]
+    sharded = Sharding("v", (8,), "float32", tuple(Holder(rank, part) for rank, part in enumerate(parts)), sharded=True)
     held = [describe(sharded, hp, 2), *matrices([(3, 3)], range(2), hp)]  # 24 and 8 bytes, and a block of 180
     assert [block.owner for block in make_plan(held, (0, 1), hp).blocks] == [1]
     assert make_plan(held, (0, 1), hp, memory_bound=188).bytes() == {0: 24, 1: 188}

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 import shampoo3d
 from common import RANDOM, Numbers, a_storage, a_team, replicated, some_hyperparams, stored
-from shampoo3d.planning.layout import ITEM_BYTES, Holder, Matrix, Part, Storage, describe
+from shampoo3d.planning.layout import ITEM_BYTES, Holder, Matrix, Shard, Sharding, describe
 from shampoo3d.planning.plan import Plan, make_plan
-from shampoo3d.planning.routes import Leg, Routes, buckets, rounds, traffic, travels, width
+from shampoo3d.planning.routes import Transfer, Transfers, buckets, rounds, traffic, travels, width
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.variant import Variant
@@ -38,8 +38,8 @@ class Case:
     plan: Plan
 
     @cached_property
-    def routes(self) -> Routes:
-        return Routes.of(self.plan, self.matrices)
+    def routes(self) -> Transfers:
+        return Transfers.of(self.plan, self.matrices)
 
     def slots(self) -> list[tuple[int, int, int]]:
         """The slot of each block of each matrix: (slot, matrix, block)."""
@@ -51,8 +51,8 @@ def a_case(chance: Random) -> Case:
     """Also with owners that no planner would choose: any rank may own a preconditioned block."""
     ranks, hp = a_team(chance), some_hyperparams(chance)
     copies = chance.choice([k for k in (1, 1, 1, 2, 3) if len(ranks) % k == 0])
-    found = [a_storage(chance, ranks, f"w{i}", copies).with_covers(copies) for i in range(chance.randint(1, 3))]
-    matrices = [describe(storage, hp, len(ranks)) for storage in found]
+    found = [a_storage(chance, ranks, f"w{i}", copies).with_shard_groups(copies) for i in range(chance.randint(1, 3))]
+    matrices = [describe(sharding, hp, len(ranks)) for sharding in found]
     plan = make_plan(matrices, ranks, hp)
     if chance.random() < 0.5:
         fixed = {block.id: chance.choice(ranks) for block in plan.blocks if block.axes}
@@ -63,29 +63,32 @@ def a_case(chance: Random) -> Case:
 CASES = RANDOM.map(a_case)
 
 
-def painted(case: Case, legs: list[Leg], number: int) -> Numbers:
+def painted(case: Case, transfers: list[Transfer], number: int) -> Numbers:
     """How many of the legs each element of a matrix is on."""
     count = np.zeros(case.matrices[number].merged, dtype=int)
-    for leg in legs:
-        assert leg.matrix == number
-        count[leg.cell.piece.box.slices] += 1
+    for transfer in transfers:
+        assert transfer.matrix == number
+        count[transfer.cell.piece.box.slices] += 1
     return count
 
 
 def storing(matrix: Matrix) -> dict[int, Numbers]:
     """For each rank, whether it stores each element of the merged matrix."""
     found = {}
-    for holder in matrix.storage.holders:
+    for holder in matrix.sharding.holders:
         here = np.zeros(matrix.shape, dtype=int)
-        here.reshape(-1)[stored(holder.part, matrix.shape)] = 1
+        here.reshape(-1)[stored(holder.shard, matrix.shape)] = 1
         found[holder.rank] = here.reshape(matrix.merged)
     return found
 
 
 def homes(case: Case, number: int) -> dict[int, Numbers]:
     """For each rank, whether it is the home of each element of a matrix."""
-    legs = [leg for leg in case.routes.legs if leg.matrix == number]
-    return {rank: painted(case, [leg for leg in legs if leg.home == rank], number) for rank in case.ranks}
+    transfers = [transfer for transfer in case.routes.transfers if transfer.matrix == number]
+    return {
+        rank: painted(case, [transfer for transfer in transfers if transfer.home == rank], number)
+        for rank in case.ranks
+    }
 
 
 # ---- legs ----
@@ -94,28 +97,30 @@ def homes(case: Case, number: int) -> dict[int, Numbers]:
 @EXAMPLES
 @given(case=CASES)
 def test_every_element_is_gathered_once_by_each_keeper(case: Case) -> None:
-    legs = case.routes.legs
+    transfers = case.routes.transfers
     for slot, number, block in case.slots():
         planned, box = case.plan.blocks[slot], case.matrices[number].blocks[block].slices
         if not planned.axes:
             continue
-        mine = [leg for leg in legs if leg.slot == slot]
-        assert {leg.keeper for leg in mine} == set(planned.keepers)
+        mine = [transfer for transfer in transfers if transfer.slot == slot]
+        assert {transfer.keeper for transfer in mine} == set(planned.keepers)
         for keeper in planned.keepers:
-            gathered = painted(case, [leg for leg in mine if leg.gathered and leg.keeper == keeper], number)
+            gathered = painted(
+                case, [transfer for transfer in mine if transfer.gathered and transfer.keeper == keeper], number
+            )
             assert (gathered[box] == 1).all()
             assert gathered.sum() == planned.elements
 
 
 def test_an_owner_that_stores_nothing_gathers_from_its_own_cover() -> None:
-    whole = Part.whole((2, 2))
+    whole = Shard.whole((2, 2))
     parts = [(0, 4), (4, 4), (0, 4), (4, 4)]  # two covers: ranks 0 and 1, 2 and 3
     holders = tuple(Holder(rank, whole.range(*ends), rank // 2) for rank, ends in enumerate(parts))
     hp = ShampooHyperParams()
-    matrix = describe(Storage("w", (2, 2), "float32", holders, sharded=True), hp, 4)
+    matrix = describe(Sharding("w", (2, 2), "float32", holders, sharded=True), hp, 4)
     for owner in range(4):
         plan = make_plan([matrix], range(4), hp, {("w", "0:2,0:2"): owner})
-        gathered = {leg.home: leg.gathered for leg in Routes.of(plan, [matrix]).legs}
+        gathered = {transfer.home: transfer.gathered for transfer in Transfers.of(plan, [matrix]).transfers}
         assert gathered == {0: owner < 2, 2: owner >= 2}
 
 
@@ -126,7 +131,7 @@ def test_every_element_has_one_home_in_each_cover_the_keeper_where_it_stores_it(
         if not matrix.blocks:
             continue
         here, home = storing(matrix), homes(case, number)
-        for ranks in matrix.storage.covers.values():
+        for ranks in matrix.sharding.shard_groups.values():
             assert (sum(home[rank] for rank in ranks) == 1).all()
         assert all((home[rank] <= here[rank]).all() for rank in case.ranks)
         for slot, of, block in case.slots():
@@ -142,25 +147,41 @@ def test_new_weights_reach_every_replica_once(case: Case) -> None:
     for number, matrix in enumerate(case.matrices):
         if not matrix.blocks:
             continue
-        legs = [leg for leg in case.routes.legs if leg.matrix == number]
+        transfers = [transfer for transfer in case.routes.transfers if transfer.matrix == number]
         home = homes(case, number)
         for rank, here in storing(matrix).items():
-            arriving = painted(case, [leg for leg in legs if rank in leg.cell.ranks and leg.home != rank], number)
+            arriving = painted(
+                case,
+                [transfer for transfer in transfers if rank in transfer.cell.ranks and transfer.home != rank],
+                number,
+            )
             assert (arriving + home[rank] == here).all()
 
 
 @EXAMPLES
 @given(case=CASES)
 def test_a_rank_sees_what_it_stores_and_the_blocks_that_it_keeps_in_the_order_of_all(case: Case) -> None:
-    def shown(leg: Leg) -> tuple[object, ...]:
-        return leg.slot, leg.matrix, leg.home, leg.keeper, leg.gathered, *vars(leg.cell).values()
+    def shown(transfer: Transfer) -> tuple[object, ...]:
+        return (
+            transfer.slot,
+            transfer.matrix,
+            transfer.home,
+            transfer.keeper,
+            transfer.gathered,
+            *vars(transfer.cell).values(),
+        )
 
-    everyones = case.routes
-    assert [leg.slot for leg in everyones.legs] == sorted(leg.slot for leg in everyones.legs)
+    all_gather_object = case.routes
+    assert [transfer.slot for transfer in all_gather_object.transfers] == sorted(
+        transfer.slot for transfer in all_gather_object.transfers
+    )
     for rank in case.ranks:
-        concerned = [rank in (*case.plan.blocks[leg.slot].keepers, *leg.cell.ranks) for leg in everyones.legs]
-        seen = Routes.of(case.plan, case.matrices, rank).legs
-        assert list(map(shown, seen)) == list(map(shown, itertools.compress(everyones.legs, concerned)))
+        concerned = [
+            rank in (*case.plan.blocks[transfer.slot].keepers, *transfer.cell.ranks)
+            for transfer in all_gather_object.transfers
+        ]
+        seen = Transfers.of(case.plan, case.matrices, rank).transfers
+        assert list(map(shown, seen)) == list(map(shown, itertools.compress(all_gather_object.transfers, concerned)))
 
 
 # ---- bytes ----
@@ -173,30 +194,30 @@ def test_bytes_are_those_of_the_elements_that_are_not_where_they_are_needed(case
     expected = {rank: Counter({"gradients": 0, "updates": 0, "weights": 0, "roots": 0}) for rank in case.ranks}
     shared: dict[tuple[tuple[int, ...], str], Counter[int]] = {}
     for number, matrix in enumerate(case.matrices):
-        here, storage = storing(matrix), matrix.storage
+        here, sharding = storing(matrix), matrix.sharding
         home = homes(case, number) if matrix.blocks else {}
-        state = 8 if storage.dtype == "float64" else 4
+        state = 8 if sharding.dtype == "float64" else 4
         for slot, of, block in case.slots():
             planned = case.plan.blocks[slot]
             if of != number or not planned.axes:
                 continue
             box = matrix.blocks[block].slices
-            for cover, ranks in enumerate(storage.covers.values()):
-                keeper = planned.owner if storage.sharded else planned.keepers[cover]
+            for shard_group, ranks in enumerate(sharding.shard_groups.values()):
+                keeper = planned.owner if sharding.sharded else planned.keepers[shard_group]
                 for rank in set(ranks) - {keeper}:
                     expected[rank]["updates"] += int(home[rank][box].sum()) * (2 if low else state)
             for keeper in planned.keepers:
                 away = int((1 - here[keeper][box]).sum())
-                expected[keeper]["gradients"] += away * ITEM_BYTES[storage.dtype]
+                expected[keeper]["gradients"] += away * ITEM_BYTES[sharding.dtype]
                 if keeper != planned.owner:
                     sizes = {axis: planned.shape[axis] for axis in planned.axes}
                     numbers_ = sum(d if axis in planned.diagonal else d * d for axis, d in sizes.items())
                     expected[keeper]["roots"] += numbers_ * state
-        for (_, part), ranks in storage.classes.items():
+        for (_, part), ranks in sharding.replica_groups.items():
             if len(ranks) > 1:
                 numbers = stored(part, matrix.shape)
                 per_rank = Counter({rank: int(home[rank].reshape(-1)[numbers].sum()) for rank in ranks})
-                shared.setdefault((ranks, storage.dtype), Counter()).update(per_rank)
+                shared.setdefault((ranks, sharding.dtype), Counter()).update(per_rank)
     for (ranks, dtype), counts in shared.items():
         for rank in ranks:
             each = (len(ranks) - 1) * ITEM_BYTES[dtype]
@@ -207,7 +228,7 @@ def test_bytes_are_those_of_the_elements_that_are_not_where_they_are_needed(case
         assert Counter(found) == expected[rank]
     away = any(found["gradients"] or found["updates"] for found in expected.values())
     assert case.routes.travels == away
-    slices = any(matrix.axes and matrix.storage.sharded for matrix in case.matrices)
+    slices = any(matrix.axes and matrix.sharding.sharded for matrix in case.matrices)
     assert travels(case.plan, case.matrices) or not away
     assert away or slices or not travels(case.plan, case.matrices)
 
@@ -215,7 +236,7 @@ def test_bytes_are_those_of_the_elements_that_are_not_where_they_are_needed(case
 def test_other_keepers_are_told_the_second_moments_in_an_eigenbasis() -> None:
     """Two rectangles of 4 x 3: a basis of each axis, and 12 moments."""
     hp = ShampooHyperParams(beta2=0.9, block_size=4, variant=Variant(direction="adam"))
-    matrices = [describe(replicated("w", (8, 3), range(2)).with_covers(2), hp, 2)]
+    matrices = [describe(replicated("w", (8, 3), range(2)).with_shard_groups(2), hp, 2)]
     plan = make_plan(matrices, range(2), hp)
     for rank in range(2):
         assert traffic(plan, matrices, rank, hp, Distribution(root_copies=2))["roots"] == 4 * (16 + 9 + 12)
@@ -223,16 +244,16 @@ def test_other_keepers_are_told_the_second_moments_in_an_eigenbasis() -> None:
 
 def replicas_of_two_shards(blocks: int) -> tuple[list[Matrix], Plan]:
     """Rows divided in two, each half stored by four replicas; single blocks that both halves store in part."""
-    halves = [Part.of([[(0, 3)], [(0, 4)]]), Part.of([[(3, 6)], [(0, 4)]])]
+    halves = [Shard.of([[(0, 3)], [(0, 4)]]), Shard.of([[(3, 6)], [(0, 4)]])]
     holders = tuple(Holder(rank, halves[rank % 2]) for rank in range(8))
-    found = [Storage(f"w{i}", (6, 4), "float32", holders, divided=0) for i in range(blocks)]
-    matrices = [describe(storage, ShampooHyperParams(), 8) for storage in found]
+    found = [Sharding(f"w{i}", (6, 4), "float32", holders, divided=0) for i in range(blocks)]
+    matrices = [describe(sharding, ShampooHyperParams(), 8) for sharding in found]
     return matrices, make_plan(matrices, range(8), ShampooHyperParams())
 
 
 def test_homes_of_replicas_are_balanced_as_the_owners_are() -> None:
     matrices, plan = replicas_of_two_shards(16)
-    home = Counter(leg.home for leg in Routes.of(plan, matrices).legs)
+    home = Counter(transfer.home for transfer in Transfers.of(plan, matrices).transfers)
     assert home == dict.fromkeys(range(8), 4)
 
 
@@ -249,17 +270,17 @@ def test_under_data_parallelism_nothing_travels_but_new_weights() -> None:
 
 PLANNING = """
 from shampoo3d.settings.hyperparams import ShampooHyperParams
-from shampoo3d.planning.layout import Holder, Part, Storage, describe
+from shampoo3d.planning.layout import Holder, Shard, Sharding, describe
 from shampoo3d.planning.plan import make_plans
-from shampoo3d.planning.routes import Routes, rounds
+from shampoo3d.planning.routes import Transfers, rounds
 
 hp = ShampooHyperParams(block_size=4)
 def matrix(name, shape, ranks, kind):
-    whole, n, count = Part.whole(shape), shape[0] * shape[1], len(ranks)
+    whole, n, count = Shard.whole(shape), shape[0] * shape[1], len(ranks)
     slices = [whole.range(n * i // count, n * (i + 1) // count) for i in range(count)]
-    holders = tuple(Holder(rank, part if kind == "sharded" else whole) for rank, part in zip(ranks, slices))
-    storage = Storage(name, shape, "float32", holders, kind == "sharded")
-    return describe(storage.with_covers(2 if kind == "copies" else 1), hp, count)
+    holders = tuple(Holder(rank, shard if kind == "sharded" else whole) for rank, shard in zip(ranks, slices))
+    sharding = Sharding(name, shape, "float32", holders, kind == "sharded")
+    return describe(sharding.with_shard_groups(2 if kind == "copies" else 1), hp, count)
 
 kinds = ("replicated", "sharded", "copies")
 teams = {
@@ -267,8 +288,9 @@ teams = {
     for ranks in ((0, 1, 2, 3), (0, 1), (2, 3))
 }
 for plan in make_plans(teams, hp):
-    routes = Routes.of(plan, teams[plan.ranks])
-    print(plan.digest(), [(leg.slot, leg.home, leg.keeper, leg.gathered) for leg in routes.legs], rounds(plan, 50))
+    transfers = Transfers.of(plan, teams[plan.ranks])
+    routes = [(t.slot, t.home, t.keeper, t.gathered) for t in transfers.transfers]
+    print(plan.digest(), routes, rounds(plan, 50))
 """
 WITHOUT_TORCH = """
 import sys, types

@@ -8,7 +8,7 @@ from torch import nn
 
 from common import replicated
 from shampoo3d.planning.layout import Matrix, describe
-from shampoo3d.runtime.bindings import Binding, Place
+from shampoo3d.runtime.bindings import Binding, GroupTensor
 from shampoo3d.runtime.buckets import Member, patches
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
@@ -16,8 +16,8 @@ Rows = list[list[Member]]
 
 
 def bound(matrix: Matrix, number: int) -> Binding:
-    param = nn.Parameter(torch.arange(1.0 * matrix.storage.shape[0] * torch.Size(matrix.storage.shape[1:]).numel()))
-    return Binding(number, matrix, Place(param, 0, True), 0, param.numel())
+    param = nn.Parameter(torch.arange(1.0 * matrix.sharding.shape[0] * torch.Size(matrix.sharding.shape[1:]).numel()))
+    return Binding(number, matrix, GroupTensor(param, 0, True), 0, param.numel())
 
 
 def members_by_shape(shapes: list[tuple[int, ...]], block_size: int) -> Rows:
@@ -43,12 +43,12 @@ def test_patches_hold_the_elements_of_their_members_in_order(
     for members in members_by_shape(shapes, block_size):
         if shuffled:
             chance.shuffle(members)  # type: ignore[attr-defined]
-        stack = torch.stack([m.binding.view(m.binding.place.flat, m.cell.piece) for m in members])
+        stack = torch.stack([m.binding.view(m.binding.group_tensor.flat, m.cell.piece) for m in members])
         first = 0
         for patch in patches(members):
             assert patch.first == first
             first += patch.count
-            assert torch.equal(patch.of(patch.place.flat), patch.among(stack))
+            assert torch.equal(patch.of(patch.group_tensor.flat), patch.among(stack))
         assert first == len(members)
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo3d import Computation, Shampoo, ShampooHyperParams, Variant
 from shampoo3d.numerics import preconditioner
-from shampoo3d.numerics.momenta import ALL, Momenta, Step
+from shampoo3d.numerics.momenta import ALL, Momenta, StepSettings
 from shampoo3d.numerics.preconditioner import Stack, squared_norms
 from shampoo3d.numerics.soap import EigenStack
 
@@ -101,7 +101,7 @@ def test_fewer_roots_are_computed_at_a_step_and_none_waits() -> None:
 @pytest.fixture
 def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU's answers are there at once, and are looked at before what is rare is computed."""
-    monkeypatch.setattr(preconditioner, "perhaps", lambda _: True)
+    monkeypatch.setattr(preconditioner, "any_or_unknown", lambda _: True)
 
 
 WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
@@ -160,9 +160,11 @@ def test_the_mathematics_is_one_graph(shape: tuple[int, ...], variant: str) -> N
             stack.refresh_roots(ALL, t)
             average, D = how(Momenta.direction)(momenta, G, ALL, t)
             S, D = average.clone(), D.clone()
-            if hp.age(t):
+            if hp.weight_updates(t):
                 how(make.precondition)(stack, S, ALL, t, S)
-            u = how(Momenta.update)(momenta, torch.ones_like(G), S, D, Step(0.0 if hp.averaged else 0.9, 0.1, True))
+            u = how(Momenta.update)(
+                momenta, torch.ones_like(G), S, D, StepSettings(0.0 if hp.averaged else 0.9, 0.1, True)
+            )
             found.append([u, how(squared_norms)(G), *stack.tensors().values(), *momenta.tensors().values()])
     for plain, traced in zip(found[:3], found[3:], strict=True):  # the divisors of averages are rounded there
         torch.testing.assert_close(plain, traced, rtol=1e-5, atol=1e-5)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from shampoo3d.checkpoint.folder import settings_of, write
 from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, Parameter
-from shampoo3d.checkpoint.reading import plain
+from shampoo3d.checkpoint.reading import load_tensors_only
 from shampoo3d.checkpoint.state import FLAT_NAMES
-from shampoo3d.checkpoint.tensors import WEIGHT, Held, among_equals_of, joined, stacked
-from shampoo3d.distributed.topology import Mesh
+from shampoo3d.checkpoint.tensors import WEIGHT, Held, among_equals_of, merge_chunks, stacked
+from shampoo3d.distributed.topology import ParallelGroups
 from shampoo3d.engines.deepspeed_files import RankState, checkpoint_of, rank_states
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import Block
@@ -34,7 +34,7 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> M
     described = _described(ranks)
     kept = _collected(ranks, described.parameters)
     _check_complete(kept, described, Path(source))
-    write(Mesh.alone(), target, kept, described)
+    write(ParallelGroups.alone(), target, kept, described)
     return described
 
 
@@ -56,7 +56,7 @@ def _read(source: Path) -> list[RankState]:
 
 def _saved(path: Path) -> RankState:
     """A file that has a ``state_dict()``, alone or as "optimizer" among others."""
-    saved = plain(path, f"{path}")
+    saved = load_tensors_only(path, f"{path}")
     state = saved.get("optimizer", saved) if isinstance(saved, dict) else None
     if not isinstance(state, dict) or "shampoo" not in state:
         raise CheckpointError(f"{path} has no state of 3D-Shampoo")
@@ -91,7 +91,7 @@ def _collected(ranks: Sequence[RankState], parameters: Mapping[str, Parameter]) 
                     f"{rank.path} has another {what} of {name!r} than a file before it: ranks call different matrices "
                     "(experts?) by one name; use save_checkpoint instead"
                 )
-    return [Held(*key, sizes[key], tuple(joined(of.items()))) for key, of in parts.items()]
+    return [Held(*key, sizes[key], tuple(merge_chunks(of.items()))) for key, of in parts.items()]
 
 
 def _found(rank: RankState, parameters: Mapping[str, Parameter]) -> list[Found]:

@@ -27,9 +27,9 @@ from shampoo3d.checkpoint.reading import Reader, described, read_metadata
 from shampoo3d.checkpoint.reblock import Reblocking
 from shampoo3d.checkpoint.state import loaded_groups
 from shampoo3d.checkpoint.tensors import WEIGHT, Held, Scattered, Weights, held
-from shampoo3d.distributed.collectives import everyones, first_complaint
-from shampoo3d.distributed.topology import Mesh
-from shampoo3d.runtime.bindings import Binding, Place
+from shampoo3d.distributed.collectives import all_gather_object, first_error
+from shampoo3d.distributed.topology import ParallelGroups
+from shampoo3d.runtime.bindings import Binding, GroupTensor
 from shampoo3d.runtime.team import Team
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
@@ -48,7 +48,7 @@ class Source:
         models: the model's own parameters by name, where an engine keeps master copies of them.
     """
 
-    mesh: Mesh
+    parallel: ParallelGroups
     teams: Sequence[Team]
     groups: Sequence[dict[str, Any]]
     steps: Mapping[Tensor, int]
@@ -60,20 +60,22 @@ class Source:
     def parameters(self, called: Mapping[Binding, str]) -> dict[str, Parameter]:
         """The matrices of all ranks. Collective."""
         told = {
-            called[binding]: Parameter.of(binding.matrix, self.steps[binding.place.tensor])
+            called[binding]: Parameter.of(binding.matrix, self.steps[binding.group_tensor.tensor])
             for team in self.teams
             if team.rank == team.plan.ranks[0]
             for binding in team.bindings
         }
-        return {name: found for of in everyones(self.mesh.everyone, told) for name, found in of.items()}
+        return {name: found for of in all_gather_object(self.parallel.world, told) for name, found in of.items()}
 
     def everyones_idle(self) -> tuple[str, ...]:
         """The parameters on any rank that take no part in steps. Collective."""
-        return tuple(sorted({name for names in everyones(self.mesh.everyone, tuple(self.idle)) for name in names}))
+        return tuple(
+            sorted({name for names in all_gather_object(self.parallel.world, tuple(self.idle)) for name in names})
+        )
 
     def weights(self) -> Weights:
         """The weights that are here."""
-        return Weights({place: place.flat for team in self.teams for place in team.places}, self.models)
+        return Weights({place: place.flat for team in self.teams for place in team.group_tensors}, self.models)
 
 
 @dataclass(frozen=True)
@@ -102,34 +104,34 @@ def save(source: Source, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: on all ranks, if it exists already or could not be written; there is no such folder then.
     """
-    names = for_saving(source.mesh, source.teams)
+    names = for_saving(source.parallel, source.teams)
     parameters, idle = source.parameters(names.called), source.everyones_idle()
-    groups, settings = tuple(map(settings_of, source.groups)), of_folder.plain(source.hp)
+    groups, settings = tuple(map(settings_of, source.groups)), of_folder.flatten_settings(source.hp)
     described = Manifest(parameters, idle, settings, groups, source.skipped_steps, {})
-    write(source.mesh, path, held(source.teams, names.written, source.weights(), everything=False), described)
+    write(source.parallel, path, held(source.teams, names.written, source.weights(), everything=False), described)
 
 
-def write(mesh: Mesh, path: str | os.PathLike[str], kept: Sequence[Held], described: Manifest) -> None:
+def write(parallel: ParallelGroups, path: str | os.PathLike[str], kept: Sequence[Held], described: Manifest) -> None:
     """Write what each rank has into one folder, with this manifest but for its files. Collective; raises as `save`."""
-    folder, first = Path(path), mesh.rank == mesh.everyone.ranks[0]
-    _refuse(mesh, _prepare(folder, described) if first else "")
+    folder, first = Path(path), parallel.rank == parallel.world.ranks[0]
+    _refuse(parallel, _prepare(folder, described) if first else "")
     tensors: dict[str, Any] = {of.key: of.scattered() for of in kept}
-    complaint, sums = "", {}
+    error, sums = "", {}
     try:
         with _quiet():
             writer = FileSystemWriter(partial(folder))
-            state_dict_saver.save(tensors, storage_writer=writer, no_dist=mesh.everyone.size == 1)
-        sums = _checksums(mesh, partial(folder))
-    except ANY_ERROR as error:  # of the disk, on any rank
-        complaint = f"{folder} could not be written: {_words(error)}"
-    _refuse(mesh, complaint)
-    files = {name: found for of in everyones(mesh.everyone, sums) for name, found in of.items()}
-    _refuse(mesh, _finish(folder, replace(described, files=files)) if first else "")
+            state_dict_saver.save(tensors, storage_writer=writer, no_dist=parallel.world.size == 1)
+        sums = _checksums(parallel, partial(folder))
+    except ANY_ERROR as raised:  # of the disk, on any rank
+        error = f"{folder} could not be written: {_words(raised)}"
+    _refuse(parallel, error)
+    files = {name: found for of in all_gather_object(parallel.world, sums) for name, found in of.items()}
+    _refuse(parallel, _finish(folder, replace(described, files=files)) if first else "")
 
 
-def _refuse(mesh: Mesh, complaint: str) -> None:
+def _refuse(parallel: ParallelGroups, error: str) -> None:
     """Raise on all ranks what one of them has to complain of."""
-    if told := first_complaint(mesh, complaint):
+    if told := first_error(parallel, error):
         raise CheckpointError(told)
 
 
@@ -165,8 +167,8 @@ def _prepare(folder: Path, described: Manifest) -> str:
         if partial(folder).exists():
             shutil.rmtree(partial(folder))
         partial(folder).mkdir(parents=True)
-    except OSError as error:
-        return f"{folder} could not be written: {error}"
+    except OSError as raised:
+        return f"{folder} could not be written: {raised}"
     return ""
 
 
@@ -175,14 +177,14 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in ("params", "param_names")}
 
 
-def _share(mesh: Mesh) -> tuple[int, int]:
+def _share(parallel: ParallelGroups) -> tuple[int, int]:
     """The place of this rank, and how many there are."""
-    return mesh.everyone.ranks.index(mesh.rank), mesh.everyone.size
+    return parallel.world.ranks.index(parallel.rank), parallel.world.size
 
 
-def _checksums(mesh: Mesh, folder: Path) -> dict[str, tuple[int, int]]:
+def _checksums(parallel: ParallelGroups, folder: Path) -> dict[str, tuple[int, int]]:
     """Sizes and CRC-32 of this rank's share of all files."""
-    place, size = _share(mesh)
+    place, size = _share(parallel)
     return {path.name: (path.stat().st_size, checksum(path)) for path in sorted(folder.iterdir())[place::size]}
 
 
@@ -194,8 +196,8 @@ def _finish(folder: Path, written: Manifest) -> str:
         _sync(partial(folder))
         partial(folder).rename(folder)
         _sync(folder.parent)
-    except OSError as error:
-        return f"{folder} could not be written: {error}"
+    except OSError as raised:
+        return f"{folder} could not be written: {raised}"
     return ""
 
 
@@ -224,25 +226,25 @@ class Loading:
         self.source, self.folder = source, Path(path)
         self.weights = source.weights() if weights else None
         self.groups: list[dict[str, Any]] = [dict(group) for group in source.groups]
-        complaint = ""
+        error = ""
         try:
             self.manifest = Manifest.read(self.folder)
-        except CheckpointError as error:
-            complaint = str(error)
-        _refuse(source.mesh, complaint)
-        self.called = for_loading(source.mesh, source.teams, self.manifest.parameters)
+        except CheckpointError as raised:
+            error = str(raised)
+        _refuse(source.parallel, error)
+        self.called = for_loading(source.parallel, source.teams, self.manifest.parameters)
         self.parameters, idle = source.parameters(self.called), source.everyones_idle()
         try:
-            place, size = _share(source.mesh)
-            complaint = self.manifest.damage(self.folder, share=place, of=size)
-            complaint = complaint or self._misfit({*idle} if strict else None, reblock) or self._unequal_steps()
-            if not complaint and (strict or len(self.groups) == len(self.manifest.groups)):
+            place, size = _share(source.parallel)
+            error = self.manifest.damage(self.folder, share=place, of=size)
+            error = error or self._misfit({*idle} if strict else None, reblock) or self._unequal_steps()
+            if not error and (strict or len(self.groups) == len(self.manifest.groups)):
                 self.groups = self._settings()
-        except OSError as error:  # of the disk, on any rank
-            complaint = f"{self.folder} could not be read: {_words(error)}"
-        except (TypeError, ValueError) as error:
-            complaint = str(error)
-        _refuse(source.mesh, complaint)
+        except OSError as raised:  # of the disk, on any rank
+            error = f"{self.folder} could not be read: {_words(raised)}"
+        except (TypeError, ValueError) as raised:
+            error = str(raised)
+        _refuse(source.parallel, error)
 
     def _settings(self) -> list[dict[str, Any]]:
         """The groups here with the settings of the folder."""
@@ -269,7 +271,7 @@ class Loading:
 
     def _misfit(self, idle: set[str] | None, reblock: bool) -> str:
         """What of the folder the optimizer cannot take, or empty; ``idle`` is None if names may be missing."""
-        saved, now = self.manifest.hyperparams, of_folder.plain(self.source.hp)
+        saved, now = self.manifest.hyperparams, of_folder.flatten_settings(self.source.hp)
         words = [f"saved with other hyperparams: {what}" for what in of_folder.contradictions(saved, now)]
         words += of_folder.misfits(self.manifest.parameters, self.parameters)
         stepped = [name for name in self.begun if self.parameters[name].step]
@@ -303,12 +305,12 @@ class Loading:
                 return f"{self.folder} does not fit: parameters of one flat slice are at different steps: {steps}"
         return ""
 
-    def _names(self) -> dict[Place, list[str]]:
+    def _names(self) -> dict[GroupTensor, list[str]]:
         """Whose state the folder has, by place."""
-        found: dict[Place, list[str]] = {}
+        found: dict[GroupTensor, list[str]] = {}
         for binding in (binding for team in self.source.teams for binding in team.bindings):
             if self.called[binding] in self.manifest.parameters:
-                found.setdefault(binding.place, []).append(self.called[binding])
+                found.setdefault(binding.group_tensor, []).append(self.called[binding])
         return found
 
     def steps(self) -> dict[Tensor, int]:
@@ -327,18 +329,18 @@ class Loading:
         kept = held(self.source.teams, called, self.weights, everything=True)
         self._reblocking = Reblocking(self.source.teams, self.called, self.manifest.parameters, recut)
         kept = [of for of in kept if not (of.name in recut and of.is_factor)] + self._reblocking.held()
-        staged, complaint = [of.staged() for of in kept], ""
+        staged, error = [of.staged() for of in kept], ""
         wanted = {of.key: scattered for of, (scattered, _) in zip(kept, staged, strict=True)}
         try:
-            complaint = _undescribed(self.folder, wanted)
-        except CheckpointError as error:
-            complaint = str(error)
-        _refuse(self.source.mesh, complaint)
+            error = _undescribed(self.folder, wanted)
+        except CheckpointError as raised:
+            error = str(raised)
+        _refuse(self.source.parallel, error)
         try:
             self._read(wanted)
-        except ANY_ERROR as error:  # of the disk or of what is on it, on any rank
-            complaint = f"{self.folder} could not be read: {_words(error)}"
-        _refuse(self.source.mesh, complaint)
+        except ANY_ERROR as raised:  # of the disk or of what is on it, on any rank
+            error = f"{self.folder} could not be read: {_words(raised)}"
+        _refuse(self.source.parallel, error)
         for of, (_, room) in zip(kept, staged, strict=True):
             of.take(room)
         self._reblocking.finish(self.source.hp)
@@ -348,13 +350,13 @@ class Loading:
     def _read(self, into: Mapping[str, Tensor]) -> None:
         with _quiet():
             state_dict_loader.load(
-                dict(into), storage_reader=Reader(self.folder), no_dist=self.source.mesh.everyone.size == 1
+                dict(into), storage_reader=Reader(self.folder), no_dist=self.source.parallel.world.size == 1
             )
 
     def loaded(self) -> Loaded:
         """What was done. Collective."""
-        changed = of_folder.changed(self.manifest.hyperparams, of_folder.plain(self.source.hp))
-        exact = everyones(self.source.mesh.everyone, self._reblocking.exact) if self.recut else []
+        changed = of_folder.changed(self.manifest.hyperparams, of_folder.flatten_settings(self.source.hp))
+        exact = all_gather_object(self.source.parallel.world, self._reblocking.exact) if self.recut else []
         reblocked = {name: "exact" if all(of.get(name, True) for of in exact) else "approximate" for name in self.recut}
         return Loaded(self.manifest.step, changed, self.begun, self.left, reblocked)
 

@@ -50,7 +50,7 @@ class Parameter:
     @classmethod
     def of(cls, matrix: Matrix, step: int) -> "Parameter":
         cuts = matrix.cuts if matrix.factored else ()
-        return cls(matrix.shape, matrix.merged, matrix.storage.state_dtype, matrix.axes, matrix.diagonal, cuts, step)
+        return cls(matrix.shape, matrix.merged, matrix.sharding.state_dtype, matrix.axes, matrix.diagonal, cuts, step)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Parameter":
@@ -188,7 +188,7 @@ def _version() -> str:
 # ---- settings ----
 
 
-def plain(hp: ShampooHyperParams) -> dict[str, Any]:
+def flatten_settings(hp: ShampooHyperParams) -> dict[str, Any]:
     """All settings by name, those of ``variant`` and ``computation`` with these words before theirs."""
     return dict(_flat("", asdict(hp)))
 
@@ -244,7 +244,7 @@ def misfits(saved: Mapping[str, Parameter], now: Mapping[str, Parameter]) -> Ite
         for what, words in _WORDS.items():
             a, b = getattr(old, what), getattr(new, what)
             if a != b:
-                yield f"{name!r} has {words} {_joined(b)}, and had {_joined(a)}"
+                yield f"{name!r} has {words} {_times(b)}, and had {_times(a)}"
                 break
         else:
             if (old.dtype == "float64") != (new.dtype == "float64"):
@@ -256,5 +256,5 @@ def recut(saved: Mapping[str, Parameter], now: Mapping[str, Parameter]) -> list[
     return sorted(name for name in saved.keys() & now.keys() if saved[name].cuts != now[name].cuts)
 
 
-def _joined(numbers: Sequence[int]) -> str:
+def _times(numbers: Sequence[int]) -> str:
     return "x".join(map(str, numbers)) or "()"

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from shampoo3d.distributed.collectives import everyones
-from shampoo3d.distributed.topology import Mesh
+from shampoo3d.distributed.collectives import all_gather_object
+from shampoo3d.distributed.topology import ParallelGroups
 from shampoo3d.engines.native import checksum
-from shampoo3d.planning.layout import Part
+from shampoo3d.planning.layout import Shard
 from shampoo3d.runtime.bindings import Binding
 from shampoo3d.runtime.team import Team
 
@@ -28,10 +28,10 @@ class Names:
     written: Mapping[Binding, str]
 
 
-def for_saving(mesh: Mesh, teams: Sequence[Team]) -> Names:
+def for_saving(parallel: ParallelGroups, teams: Sequence[Team]) -> Names:
     """Names of matrices as they are saved. Collective."""
-    shared = _shared(mesh, teams)
-    different = _different(mesh, teams, shared)
+    shared = _shared(parallel, teams)
+    different = _different(parallel, teams, shared)
     numbered = _numbered(teams, {name: ranks for name, ranks in shared.items() if name in different})
     written = {
         binding: name
@@ -42,17 +42,17 @@ def for_saving(mesh: Mesh, teams: Sequence[Team]) -> Names:
     return Names(numbered, written)
 
 
-def for_loading(mesh: Mesh, teams: Sequence[Team], saved: Collection[str]) -> dict[Binding, str]:
+def for_loading(parallel: ParallelGroups, teams: Sequence[Team], saved: Collection[str]) -> dict[Binding, str]:
     """Names of matrices as they were saved. Collective."""
-    shared = _shared(mesh, teams)
+    shared = _shared(parallel, teams)
     return _numbered(teams, {name: ranks for name, ranks in shared.items() if name not in saved})
 
 
-def _shared(mesh: Mesh, teams: Sequence[Team]) -> dict[str, list[Ranks]]:
+def _shared(parallel: ParallelGroups, teams: Sequence[Team]) -> dict[str, list[Ranks]]:
     """The teams of each name that several have, in order. Collective."""
     found: dict[str, set[Ranks]] = {}
     mine = {(binding.matrix.name, team.plan.ranks) for team in teams for binding in team.bindings}
-    for name, ranks in (item for told in everyones(mesh.everyone, mine) for item in told):
+    for name, ranks in (item for told in all_gather_object(parallel.world, mine) for item in told):
         found.setdefault(name, set()).add(ranks)
     return {name: sorted(ranks) for name, ranks in found.items() if len(ranks) > 1}
 
@@ -67,19 +67,19 @@ def _numbered(teams: Sequence[Team], shared: Mapping[str, list[Ranks]]) -> dict[
     return found
 
 
-def _different(mesh: Mesh, teams: Sequence[Team], shared: Mapping[str, list[Ranks]]) -> set[str]:
+def _different(parallel: ParallelGroups, teams: Sequence[Team], shared: Mapping[str, list[Ranks]]) -> set[str]:
     """The names by which teams mean matrices of other values. Collective if there are shared names."""
     if not shared:
         return set()
-    mine: dict[tuple[str, Ranks], dict[Part, Sums]] = {}
+    mine: dict[tuple[str, Ranks], dict[Shard, Sums]] = {}
     for team in teams:
         for binding in team.bindings:
             if binding.matrix.name in shared:
-                here = binding.place.flat[binding.offset : binding.offset + binding.elements]
-                part = next(h.part for h in binding.matrix.storage.holders if h.rank == team.rank)
+                here = binding.group_tensor.flat[binding.offset : binding.offset + binding.elements]
+                part = next(h.shard for h in binding.matrix.sharding.holders if h.rank == team.rank)
                 mine[binding.matrix.name, team.plan.ranks] = {part: checksum(here)}
-    everywhere: dict[tuple[str, Ranks], dict[Part, Sums]] = {}
-    for told in everyones(mesh.everyone, mine):
+    everywhere: dict[tuple[str, Ranks], dict[Shard, Sums]] = {}
+    for told in all_gather_object(parallel.world, mine):
         for key, sums in told.items():
             everywhere.setdefault(key, {}).update(sums)
     totals = {key: torch.tensor(list(parts.values()), dtype=torch.float64).sum(0) for key, parts in everywhere.items()}

@@ -81,13 +81,13 @@ class Reader(FileSystemReader):
         with (Path(self.path) / name).open("rb") as file:
             file.seek(offset)
             data = BytesIO(file.read(self.storage_data[index].length))
-        stored = plain(data, name, f" at {index.fqn}")
+        stored = load_tensors_only(data, name, f" at {index.fqn}")
         if not isinstance(stored, Tensor):
             raise CheckpointError(f"{name} holds something else than tensors at {index.fqn}")
         return stored
 
 
-def plain(file: Path | BytesIO, name: str, at: str = "") -> Any:
+def load_tensors_only(file: Path | BytesIO, name: str, at: str = "") -> Any:
     """Tensors and plain data from what ``torch.save`` wrote.
 
     Raises:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shampoo3d.checkpoint.manifest import Parameter
-from shampoo3d.checkpoint.tensors import Held, among_equals_of, joined, stacked
+from shampoo3d.checkpoint.tensors import Held, among_equals_of, merge_chunks, stacked
 from shampoo3d.numerics.symmetric import assembled
 from shampoo3d.numerics.tiles import Shape, tile_shapes
 from shampoo3d.planning.blocks import Block, Cuts
@@ -33,7 +33,7 @@ class _Old:
     """An old block with room for its statistics, by name."""
 
     block: Block
-    place: int
+    group_tensor: int
     count: int
     tiles: Tiles
 
@@ -69,7 +69,7 @@ class Reblocking:
                         yield batch, member, name
 
     def _room(self, name: Name, block: Block, member: Kept) -> Tiles:
-        of, dtype = self.saved[name], getattr(torch, member.binding.matrix.storage.state_dtype)
+        of, dtype = self.saved[name], getattr(torch, member.binding.matrix.sharding.state_dtype)
         shapes: dict[str, Shape] = {}
         for axis in of.axes:
             d = block.shape[axis]
@@ -83,23 +83,23 @@ class Reblocking:
         for name, blocks in self._old.items():
             for old in blocks.values():
                 for what, values in old.tiles.items():
-                    key, size, row, stack = stacked(old.block, what, values, old.place, old.count)
+                    key, size, row, stack = stacked(old.block, what, values, old.group_tensor, old.count)
                     found.setdefault((name, key), (size, []))[1].append((row, stack))
-        return [Held(*key, size, tuple(joined(parts))) for key, (size, parts) in found.items()]
+        return [Held(*key, size, tuple(merge_chunks(parts))) for key, (size, parts) in found.items()]
 
     def finish(self, hp: ShampooHyperParams) -> None:
         """Put the new statistics in their place, once the old ones are read, and compute their roots."""
         rows: dict[tuple[Batch, int], list[int]] = {}
         for batch, member, name in self._new():
             old = [self._old[name][block] for block in _reached(self.saved[name].cuts, member.block)]
-            for place, axis in enumerate(batch.stack.axes):
-                of = batch.stack.statistics[place]
+            for group_tensor, axis in enumerate(batch.stack.axes):
+                of = batch.stack.statistics[group_tensor]
                 of.put(member.row, _statistics(member.block, axis, old, kl=hp.variant.statistics == "kl"))
                 same = hp.variant.statistics != "kl" and _is_exact(member.block, axis, old)
                 self.exact[name] = self.exact.get(name, True) and same
             rows.setdefault((batch, self.saved[name].step), []).append(member.row)
         for (batch, t), numbers in rows.items():
-            if hp.terms(t):
+            if hp.statistics_count(t):
                 index = torch.tensor(numbers, device=batch.stack.device)
                 batch.stack.refresh_roots(index, t)
 

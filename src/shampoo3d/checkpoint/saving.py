@@ -16,13 +16,13 @@ from shampoo3d.checkpoint import folder, slices
 from shampoo3d.checkpoint import state as checkpoint
 from shampoo3d.checkpoint.state import ParamState
 from shampoo3d.distributed.errors import during
-from shampoo3d.distributed.topology import Claims, Mesh
-from shampoo3d.engines.parameters import Facts
+from shampoo3d.distributed.topology import Claims, ParallelGroups
+from shampoo3d.engines.parameters import ParameterRegistry
 from shampoo3d.engines.reading import locate
 from shampoo3d.runtime.agreement import StepRefusedError
 from shampoo3d.runtime.assemble import DisagreementError, flat_groups
-from shampoo3d.runtime.bindings import Place
-from shampoo3d.runtime.step import UnfinishedStepError, settle
+from shampoo3d.runtime.bindings import GroupTensor
+from shampoo3d.runtime.step import UnfinishedStepError, join_background_roots
 from shampoo3d.runtime.team import Team
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
@@ -36,10 +36,10 @@ class Checkpointed(Optimizer):
     distribution: Distribution
     skipped_steps: int
     _claims: Claims
-    _facts: Facts
-    _mesh: Mesh | None
+    _registry: ParameterRegistry
+    _parallel: ParallelGroups | None
     _teams: list[Team]
-    _places: dict[Tensor, Place]
+    _group_tensors: dict[Tensor, GroupTensor]
     _groups: list[dict[str, Any]]
     _saved: dict[Tensor, ParamState]
     _saved_own: dict[str, Any] | None
@@ -53,7 +53,7 @@ class Checkpointed(Optimizer):
     @abstractmethod
     def _assemble(
         self,
-        mesh: Mesh,
+        parallel: ParallelGroups,
         saved: Mapping[Tensor, ParamState],
         own: Mapping[str, Any] | None,
         owned: Mapping[Tensor, ParamState],
@@ -73,20 +73,22 @@ class Checkpointed(Optimizer):
 
     def _complete_state(self) -> dict[Tensor, ParamState]:
         """The state of every parameter, whoever keeps it; of flat slices, what this rank keeps of them."""
-        if self._mesh is None:
+        if self._parallel is None:
             return dict(self._saved)
-        settle(self._teams)
+        join_background_roots(self._teams)
         begun: dict[Tensor, ParamState] = dict(self._saved)
         for team in self._teams:
-            if flat_groups(self._facts):
-                begun |= {place.tensor: dict(self.state[place.tensor]) for place in team.places}
+            if flat_groups(self._registry):
+                begun |= {
+                    group_tensor.tensor: dict(self.state[group_tensor.tensor]) for group_tensor in team.group_tensors
+                }
             else:
                 begun |= checkpoint.complete_state(team, self._steps)
         return {param: begun.get(param, {"step": 0}) for group in self.param_groups for param in group["params"]}
 
     def _parameters(self) -> dict[str, Any]:
         """The matrices that take part in steps, in plain data; of a copy those that were bound in the original."""
-        return checkpoint.parameters_of(self._teams, self._steps) if self._mesh is not None else self._known
+        return checkpoint.parameters_of(self._teams, self._steps) if self._parallel is not None else self._known
 
     @during("in state_dict()")
     def state_dict(self) -> dict[str, Any]:
@@ -103,10 +105,10 @@ class Checkpointed(Optimizer):
             self.state = owned
         whole["shampoo"] = checkpoint.description(self._parameters(), self.hyperparams, self.skipped_steps)
         params = [param for group in self.param_groups for param in group["params"]]
-        if not flat_groups(self._facts):
-            originals = (param for group in self._facts.originals for param in group)
-            whole["shampoo"]["names"] = [self._facts.names[param] for param in originals]
-        elif self._mesh is not None:
+        if not flat_groups(self._registry):
+            originals = (param for group in self._registry.originals for param in group)
+            whole["shampoo"]["names"] = [self._registry.names[param] for param in originals]
+        elif self._parallel is not None:
             numbers = {param: number for number, param in enumerate(params)}
             whole["shampoo"] |= slices.own_state(self._teams, numbers)
         return whole
@@ -123,20 +125,20 @@ class Checkpointed(Optimizer):
         """
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        groups, saved = checkpoint.by_parameter(self.param_groups, state_dict, self._facts.names, self.hyperparams)
+        groups, saved = checkpoint.by_parameter(self.param_groups, state_dict, self._registry.names, self.hyperparams)
         described: dict[str, Any] = state_dict.get("shampoo", {})  # PyTorch's conversions leave it out
         checkpoint.check_described(described, self.hyperparams)
         own = described if "layout" in described else None
-        if saved and flat_groups(self._facts) != (own is not None):
+        if saved and flat_groups(self._registry) != (own is not None):
             raise ValueError(
                 "state that was saved under ZeRO loads into the same layout only, and no other state does there"
             )
         distributed = dist.is_available() and dist.is_initialized()
-        if self._mesh is None and distributed:
+        if self._parallel is None and distributed:
             self._saved, self._saved_own, self._known = saved, own, described.get("parameters", {})
         else:
             try:
-                self._assemble(self._mesh or locate(self._claims), saved, own, {})
+                self._assemble(self._parallel or locate(self._claims), saved, own, {})
             except DisagreementError as error:
                 raise StepRefusedError(str(error)) from None
         checkpoint.replace_settings(self.param_groups, groups)
@@ -146,14 +148,14 @@ class Checkpointed(Optimizer):
             after(self)
 
     def _source(self) -> folder.Source:
-        mesh = self._mesh
-        assert mesh is not None
-        settle(self._teams)
+        parallel = self._parallel
+        assert parallel is not None
+        join_background_roots(self._teams)
         bound = {binding.matrix.name for team in self._teams for binding in team.bindings}
-        idle = tuple(name for name in self._facts.names.values() if name not in bound)
-        models = {name: param for param, name in self._facts.names.items() if param not in self._places}
+        idle = tuple(name for name in self._registry.names.values() if name not in bound)
+        models = {name: param for param, name in self._registry.names.items() if param not in self._group_tensors}
         return folder.Source(
-            mesh, self._teams, self._groups, self._steps, idle, models, self.hyperparams, self.skipped_steps
+            parallel, self._teams, self._groups, self._steps, idle, models, self.hyperparams, self.skipped_steps
         )
 
     @torch.no_grad()
@@ -210,7 +212,7 @@ class Checkpointed(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which bind their parameters anew at their first step."""
-        facts = replace(self._facts, models=[])
+        registry = replace(self._registry, models=[])
         kept = (
             "defaults",
             "param_groups",
@@ -221,7 +223,7 @@ class Checkpointed(Optimizer):
             "_saved_own",
             "_unfinished",
         )
-        fresh = {"state": defaultdict(dict), "_facts": facts, "_mesh": None, "_teams": [], "_exchanges": []}
-        fresh["_places"] = {}
+        fresh = {"state": defaultdict(dict), "_registry": registry, "_parallel": None, "_teams": [], "_exchanges": []}
+        fresh["_group_tensors"] = {}
         same = {"_groups": self._groups, "_saved": self._complete_state(), "_known": self._parameters()}
         return {name: getattr(self, name) for name in kept} | fresh | same

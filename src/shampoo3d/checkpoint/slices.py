@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shampoo3d.checkpoint.state import ParamState, copy_into, owned_factors
 from shampoo3d.numerics.state_names import momenta_names
-from shampoo3d.planning.layout import Part
+from shampoo3d.planning.layout import Shard
 from shampoo3d.runtime.bindings import Binding
 from shampoo3d.runtime.team import Team
 
@@ -21,26 +21,26 @@ def own_state(teams: Sequence[Team], numbers: Mapping[Tensor, int]) -> dict[str,
     """
     slices: dict[str, Any] = {}
     for team in teams:
-        for binding in (binding for binding in team.bindings if binding.matrix.storage.sharded):
+        for binding in (binding for binding in team.bindings if binding.matrix.sharding.sharded):
             pieces = (p for part in parts_of(team, binding, everything=False) for p in binding.matrix.pieces(part))
             found = [(p.box.start, p.box.shape, binding.offset + p.offset, p.strides) for p in pieces]
             if found:
                 momenta = momenta_names(team.hp, binding.matrix.factored)
-                number = numbers.get(binding.place.tensor, -1)
+                number = numbers.get(binding.group_tensor.tensor, -1)
                 slices[binding.matrix.name] = {"tensor": number, "pieces": found, "momenta": momenta}
     return {"layout": layout_of(teams), "factors": owned_factors(teams), "slices": slices}
 
 
-def parts_of(team: Team, binding: Binding, *, everything: bool) -> Iterator[Part]:
+def parts_of(team: Team, binding: Binding, *, everything: bool) -> Iterator[Shard]:
     """What this rank stores of a matrix, unless only the first cover is wanted and it belongs to another."""
-    for holder in binding.matrix.storage.holders:
-        if holder.rank == team.rank and (everything or holder.cover == first_cover(binding)):
-            yield holder.part
+    for holder in binding.matrix.sharding.holders:
+        if holder.rank == team.rank and (everything or holder.shard_group == first_shard_group(binding)):
+            yield holder.shard
 
 
-def first_cover(binding: Binding) -> int:
+def first_shard_group(binding: Binding) -> int:
     """The number of the first ranks that store the whole matrix between them."""
-    return min(binding.matrix.storage.covers)
+    return min(binding.matrix.sharding.shard_groups)
 
 
 def layout_of(teams: Sequence[Team]) -> list[str]:

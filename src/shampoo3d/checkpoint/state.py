@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shampoo3d.checkpoint.manifest import FORMAT, Parameter, contradictions, plain
-from shampoo3d.distributed.collectives import Link
+from shampoo3d.checkpoint.manifest import FORMAT, Parameter, contradictions, flatten_settings
+from shampoo3d.distributed.collectives import Communicator
 from shampoo3d.numerics.momenta import kept_dtype
 from shampoo3d.numerics.preconditioner import factor_shapes, state_shapes
 from shampoo3d.numerics.state_names import momenta_names
 from shampoo3d.planning.blocks import Block
-from shampoo3d.planning.layout import Holder, Matrix, Part, Piece, describe
-from shampoo3d.planning.routes import BUCKET_ELEMENTS, Routes
+from shampoo3d.planning.layout import Holder, Matrix, Piece, Shard, describe
+from shampoo3d.planning.routes import BUCKET_ELEMENTS, Transfers
 from shampoo3d.runtime.bindings import Binding, state_dtype
 from shampoo3d.runtime.team import Team
 from shampoo3d.settings.groups import check_group
@@ -43,17 +43,21 @@ def live_state(teams: Sequence[Team]) -> dict[Tensor, ParamState]:
     For flat slices it is what belongs to single elements, in the layout of the slice; their factors are in
     :func:`owned_factors`.
     """
-    state: dict[Tensor, ParamState] = {place.tensor: {"step": 0} for team in teams for place in team.places}
+    state: dict[Tensor, ParamState] = {
+        group_tensor.tensor: {"step": 0} for team in teams for group_tensor in team.group_tensors
+    }
     for team in teams:
-        for place, slab in team.flat_slabs.items():
-            state[place.tensor] |= {FLAT_NAMES[name]: tensor for name, tensor in slab.momenta.tensors().items()}
-        for stack in team.stack_slabs:
+        for group_tensor, bucket in team.flat_buckets.items():
+            state[group_tensor.tensor] |= {
+                FLAT_NAMES[name]: tensor for name, tensor in bucket.momenta.tensors().items()
+            }
+        for stack in team.stacked_buckets:
             for row, member in enumerate(stack.members):
                 views = {name: tensor[row] for name, tensor in stack.momenta.tensors().items()}
-                state[member.binding.place.tensor].setdefault(member.cell.piece.box.key, {}).update(views)
+                state[member.binding.group_tensor.tensor].setdefault(member.cell.piece.box.key, {}).update(views)
         for binding, block, views, _ in factors_of(team):
-            if not binding.matrix.storage.sharded:
-                state[binding.place.tensor].setdefault(block.key, {}).update(views)
+            if not binding.matrix.sharding.sharded:
+                state[binding.group_tensor.tensor].setdefault(block.key, {}).update(views)
     return state
 
 
@@ -62,7 +66,7 @@ def owned_factors(teams: Sequence[Team]) -> dict[str, dict[str, dict[str, Tensor
     found: defaultdict[str, dict[str, dict[str, Tensor]]] = defaultdict(dict)
     for team in teams:
         for binding, block, views, _ in factors_of(team):
-            if binding.matrix.storage.sharded:
+            if binding.matrix.sharding.sharded:
                 found[binding.matrix.name][block.key] = views
     return dict(found)
 
@@ -78,24 +82,24 @@ def factors_of(team: Team) -> Iterator[tuple[Binding, Block, dict[str, Tensor], 
 
 def logical(matrix: Matrix, hp: ShampooHyperParams) -> Matrix:
     """The same matrix as one process would store it: its blocks are those of a checkpoint."""
-    whole = Holder(0, Part.whole(matrix.shape))
+    whole = Holder(0, Shard.whole(matrix.shape))
     return describe(
-        replace(matrix.storage, holders=(whole,), sharded=False, divided=None), replace(hp, fair_blocks=False), 1
+        replace(matrix.sharding, holders=(whole,), sharded=False, divided=None), replace(hp, fair_blocks=False), 1
     )
 
 
 def complete_state(team: Team, steps: Mapping[Tensor, int]) -> dict[Tensor, ParamState]:
     """The state of every block of a team, whoever keeps what, in copies. Collective in the team."""
-    link = Link(team.rank, team.group, team.device)
-    momenta = _whole_momenta(team, link)
-    factors = _all_factors(team, link)
+    communicator = Communicator(team.rank, team.group, team.device)
+    momenta = _whole_momenta(team, communicator)
+    factors = _all_factors(team, communicator)
     whole: dict[Tensor, ParamState] = {}
     for binding in team.bindings:
-        state: ParamState = {"step": steps[binding.place.tensor]}
+        state: ParamState = {"step": steps[binding.group_tensor.tensor]}
         for block in canonical_blocks(binding.matrix, team.hp):
             tensors = {name: tensor[block.slices].clone() for name, tensor in momenta[binding.number].items()}
             state[block.key] = tensors | factors.get((binding.number, block.key), {})
-        whole[binding.place.tensor] = state
+        whole[binding.group_tensor.tensor] = state
     return whole
 
 
@@ -104,37 +108,37 @@ def canonical_blocks(matrix: Matrix, hp: ShampooHyperParams) -> tuple[Block, ...
     return matrix.blocks if matrix.axes else logical(matrix, hp).blocks
 
 
-def _whole_momenta(team: Team, link: Link) -> dict[int, dict[str, Tensor]]:
+def _whole_momenta(team: Team, communicator: Communicator) -> dict[int, dict[str, Tensor]]:
     """Momenta of each logical matrix, merged, put together from the homes of its elements."""
     names = [momenta_names(team.hp, binding.matrix.factored) for binding in team.bindings]
     items: list[tuple[int, int, Piece]] = []  # home, matrix, piece
     for binding in team.bindings:
-        if binding.matrix.storage.sharded:
-            for holder in binding.matrix.storage.holders:
-                items += ((holder.rank, binding.number, piece) for piece in binding.matrix.pieces(holder.part))
-    routes = Routes.of(team.plan, [binding.matrix for binding in team.bindings])
+        if binding.matrix.sharding.sharded:
+            for holder in binding.matrix.sharding.holders:
+                items += ((holder.rank, binding.number, piece) for piece in binding.matrix.pieces(holder.shard))
+    routes = Transfers.of(team.plan, [binding.matrix for binding in team.bindings])
     items += (
-        (leg.home, leg.matrix, leg.cell.piece)
-        for leg in routes.legs
-        if not team.bindings[leg.matrix].matrix.storage.sharded
+        (transfer.home, transfer.matrix, transfer.cell.piece)
+        for transfer in routes.transfers
+        if not team.bindings[transfer.matrix].matrix.sharding.sharded
     )
     items = [item for item in items if names[item[1]]]  # Adam in eigenbases needs nothing at the homes
     kept = {}
-    for slab in team.stack_slabs:
-        for row, member in enumerate(slab.members):
-            kept[member.binding.number, member.cell.piece.box.key] = [t[row] for t in slab.momenta.tensors().values()]
+    for bucket in team.stacked_buckets:
+        for row, member in enumerate(bucket.members):
+            kept[member.binding.number, member.cell.piece.box.key] = [t[row] for t in bucket.momenta.tensors().values()]
 
     def mine(number: int) -> Tensor:
         _, matrix, piece = items[number]
         binding = team.bindings[matrix]
-        if binding.matrix.storage.sharded:
-            tensors = team.flat_slabs[binding.place].momenta.tensors()
+        if binding.matrix.sharding.sharded:
+            tensors = team.flat_buckets[binding.group_tensor].momenta.tensors()
             return torch.stack([binding.view(tensors[name], piece) for name in names[matrix]])
         return torch.stack(kept[matrix, piece.box.key])
 
     whole = {binding.number: _merged_zeros(binding, team.hp) for binding in team.bindings}
     sizes = [(home, piece.box.elements * len(names[matrix])) for home, matrix, piece in items]
-    for n, flat in _shared(team, link, [matrix for _, matrix, _ in items], sizes, mine):
+    for n, flat in _shared(team, communicator, [matrix for _, matrix, _ in items], sizes, mine):
         _, matrix, piece = items[n]
         for name, values in zip(names[matrix], flat.view(len(names[matrix]), *piece.box.shape), strict=True):
             whole[matrix][name][piece.box.slices] = values
@@ -143,7 +147,7 @@ def _whole_momenta(team: Team, link: Link) -> dict[int, dict[str, Tensor]]:
 
 def _merged_zeros(binding: Binding, hp: ShampooHyperParams) -> dict[str, Tensor]:
     """Momenta of a logical matrix, merged."""
-    stored = binding.place.stored
+    stored = binding.group_tensor.stored
     shape, dtype = binding.matrix.merged, state_dtype(stored.dtype)
     return {
         name: torch.zeros(shape, dtype=kept_dtype(name, hp, dtype), device=stored.device)
@@ -151,7 +155,7 @@ def _merged_zeros(binding: Binding, hp: ShampooHyperParams) -> dict[str, Tensor]
     }
 
 
-def _all_factors(team: Team, link: Link) -> dict[tuple[int, str], dict[str, Tensor]]:
+def _all_factors(team: Team, communicator: Communicator) -> dict[tuple[int, str], dict[str, Tensor]]:
     """All factors, by matrix and block."""
     kept = {(binding.number, block.key): views for binding, block, views, _ in factors_of(team)}
     planned = [(team.slots[slot][0].number, block) for slot, block in enumerate(team.plan.blocks) if block.axes]
@@ -164,7 +168,7 @@ def _all_factors(team: Team, link: Link) -> dict[tuple[int, str], dict[str, Tens
     found = {}
     counts = [[shape.numel() for shape in named.values()] for named in shapes]
     sizes = [(block.owner, sum(count)) for (_, block), count in zip(planned, counts, strict=True)]
-    for n, flat in _shared(team, link, [matrix for matrix, _ in planned], sizes, mine):
+    for n, flat in _shared(team, communicator, [matrix for matrix, _ in planned], sizes, mine):
         matrix, block = planned[n]
         pieces = zip(shapes[n].items(), flat.split_with_sizes(counts[n]), strict=True)
         found[matrix, block.key] = {
@@ -175,21 +179,25 @@ def _all_factors(team: Team, link: Link) -> dict[tuple[int, str], dict[str, Tens
 
 
 def _shared(
-    team: Team, link: Link, matrices: Sequence[int], sizes: Sequence[tuple[int, int]], mine: Callable[[int], Tensor]
+    team: Team,
+    communicator: Communicator,
+    matrices: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    mine: Callable[[int], Tensor],
 ) -> Iterator[tuple[int, Tensor]]:
     """What each rank has, given to all: the number of each item with its flat tensor.
 
     ``matrices`` and ``sizes``, (rank that has it, elements), are those of the items; ``mine`` gives this rank's.
     """
-    dtypes = [state_dtype(team.bindings[matrix].place.tensor.dtype) for matrix in matrices]
+    dtypes = [state_dtype(team.bindings[matrix].group_tensor.tensor.dtype) for matrix in matrices]
     for dtype in dict.fromkeys(dtypes):
         numbers = [n for n, of in enumerate(dtypes) if of == dtype]
 
-        def chosen(place: int, numbers: Sequence[int] = numbers) -> Tensor:
-            return mine(numbers[place])
+        def chosen(group_tensor: int, numbers: Sequence[int] = numbers) -> Tensor:
+            return mine(numbers[group_tensor])
 
-        for arrived in link.share("state", [sizes[n] for n in numbers], chosen, dtype, BUCKET_ELEMENTS):
-            yield from ((numbers[place], flat) for place, flat in arrived.items())
+        for arrived in communicator.all_gather("state", [sizes[n] for n in numbers], chosen, dtype, BUCKET_ELEMENTS):
+            yield from ((numbers[group_tensor], flat) for group_tensor, flat in arrived.items())
 
 
 def check_loadable(binding: Binding, saved: ParamState, hp: ShampooHyperParams) -> None:
@@ -234,11 +242,11 @@ def load(teams: Sequence[Team], live: dict[Tensor, ParamState], saved: Mapping[T
     """Copy complete state, already checked, into what this rank keeps."""
     for team in teams:
         for binding in team.bindings:
-            if binding.place.tensor in saved:
-                live[binding.place.tensor]["step"] = saved[binding.place.tensor]["step"]
+            if binding.group_tensor.tensor in saved:
+                live[binding.group_tensor.tensor]["step"] = saved[binding.group_tensor.tensor]["step"]
         for binding, block, views, _ in factors_of(team):
-            if binding.place.tensor in saved:
-                copy_into(views, saved[binding.place.tensor][block.key])
+            if binding.group_tensor.tensor in saved:
+                copy_into(views, saved[binding.group_tensor.tensor][block.key])
         _load_momenta(team, saved)
 
 
@@ -263,24 +271,24 @@ def carry(
 def _load_momenta(team: Team, saved: Mapping[Tensor, ParamState]) -> None:
     whole: dict[int, dict[str, Tensor]] = {}
     for binding in team.bindings:
-        if binding.place.tensor in saved:
-            state = saved[binding.place.tensor]
+        if binding.group_tensor.tensor in saved:
+            state = saved[binding.group_tensor.tensor]
             whole[binding.number] = _merged_zeros(binding, team.hp)
             for block in canonical_blocks(binding.matrix, team.hp):
                 for name, tensor in whole[binding.number].items():
                     tensor[block.slices] = state[block.key][name]
-    for slab in team.stack_slabs:
-        for row, member in enumerate(slab.members):
+    for bucket in team.stacked_buckets:
+        for row, member in enumerate(bucket.members):
             if member.binding.number in whole:
-                for name, tensor in slab.momenta.tensors().items():
+                for name, tensor in bucket.momenta.tensors().items():
                     tensor[row].copy_(whole[member.binding.number][name][member.cell.piece.box.slices])
     for binding in team.bindings:
-        if binding.number in whole and binding.matrix.storage.sharded:
-            slab_ = team.flat_slabs[binding.place]
-            part = next(h.part for h in binding.matrix.storage.holders if h.rank == team.rank)
+        if binding.number in whole and binding.matrix.sharding.sharded:
+            flat = team.flat_buckets[binding.group_tensor]
+            part = next(h.shard for h in binding.matrix.sharding.holders if h.rank == team.rank)
             for piece in binding.matrix.pieces(part):
                 for name, values in whole[binding.number].items():
-                    binding.view(slab_.momenta.tensors()[name], piece).copy_(values[piece.box.slices])
+                    binding.view(flat.momenta.tensors()[name], piece).copy_(values[piece.box.slices])
 
 
 def copy_into(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -291,12 +299,17 @@ def copy_into(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 def parameters_of(teams: Sequence[Team], steps: Mapping[Tensor, int]) -> dict[str, Any]:
     """The matrices that are bound, in plain data."""
     bindings = (binding for team in teams for binding in team.bindings)
-    return {b.matrix.name: asdict(Parameter.of(b.matrix, steps[b.place.tensor])) for b in bindings}
+    return {b.matrix.name: asdict(Parameter.of(b.matrix, steps[b.group_tensor.tensor])) for b in bindings}
 
 
 def description(parameters: Mapping[str, Any], hp: ShampooHyperParams, skipped_steps: int) -> dict[str, Any]:
     """What ``state_dict()`` says of itself, in words and numbers."""
-    return {"format": FORMAT, "hyperparams": plain(hp), "skipped_steps": skipped_steps, "parameters": dict(parameters)}
+    return {
+        "format": FORMAT,
+        "hyperparams": flatten_settings(hp),
+        "skipped_steps": skipped_steps,
+        "parameters": dict(parameters),
+    }
 
 
 def loaded_groups(
@@ -379,5 +392,5 @@ def check_described(described: Mapping[str, Any], hp: ShampooHyperParams) -> Non
     check_integer("skipped_steps of the loaded state", described.get("skipped_steps", 0), least=0)
     if not 1 <= described.get("format", FORMAT) <= FORMAT:
         raise ValueError(f"the loaded state has format {described['format']!r}; this version reads 1 to {FORMAT}")
-    if wrong := contradictions(described.get("hyperparams", {}), plain(hp)):
+    if wrong := contradictions(described.get("hyperparams", {}), flatten_settings(hp)):
         raise ValueError(f"the loaded state was saved with other hyperparams: {'; '.join(wrong)}")

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from shampoo3d.checkpoint.slices import first_cover, parts_of
+from shampoo3d.checkpoint.slices import first_shard_group, parts_of
 from shampoo3d.checkpoint.state import factors_of
 from shampoo3d.engines import zero
 from shampoo3d.numerics.state_names import momenta_names, owned_names
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import Block, Cuts, grid
 from shampoo3d.planning.layout import Piece
-from shampoo3d.runtime.bindings import Binding, Place
+from shampoo3d.runtime.bindings import Binding, GroupTensor
 from shampoo3d.runtime.team import Team
 
 WEIGHT = "weight"
@@ -96,7 +96,7 @@ class Chunk:
             kept.copy_(values[block.within(self.block)])
 
 
-def joined(parts: Iterable[tuple[Block, Tensor]]) -> list[Chunk]:
+def merge_chunks(parts: Iterable[tuple[Block, Tensor]]) -> list[Chunk]:
     """Neighbours made one along each axis in turn, the last axis first: thousands of blocks are few chunks."""
     chunks = [Chunk(block, ((block, values),)) for block, values in parts]
     for axis in reversed(range(len(chunks[0].block.shape))):
@@ -191,14 +191,14 @@ class Weights:
         models: the model's own parameters beside these, by name, where an engine keeps master copies.
     """
 
-    flats: Mapping[Place, Tensor]
+    flats: Mapping[GroupTensor, Tensor]
     models: Mapping[str, Tensor]
 
     def stored(self, team: Team, binding: Binding) -> Iterator[tuple[Piece, Tensor]]:
         """All that is stored here of a matrix, in views."""
         for part in parts_of(team, binding, everything=True):
             for piece in binding.matrix.pieces(part):
-                yield piece, binding.view(self.flats[binding.place], piece)
+                yield piece, binding.view(self.flats[binding.group_tensor], piece)
             if binding.matrix.name in self.models:
                 for flat, there in zero.model_storage(self.models[binding.matrix.name], part):
                     for piece in binding.matrix.pieces(there):
@@ -208,7 +208,7 @@ class Weights:
     def at_home(self, team: Team, binding: Binding) -> Iterator[tuple[Piece, Tensor]]:
         """Those that are changed here, in views; each element of a matrix on one rank."""
         for piece in _at_home(team, binding):
-            yield piece, binding.view(self.flats[binding.place], piece)
+            yield piece, binding.view(self.flats[binding.group_tensor], piece)
 
 
 def held(
@@ -229,7 +229,7 @@ def held(
                 key = called[binding], what
                 sizes[key] = size
                 parts.setdefault(key, []).append((block, values))
-    return [Held(*key, sizes[key], tuple(joined(found))) for key, found in parts.items()]
+    return [Held(*key, sizes[key], tuple(merge_chunks(found))) for key, found in parts.items()]
 
 
 Rectangle = tuple[Binding, str, Shape, Block, Tensor]
@@ -254,13 +254,13 @@ def _rectangles(team: Team, weights: Weights | None, *, everything: bool) -> Ite
                 yield binding, *stacked(block, what, values, *equals[binding][block])
 
 
-def stacked(block: Block, what: str, values: Tensor, place: int, count: int) -> tuple[str, Shape, Block, Tensor]:
+def stacked(block: Block, what: str, values: Tensor, group_tensor: int, count: int) -> tuple[str, Shape, Block, Tensor]:
     """A factor as a row of those of all blocks of its shape: what these are called, their shape, the row, the values.
 
     Args:
         place, count: see :func:`among_equals`.
     """
-    row = Block((place, *(0,) * values.dim()), (1, *values.shape))
+    row = Block((group_tensor, *(0,) * values.dim()), (1, *values.shape))
     return f"{block_name(block)}/{what}", (count, *values.shape), row, values[None]
 
 
@@ -287,14 +287,14 @@ def block_name(block: Block) -> str:
 
 
 def _momenta(team: Team, *, everything: bool) -> Iterator[Rectangle]:
-    for stack in team.stack_slabs:
+    for stack in team.stacked_buckets:
         tensors = stack.momenta.tensors()
         for row, member in enumerate(stack.members):
-            if everything or member.cell.cover == first_cover(member.binding):
+            if everything or member.cell.shard_group == first_shard_group(member.binding):
                 for what, values in tensors.items():
                     yield member.binding, what, member.binding.matrix.merged, member.cell.piece.box, values[row]
-    for binding in (binding for binding in team.bindings if binding.matrix.storage.sharded):
-        tensors = team.flat_slabs[binding.place].momenta.tensors()
+    for binding in (binding for binding in team.bindings if binding.matrix.sharding.sharded):
+        tensors = team.flat_buckets[binding.group_tensor].momenta.tensors()
         for part in parts_of(team, binding, everything=everything):
             for piece, what in product(binding.matrix.pieces(part), momenta_names(team.hp, binding.matrix.factored)):
                 yield binding, what, binding.matrix.merged, piece.box, binding.view(tensors[what], piece)
@@ -302,10 +302,14 @@ def _momenta(team: Team, *, everything: bool) -> Iterator[Rectangle]:
 
 def _at_home(team: Team, binding: Binding) -> Iterator[Piece]:
     """What of a matrix is at home here, in the first cover."""
-    if binding.matrix.storage.sharded:
+    if binding.matrix.sharding.sharded:
         for part in parts_of(team, binding, everything=False):
             yield from binding.matrix.pieces(part)
         return
-    for leg in team.legs:
-        if (leg.matrix, leg.home, leg.cell.cover) == (binding.number, team.rank, first_cover(binding)):
-            yield leg.cell.piece
+    for transfer in team.transfers:
+        if (transfer.matrix, transfer.home, transfer.cell.shard_group) == (
+            binding.number,
+            team.rank,
+            first_shard_group(binding),
+        ):
+            yield transfer.cell.piece

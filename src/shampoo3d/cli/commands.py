@@ -138,7 +138,7 @@ def show(
 ) -> None:
     """Show what a checkpoint holds, and whether it is whole."""
     from shampoo3d.checkpoint.convert import describe
-    from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, holds_checkpoint, plain
+    from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, flatten_settings, holds_checkpoint
     from shampoo3d.cli.draw import checkpoint_table
     from shampoo3d.settings.hyperparams import ShampooHyperParams
 
@@ -150,7 +150,7 @@ def show(
             raise CheckpointError(damage)
     except CheckpointError as error:
         raise RunError(str(error)) from None
-    defaults = plain(ShampooHyperParams())
+    defaults = flatten_settings(ShampooHyperParams())
     settings = (f"{name}={value!r}" for name, value in manifest.hyperparams.items() if value != defaults.get(name))
     size = sum(size for size, _ in manifest.files.values())
     kind = (

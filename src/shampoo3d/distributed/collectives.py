@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo3d.distributed.errors import awaiting
-from shampoo3d.distributed.topology import Group, Mesh
+from shampoo3d.distributed.topology import Group, ParallelGroups
 from shampoo3d.planning.routes import buckets, width
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ T = TypeVar("T")
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Swap:
+class PendingAllToAll:
     """An uneven all-to-all that may still be under way."""
 
     def __init__(self, what: str, group: Group, pieces: Sequence[Tensor], work: Any) -> None:
@@ -34,7 +34,7 @@ class Swap:
         return self._pieces
 
 
-class Link:
+class Communicator:
     """A group's collectives, with buffers that are allocated once.
 
     Attributes:
@@ -47,14 +47,14 @@ class Link:
         self.received: Counter[str] = Counter()
         self._buffers: dict[Any, Tensor] = {}
 
-    def swap(
+    def all_to_all(
         self,
         what: str,
         turn: int,
         dtype: torch.dtype,
         out: Sequence[tuple[int, Tensor]],
         into: Sequence[tuple[int, int]],
-    ) -> Swap:
+    ) -> PendingAllToAll:
         """Start to send pieces to other ranks and to receive pieces from them.
 
         Args:
@@ -87,9 +87,9 @@ class Link:
         self.received[what] += receive.nbytes
         arrived = receive.split_with_sizes([into[i][1] for i in taken]) if into else ()
         places_of = dict(zip(taken, arrived, strict=True))
-        return Swap(what, self.group, [places_of[i] for i in range(len(into))], work)
+        return PendingAllToAll(what, self.group, [places_of[i] for i in range(len(into))], work)
 
-    def share(
+    def all_gather(
         self, what: str, items: Sequence[tuple[int, int]], mine: Callable[[int], Tensor], dtype: torch.dtype, most: int
     ) -> Iterator[dict[int, Tensor]]:
         """Give every rank what each has, in buckets of about ``most`` elements; one collective each.
@@ -164,7 +164,7 @@ def communicating_device(group: Group, device: torch.device) -> torch.device:
     return device
 
 
-def everyones(group: Group, value: T) -> list[T]:
+def all_gather_object(group: Group, value: T) -> list[T]:
     """The values of all ranks of the group, in their order."""
     values: list[T] = [value] * group.size
     if group.size > 1:
@@ -173,8 +173,10 @@ def everyones(group: Group, value: T) -> list[T]:
     return values
 
 
-def first_complaint(mesh: Mesh, complaint: str) -> str:
+def first_error(parallel: ParallelGroups, error: str) -> str:
     """That of the first rank that has one, told to all; with the rank, if others have none."""
-    told = everyones(mesh.everyone, complaint)
-    rank, first = next(((rank, words) for rank, words in zip(mesh.everyone.ranks, told, strict=True) if words), (0, ""))
+    told = all_gather_object(parallel.world, error)
+    rank, first = next(
+        ((rank, words) for rank, words in zip(parallel.world.ranks, told, strict=True) if words), (0, "")
+    )
     return first if all(told) or not first else f"{first} (on rank {rank})"

@@ -91,21 +91,21 @@ class Topology:
 
 
 @dataclass
-class Mesh:
+class ParallelGroups:
     """This process's place: ``data`` are its replicas, ``model`` the holders of the other shards of its matrices.
 
-    ``everyone`` are all ranks that step together. ``source`` says where this was found.
+    ``world`` are all ranks that step together. ``source`` says where this was found.
     """
 
     rank: int
-    everyone: Group
+    world: Group
     data: Group
     model: Group
     source: str
     _groups: dict[tuple[int, ...], Group] = field(default_factory=dict)
 
     @classmethod
-    def alone(cls) -> "Mesh":
+    def alone(cls) -> "ParallelGroups":
         me = Group((0,))
         return cls(0, me, me, me, "one process")
 
@@ -115,7 +115,7 @@ class Mesh:
         Of all ranks the one with the timeout that the user gave, though an engine may have made another.
         """
         wanted = tuple(ranks)
-        for known in (self.everyone, self.data, self.model, *self._groups.values()):
+        for known in (self.world, self.data, self.model, *self._groups.values()):
             if known.ranks == wanted:
                 return known
         if len(wanted) > 1:
@@ -157,14 +157,14 @@ class Claims:
             ("topology's number of ranks", self.topology and self.topology.world_size, world_size),
         )
 
-    def check(self, mesh: Mesh) -> None:
+    def check(self, parallel: ParallelGroups) -> None:
         """Raise ValueError, naming both, where a claim contradicts what was found."""
-        self.check_ranks(mesh.rank, mesh.everyone.size, mesh.source)
+        self.check_ranks(parallel.rank, parallel.world.size, parallel.source)
         if self.topology is not None:
-            for axis, group in (("data", mesh.data), ("model", mesh.model)):
+            for axis, group in (("data", parallel.data), ("model", parallel.model)):
                 if axis in self.topology.axes:
-                    peers = self.topology.peers(mesh.rank, axis)
-                    _compare(mesh.source, (f"topology's {axis} ranks of rank {mesh.rank}", peers, group.ranks))
+                    peers = self.topology.peers(parallel.rank, axis)
+                    _compare(parallel.source, (f"topology's {axis} ranks of rank {parallel.rank}", peers, group.ranks))
 
 
 def _compare(source: str, *claims: tuple[str, object, object]) -> None:
@@ -173,12 +173,12 @@ def _compare(source: str, *claims: tuple[str, object, object]) -> None:
             raise ValueError(f"{name} was given as {claimed}, but {source} says {actual}")
 
 
-def mesh_of(topology: Topology, rank: int, everyone: Group, source: str) -> Mesh:
+def groups_in(topology: Topology, rank: int, world: Group, source: str) -> ParallelGroups:
     """The place of ``rank`` in ``topology``, with process groups made for it; every rank must call this."""
-    mesh = Mesh(rank, everyone, Group((rank,)), Group((rank,)), source)
-    mesh.model = mesh.group(topology.peers(rank, "model") if "model" in topology.axes else (rank,))
-    mesh.data = mesh.group(topology.peers(rank, "data") if "data" in topology.axes else (rank,))
-    return mesh
+    parallel = ParallelGroups(rank, world, Group((rank,)), Group((rank,)), source)
+    parallel.model = parallel.group(topology.peers(rank, "model") if "model" in topology.axes else (rank,))
+    parallel.data = parallel.group(topology.peers(rank, "data") if "data" in topology.axes else (rank,))
+    return parallel
 
 
 def world_group() -> Group:

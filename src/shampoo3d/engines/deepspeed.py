@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shampoo3d.distributed.topology import Group, Mesh, Topology, group_of, world_group
+from shampoo3d.distributed.topology import Group, ParallelGroups, Topology, group_of, world_group
 
 NAME = "DeepSpeed"
 """The source of places that were found here."""
@@ -30,12 +30,12 @@ def _groups() -> Any:
     return sys.modules["deepspeed.utils.groups"]
 
 
-def locate() -> Mesh:
+def locate() -> ParallelGroups:
     """This process's place by the engine's groups; valid once ``deepspeed.initialize`` has run."""
-    everyone = world_group()
+    world = world_group()
     rank = torch.distributed.get_rank()
     data = group_of(_groups()._get_sequence_data_parallel_group())
-    return Mesh(rank, everyone, data, _model_group(rank), NAME)
+    return ParallelGroups(rank, world, data, _model_group(rank), NAME)
 
 
 def _model_group(rank: int) -> Group:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from shampoo3d.planning.blocks import Span
-from shampoo3d.planning.layout import Part
+from shampoo3d.planning.layout import Shard
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def is_sharded(param: DTensor) -> bool:
     return not any(isinstance(p, Replicate) and mesh.size(axis) > 1 for axis, p in enumerate(param.placements))
 
 
-def part_of(param: DTensor, name: str) -> Part:
+def shard_of(param: DTensor, name: str) -> Shard:
     """What this rank stores.
 
     Raises:
@@ -47,7 +47,7 @@ def part_of(param: DTensor, name: str) -> Part:
             )
         stripes = kept[dim].chunk(getattr(placement, "split_factor", 1))
         kept[dim] = torch.cat([_share(stripe, mesh.size(axis), coordinate[axis]) for stripe in stripes])
-    found = Part.of([_spans(numbers.tolist()) for numbers in kept])
+    found = Shard.of([_spans(numbers.tolist()) for numbers in kept])
     stored = tuple(param.to_local().shape)
     if found.shape != stored:
         raise ValueError(

@@ -8,19 +8,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shampoo3d.distributed.topology import Mesh, Topology, mesh_of, world_group
+from shampoo3d.distributed.topology import ParallelGroups, Topology, groups_in, world_group
 
 
-def locate(topology: Topology | None) -> Mesh:
+def locate(topology: Topology | None) -> ParallelGroups:
     """This process's place without an engine: in the given topology, else every rank is a replica of every other."""
     if not (dist.is_available() and dist.is_initialized()):
-        return Mesh.alone()
-    everyone = world_group()
+        return ParallelGroups.alone()
+    world = world_group()
     rank = dist.get_rank()
     source = "torch.distributed"
-    if topology is not None and topology.world_size == everyone.size:
-        return mesh_of(topology, rank, everyone, source)
-    return mesh_of(Topology(("data",), (everyone.size,)), rank, everyone, source)
+    if topology is not None and topology.world_size == world.size:
+        return groups_in(topology, rank, world, source)
+    return groups_in(Topology(("data",), (world.size,)), rank, world, source)
 
 
 def model_behind(params: Iterable[Any]) -> nn.Module | None:

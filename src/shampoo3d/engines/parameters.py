@@ -30,7 +30,7 @@ def collected(given: Embeddings | None) -> Embeddings | None:
 
 
 @dataclass
-class Facts:
+class ParameterRegistry:
     """What a user or a model told of the parameters.
 
     Attributes:

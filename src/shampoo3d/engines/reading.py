@@ -7,20 +7,20 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from shampoo3d.distributed.topology import Claims, Mesh
+from shampoo3d.distributed.topology import Claims, ParallelGroups
 from shampoo3d.engines import deepspeed, dtensor, native, tensor_parallel, zero
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.layout import Part
+from shampoo3d.planning.layout import Shard
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class LocalShard:
     """What this rank stores of one parameter.
 
     Attributes:
         original: the model's parameter; ``tensor``: what the optimizer updates, a member of group number ``group``.
-        offset: where the part begins in the tensor's storage.
-        shape: of the logical matrix; ``part``: what of it is here.
+        offset: where the shard begins in the tensor's storage.
+        shape: of the logical matrix; ``shard``: what of it is here.
         holders: the ranks that store all of this matrix, or of this tensor-parallel shard of it, between them.
         team: these and, of a weight that is tied across pipeline stages, those of the other stages.
         sharded: each element is stored by one of the holders only.
@@ -33,7 +33,7 @@ class Stored:
     group: int
     offset: int
     shape: Shape
-    part: Part
+    shard: Shard
     holders: tuple[int, ...]
     team: tuple[int, ...]
     sharded: bool
@@ -41,15 +41,15 @@ class Stored:
     meets_shards: bool
 
 
-def locate(claims: Claims) -> Mesh:
+def locate(claims: Claims) -> ParallelGroups:
     """This process's place among the ranks, checked against what the user said.
 
     Raises:
         ValueError: where a claim contradicts what was found.
     """
-    mesh = deepspeed.locate() if deepspeed.is_running() else native.locate(claims.topology)
-    claims.check(mesh)
-    return mesh
+    parallel = deepspeed.locate() if deepspeed.is_running() else native.locate(claims.topology)
+    claims.check(parallel)
+    return parallel
 
 
 def unwrapped(params: Sequence[Tensor], originals: Sequence[Tensor]) -> dict[Tensor, Tensor]:
@@ -73,11 +73,11 @@ def read(
     groups: Sequence[Mapping[str, Any]],
     originals: Sequence[Sequence[Tensor]],
     names: Mapping[Tensor, str],
-    mesh: Mesh,
+    parallel: ParallelGroups,
     tied: Mapping[Tensor, tuple[int, ...]],
     *,
     exact: bool,
-) -> list[Stored]:
+) -> list[LocalShard]:
     """All parameters of all groups, in order; frozen ones of flat groups are left out.
 
     Args:
@@ -86,45 +86,52 @@ def read(
     Raises:
         ValueError, RuntimeError: naming the parameter whose storage can't be explained.
     """
-    found: list[Stored] = []
+    found: list[LocalShard] = []
     for number, (group, params) in enumerate(zip(groups, originals, strict=True)):
         if is_flat(params):
             slices = zero.slices(group["params"], params, [names[param] for param in params])
             found += (_sliced(param, part, number, tied) for param, part in slices.items())
         else:
             for param, tensor in unwrapped(group["params"], params).items():
-                found.append(_whole(param, tensor, number, names[param], mesh, tied))
-    return [_sharded(stored, names[stored.original], mesh, exact=exact) for stored in found]
+                found.append(_whole(param, tensor, number, names[param], parallel, tied))
+    return [_sharded(stored, names[stored.original], parallel, exact=exact) for stored in found]
 
 
-def _sliced(param: Tensor, part: zero.Slice, group: int, tied: Mapping[Tensor, tuple[int, ...]]) -> Stored:
-    held = Part.whole(part.shape).range(part.first, part.last)
+def _sliced(param: Tensor, part: zero.Slice, group: int, tied: Mapping[Tensor, tuple[int, ...]]) -> LocalShard:
+    held = Shard.whole(part.shape).range(part.first, part.last)
     team = tuple(sorted({*part.ranks, *tied.get(param, ())}))
     meets = deepspeed.meets_shards(param)
-    return Stored(param, part.flat, group, part.offset, part.shape, held, part.ranks, team, True, None, meets)
+    return LocalShard(param, part.flat, group, part.offset, part.shape, held, part.ranks, team, True, None, meets)
 
 
 def _whole(
-    param: Tensor, tensor: Tensor, group: int, name: str, mesh: Mesh, tied: Mapping[Tensor, tuple[int, ...]]
-) -> Stored:
+    param: Tensor,
+    tensor: Tensor,
+    group: int,
+    name: str,
+    parallel: ParallelGroups,
+    tied: Mapping[Tensor, tuple[int, ...]],
+) -> LocalShard:
     shape = tuple(tensor.shape)
     if isinstance(tensor, DTensor):
         ranks, sharded = dtensor.team_of(tensor), dtensor.is_sharded(tensor)
-        return Stored(param, tensor, group, 0, shape, dtensor.part_of(tensor, name), ranks, ranks, sharded, None, False)
+        return LocalShard(
+            param, tensor, group, 0, shape, dtensor.shard_of(tensor, name), ranks, ranks, sharded, None, False
+        )
     meets = deepspeed.meets_shards(param)
-    holders = tied.get(param) or deepspeed.expert_replicas(param) or mesh.data.ranks
-    return Stored(param, tensor, group, 0, shape, Part.whole(shape), holders, holders, False, None, meets)
+    holders = tied.get(param) or deepspeed.expert_replicas(param) or parallel.data.ranks
+    return LocalShard(param, tensor, group, 0, shape, Shard.whole(shape), holders, holders, False, None, meets)
 
 
-def _sharded(stored: Stored, name: str, mesh: Mesh, *, exact: bool) -> Stored:
+def _sharded(stored: LocalShard, name: str, parallel: ParallelGroups, *, exact: bool) -> LocalShard:
     """With the tensor-parallel group taken into account."""
     if not stored.meets_shards:
         return stored
     if not exact:
         return replace(stored, meets_shards=False)
-    place = mesh.model.ranks.index(mesh.rank)
-    shard = tensor_parallel.shard_of(stored.original, stored.shape, place, mesh.model.size, name)
+    place = parallel.model.ranks.index(parallel.rank)
+    shard = tensor_parallel.shard_of(stored.original, stored.shape, place, parallel.model.size, name)
     if shard is None:
         return stored
     shape, spans, axis = shard
-    return replace(stored, shape=shape, part=Part(spans, stored.part.first, stored.part.last), divided=axis)
+    return replace(stored, shape=shape, shard=Shard(spans, stored.shard.first, stored.shard.last), divided=axis)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shampoo3d.distributed.topology import group_of
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.layout import Part
+from shampoo3d.planning.layout import Shard
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def is_stage_3(param: Tensor) -> bool:
     return hasattr(param, "ds_id") and hasattr(param, "_z3_optimizer")
 
 
-def model_storage(param: Any, part: Part) -> Iterator[tuple[Tensor, Part]]:
+def model_storage(param: Any, part: Shard) -> Iterator[tuple[Tensor, Shard]]:
     """Where the model itself keeps its values beside the master copy, of which ``part`` is here: flat, and what of it.
 
     Stage 3 keeps a slice of the parameter and, while it is in use, all of it; else all of it is there.
@@ -50,7 +50,7 @@ def model_storage(param: Any, part: Part) -> Iterator[tuple[Tensor, Part]]:
     if is_stage_3(param):
         yield param.ds_tensor.detach().reshape(-1)[: part.elements], part
     if not is_stage_3(param) or param.ds_status.name == "AVAILABLE":
-        yield param.detach().reshape(-1), Part.of(part.spans)
+        yield param.detach().reshape(-1), Shard.of(part.spans)
 
 
 def slices(params: Sequence[Tensor], originals: Sequence[Tensor], names: Sequence[str]) -> dict[Tensor, Slice]:

@@ -46,7 +46,7 @@ class Background(Generic[T]):
         return self._done.result()
 
 
-def perhaps(mask: Tensor) -> bool:
+def any_or_unknown(mask: Tensor) -> bool:
     """Whether any entry may be set: False if the host knows of none. For an accelerator's answer it does not wait.
 
     Nor does a graph that is being compiled.

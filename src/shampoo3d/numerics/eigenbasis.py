@@ -57,7 +57,7 @@ def first_basis(L: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tens
     """The eigenvectors of every L, by decomposition.
 
     After the first gradient many directions have no statistics yet. Which basis of them a decomposition returns is a
-    matter of rounding, and Adam would differ in it: here it is settled, see :func:`_settled`. A zero matrix has no
+    matter of rounding, and Adam would differ in it: :func:`_canonical_null_space` chooses one. A zero matrix has no
     basis to prefer: its previous one stays, and that is no failure.
 
     Args:
@@ -73,12 +73,12 @@ def first_basis(L: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tens
         previous = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
     A, _, sound, zero = scaled(L)
     ascending, Q, converged = decompose(A)
-    Q, settled = _settled(ascending, Q)
-    found = sound & converged & settled
+    Q, definite = _canonical_null_space(ascending, Q)
+    found = sound & converged & definite
     return torch.where(found[:, None, None], Q.flip(-1), previous), ~(found | zero)
 
 
-def _settled(ascending: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+def _canonical_null_space(ascending: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     """Q with one definite basis N of the eigenspace of the smallest eigenvalue, and (n,) whether it could be computed.
 
     It is the one with ``N^T diag(1, ..., d) N`` diagonal, which depends on the space alone.

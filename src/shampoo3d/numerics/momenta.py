@@ -22,7 +22,7 @@ def kept_dtype(name: str, hp: ShampooHyperParams, state: torch.dtype) -> torch.d
 
 
 @dataclass(frozen=True)
-class Step:
+class StepSettings:
     """The scalars of one step: its group's settings, and whether t has reached the start step."""
 
     momentum: float
@@ -50,7 +50,7 @@ class Momenta:
         factored: bool = True,
     ) -> None:
         """``factored``: whether all elements belong to matrices with factors."""
-        self.hp, self.method = hp, hp.diagonal(factored)
+        self.hp, self.method = hp, hp.diagonal_method(factored)
         self._kept = {
             name: torch.zeros(*shape, dtype=kept_dtype(name, hp, dtype), device=device)
             for name in momenta_names(hp, factored)
@@ -90,7 +90,7 @@ class Momenta:
         correction = self.hp.correction(self.hp.variant.beta1, age, self.method)
         return average(self.gradient_average, G, rows, self.hp, correction)
 
-    def update(self, W: Tensor | None, S: Tensor, D: Tensor | None, step: Step, rows: Rows = ALL) -> Tensor:
+    def update(self, W: Tensor | None, S: Tensor, D: Tensor | None, step: StepSettings, rows: Rows = ALL) -> Tensor:
         """The direction u of ``W <- W - lr u`` from the grafted directions S and D; momenta advance.
 
         Nesterov's look-ahead ``momentum u + d`` is a temporary: M and N stay plain sums. Decoupled decay is part of u,
@@ -115,7 +115,7 @@ class Momenta:
             u = u.add(W, alpha=step.weight_decay) if kept else u.add_(W, alpha=step.weight_decay)
         return u
 
-    def _momentum(self, S: Tensor, D: Tensor | None, step: Step, rows: Rows) -> Tensor:
+    def _momentum(self, S: Tensor, D: Tensor | None, step: StepSettings, rows: Rows) -> Tensor:
         """u without decoupled decay."""
         if self.momentum is None:
             if step.started:

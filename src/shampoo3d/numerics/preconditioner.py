@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from shampoo3d.numerics.background import Background, perhaps
+from shampoo3d.numerics.background import Background, any_or_unknown
 from shampoo3d.numerics.eigenbasis import (
     PerAxis,
     divergence_weight,
@@ -66,7 +66,7 @@ class Stack:
         for axis in axes:
             kind, one = (Diagonal, torch.ones) if axis in diagonal else (Symmetric, torch.eye)
             if not guest:
-                self.statistics.append(kind(n, shape[axis], hp.initial, dtype, device))
+                self.statistics.append(kind(n, shape[axis], hp.initial_scale, dtype, device))
             self.roots.append(torch.stack([one(shape[axis], dtype=kept, device=device)] * n))
         self.elements = {
             name: torch.zeros(n, *shape, dtype=kept_dtype(name, hp, dtype), device=device) for name in owned_names(hp)
@@ -100,20 +100,20 @@ class Stack:
                 self._accumulate_whitened(G, rows, t)
                 return
             for axis, L in zip(self.axes, self.statistics, strict=True):
-                L.accumulate(unfold(G, axis), rows, self.hp.beta2, self.hp.w2)
+                L.accumulate(unfold(G, axis), rows, self.hp.beta2, self.hp.statistics_weight)
 
     def _accumulate_whitened(self, G: Tensor, rows: Rows, t: int) -> None:
         """``L_i <- beta2 L_i + w2 U_(i) U_(i)^T / prod_(j != i) d_j``, U being G whitened by the other factors."""
         W, lost = self._whiteners(rows), torch.zeros((), dtype=torch.bool, device=self.device)
         for axis, L in zip(self.axes, self.statistics, strict=True):
-            first, weight = L.mean(rows) == 0, self.hp.w2 * divergence_weight(self.shape, axis)
+            first, weight = L.mean(rows) == 0, self.hp.statistics_weight * divergence_weight(self.shape, axis)
             U = unfold(self._whitened(G, W, axis, first), axis)
             L.accumulate(U, rows, self.hp.beta2, weight)
             del U  # before there is another
-            if perhaps(first):
+            if any_or_unknown(first):
                 self._start(L, rows, first, t)
             lost = lost | ~L.mean(rows).isfinite()
-        if perhaps(lost):
+        if any_or_unknown(lost):
             self._start_anew(rows, lost)
 
     def _whitened(self, G: Tensor, W: PerAxis, axis: int, plain: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class Stack:
         It is where statistics are to start: roots that there are already are of gradients that are forgotten.
         """
         U = whiten_others(G, W, axis)
-        if U is not G and perhaps(plain):
+        if U is not G and any_or_unknown(plain):
             mask = plain.view(-1, *[1] * len(self.shape))
             U.masked_fill_(mask, 0.0).addcmul_(G, mask.to(G.dtype))
         return U
@@ -133,7 +133,7 @@ class Stack:
         That L is singular, and the next gradients would be whitened by its inverse. The powers of c make the product
         of all factors one of squares of gradients, as a covariance is. What is divided by a weight has cI times it.
         """
-        c = L.mean(rows) / self.hp.w2
+        c = L.mean(rows) / self.hp.statistics_weight
         scale = torch.where(first & (c > 0), c, 1.0).pow(1.0 / len(self.axes) - 1.0)
         L.adjust(rows, torch.where(first, c * self._gathered(t), 0.0), scale)
 
@@ -153,12 +153,12 @@ class Stack:
         for place, part in self._parts(rows, t):
             self._take(place, part, *self._new_roots(place, part, t))
 
-    def refresh_later(self, rows: Rows, t: int) -> None:
-        """Have these roots computed from the next :meth:`launch` to :meth:`settle`."""
+    def enqueue_refresh(self, rows: Rows, t: int) -> None:
+        """Have these roots computed from the next :meth:`launch` to :meth:`join`."""
         self._wanted.append((rows, t))
 
     def launch(self) -> None:
-        """Start the computation of what :meth:`refresh_later` asked for, beside what comes next.
+        """Start the computation of what :meth:`enqueue_refresh` asked for, beside what comes next.
 
         Not before all products of the step are done: PyTorch's switches of their precision are those of the process.
         """
@@ -168,7 +168,7 @@ class Stack:
     def _all_new_roots(self, rows: Rows, t: int) -> list[tuple[int, Rows, tuple[Tensor, ...]]]:
         return [(place, part, self._new_roots(place, part, t)) for place, part in self._parts(rows, t)]
 
-    def settle(self) -> None:
+    def join(self) -> None:
         """Put the roots that were launched in their place, before statistics or roots are touched otherwise.
 
         Roots are wanted and not launched only after a step that was never finished: they are forgotten.
@@ -199,7 +199,7 @@ class Stack:
 
     def _gathered(self, t: int) -> float:
         """By what the statistics of step t are divided for a root."""
-        terms = self.hp.terms(t)
+        terms = self.hp.statistics_count(t)
         return self.hp.correction(self.hp.beta2, terms) if self.corrects_statistics and terms else 1.0
 
     def _averaged_statistics(self, place: int, rows: Rows, t: int) -> Tensor:
@@ -234,12 +234,12 @@ class Stack:
         """The average of gradients that is preconditioned, with G taken into it; without one G itself."""
         if not self.hp.averaged:
             return G
-        correction = self.hp.correction(self.hp.variant.beta1, self.hp.age(t), self.hp.graft_type)
+        correction = self.hp.correction(self.hp.variant.beta1, self.hp.weight_updates(t), self.hp.graft_type)
         return average(self.elements["exp_avg"], G, rows, self.hp, correction)
 
-    def wait(self, G: Tensor, rows: Rows, t: int) -> None:
+    def update_average(self, G: Tensor, rows: Rows, t: int) -> None:
         """Take the gradients into their average at a step t that does without the preconditioned direction."""
-        if self.hp.age(t):
+        if self.hp.weight_updates(t):
             self._average(G, rows, t)
 
     def precondition(self, G: Tensor, rows: Rows, t: int, out: Tensor | None = None) -> Tensor:
@@ -252,7 +252,7 @@ class Stack:
     def _usable(self, S: Tensor) -> Tensor:
         """S, with 0 for blocks in which it has no finite length: those whose roots are of far smaller gradients."""
         lost = torch.linalg.vector_norm(S, dim=tuple(range(1, S.dim()))).isfinite().logical_not()
-        if not perhaps(lost):
+        if not any_or_unknown(lost):
             return S
         self.root_failures += lost.sum()
         return S.masked_fill_(lost.view(-1, *[1] * len(self.shape)), 0.0)

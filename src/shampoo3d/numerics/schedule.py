@@ -33,13 +33,13 @@ def phase(t: int, hp: ShampooHyperParams, offset: int = 0) -> Phase:
     k, first = hp.preconditioning_compute_steps, _first_refresh(hp)
     turn = offset if hp.computation.refresh == "staggered" else 0
     return Phase(
-        accumulate=hp.terms(t) > hp.terms(t - 1),
+        accumulate=hp.statistics_count(t) > hp.statistics_count(t - 1),
         refresh=t == first or t <= hp.fresh_steps or (t > first and (t - first - turn) % k == 0),
-        started=t >= hp.start_preconditioning_step and hp.age(t) > 0,
+        started=t >= hp.start_preconditioning_step and hp.weight_updates(t) > 0,
     )
 
 
-def like(t: int, hp: ShampooHyperParams) -> int:
+def equivalent_step(t: int, hp: ShampooHyperParams) -> int:
     """The earliest step that refreshes the same blocks as step t does; 0 where that is none."""
     k, first, fresh = hp.preconditioning_compute_steps, _first_refresh(hp), hp.fresh_steps
     if t <= fresh:
@@ -57,7 +57,7 @@ def unconditional(t: int, hp: ShampooHyperParams) -> bool:
 
 def _first_refresh(hp: ShampooHyperParams) -> int:
     k = hp.preconditioning_compute_steps
-    if not hp.age(1):  # the first step does nothing else
+    if not hp.weight_updates(1):  # the first step does nothing else
         return 1
     return max(k, hp.start_preconditioning_step) // k * k
 

@@ -54,7 +54,7 @@ class EigenStack(Stack):
         if hp.averaged:
             del M  # before there is another
             M = self._multiplied(G, transposed, averaged=(rows, t))
-        correction = hp.correction(hp.beta2, hp.age(t))
+        correction = hp.correction(hp.beta2, hp.weight_updates(t))
         M.div_(squares.sqrt().add_(least_root(V.dtype, hp)).div_(correction**0.5))
         return self._usable(self._multiplied(M, Q, out))
 

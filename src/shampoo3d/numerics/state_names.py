@@ -12,7 +12,7 @@ def momenta_names(hp: ShampooHyperParams, factored: bool) -> tuple[str, ...]:
     M and, where the settings need them, N, the average of G, and the sum or average of G^2. What matrices with factors
     have, those without have, too.
     """
-    method = hp.diagonal(factored)
+    method = hp.diagonal_method(factored)
     borrows = not factored or method is not LayerwiseGrafting.NONE or hp.start_preconditioning_step > 1
     squares = method is LayerwiseGrafting.ADAGRAD or method in AVERAGED_SQUARES
     names = ["momentum"] * (not hp.averaged)

@@ -99,7 +99,7 @@ def cut(length: int, parts: int) -> Cuts:
     return tuple(i * small + min(i, larger) for i in range(parts + 1))
 
 
-def joined(cuts: Iterable[Cuts]) -> Cuts:
+def concatenate_cuts(cuts: Iterable[Cuts]) -> Cuts:
     """The boundaries along an axis that is these axes one after the other."""
     edges = [0]
     for _, *inner in cuts:

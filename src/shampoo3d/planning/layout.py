@@ -17,9 +17,9 @@ from shampoo3d.planning.blocks import (
     Cuts,
     Span,
     Split,
+    concatenate_cuts,
     cut,
     grid,
-    joined,
     lengths_of,
     located,
     merge_dims,
@@ -38,7 +38,7 @@ GRAFTED_BLOCK = 2**18
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """What one rank stores of a logical matrix.
 
     Attributes:
@@ -51,19 +51,19 @@ class Part:
     last: int
 
     @classmethod
-    def of(cls, spans: Sequence[Sequence[Span]]) -> "Part":
+    def of(cls, spans: Sequence[Sequence[Span]]) -> "Shard":
         """All elements in these ranges."""
         sides = tuple(tuple(axis) for axis in spans)
         return cls(sides, 0, math.prod(sum(b - a for a, b in axis) for axis in sides))
 
     @classmethod
-    def whole(cls, shape: Shape) -> "Part":
+    def whole(cls, shape: Shape) -> "Shard":
         return cls.of([((0, n),) for n in shape])
 
-    def range(self, first: int, last: int) -> "Part":
+    def range(self, first: int, last: int) -> "Shard":
         """Of these elements those from number ``first`` to ``last``, as far as there are so many."""
         first, last = self.first + max(first, 0), min(self.first + last, self.last)
-        return Part(self.spans, first, max(first, last))
+        return Shard(self.spans, first, max(first, last))
 
     @property
     def shape(self) -> Shape:
@@ -94,11 +94,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Holder:
-    """A rank that stores a part. The holders of one ``cover`` store the whole matrix between them."""
+    """A rank that stores a part. The holders of one ``shard_group`` store the whole matrix between them."""
 
     rank: int
-    part: Part
-    cover: int = 0
+    shard: Shard
+    shard_group: int = 0
 
 
 def state_dtype(dtype: str) -> str:
@@ -112,7 +112,7 @@ STATE_BYTES = {dtype: ITEM_BYTES[state_dtype(dtype)] for dtype in ITEM_BYTES}
 
 
 @dataclass(frozen=True)
-class Storage:
+class Sharding:
     """How a parameter is stored, as its readers on all its holders found it.
 
     Attributes:
@@ -157,19 +157,19 @@ class Storage:
         return state_dtype(self.dtype)
 
     @cached_property
-    def covers(self) -> dict[int, tuple[int, ...]]:
+    def shard_groups(self) -> dict[int, tuple[int, ...]]:
         """The ranks of each cover."""
-        numbers = sorted({holder.cover for holder in self.holders})
-        return {number: tuple(h.rank for h in self.holders if h.cover == number) for number in numbers}
+        numbers = sorted({holder.shard_group for holder in self.holders})
+        return {number: tuple(h.rank for h in self.holders if h.shard_group == number) for number in numbers}
 
     def counterparts(self, rank: int) -> tuple[int, ...]:
         """The ranks that have the same place in each cover of replicas; of sharded matrices the rank itself."""
         if self.sharded:
             return (rank,)
-        place = next(ranks.index(rank) for ranks in self.covers.values() if rank in ranks)
-        return tuple(ranks[place] for ranks in self.covers.values())
+        place = next(ranks.index(rank) for ranks in self.shard_groups.values() if rank in ranks)
+        return tuple(ranks[place] for ranks in self.shard_groups.values())
 
-    def with_covers(self, count: int) -> "Storage":
+    def with_shard_groups(self, count: int) -> "Sharding":
         """With the replicas of every part divided among ``count`` covers, neighbours together.
 
         Raises:
@@ -182,25 +182,25 @@ class Storage:
                 f"root_copies={count} needs replicas, but each element of {self.name!r} is stored and updated on one "
                 "rank only (ZeRO, FSDP): its gradient must travel to the one owner of the block; take root_copies=1"
             )
-        by_part: dict[Part, list[int]] = {}
+        by_part: dict[Shard, list[int]] = {}
         for holder in self.holders:
-            by_part.setdefault(holder.part, []).append(holder.rank)
-        covers: dict[int, int] = {}
+            by_part.setdefault(holder.shard, []).append(holder.rank)
+        shard_groups: dict[int, int] = {}
         for ranks in by_part.values():
             if len(ranks) % count:
                 raise ValueError(
                     f"root_copies={count} does not divide the {len(ranks)} replicas {ranks} of {self.name!r}"
                 )
-            covers |= {rank: place * count // len(ranks) for place, rank in enumerate(ranks)}
-        return replace(self, holders=tuple(replace(h, cover=covers[h.rank]) for h in self.holders))
+            shard_groups |= {rank: place * count // len(ranks) for place, rank in enumerate(ranks)}
+        return replace(self, holders=tuple(replace(h, shard_group=shard_groups[h.rank]) for h in self.holders))
 
     @cached_property
-    def classes(self) -> dict[tuple[int, Part], tuple[int, ...]]:
+    def replica_groups(self) -> dict[tuple[int, Shard], tuple[int, ...]]:
         """The ranks that store the same part, for each cover and part that is not empty."""
-        found: dict[tuple[int, Part], tuple[int, ...]] = {}
+        found: dict[tuple[int, Shard], tuple[int, ...]] = {}
         for holder in self.holders:
-            if holder.part.elements:
-                key = holder.cover, holder.part
+            if holder.shard.elements:
+                key = holder.shard_group, holder.shard
                 found[key] = (*found.get(key, ()), holder.rank)
         return found
 
@@ -217,7 +217,7 @@ class Cell:
     """
 
     block: int
-    cover: int
+    shard_group: int
     ranks: tuple[int, ...]
     piece: Piece
 
@@ -238,7 +238,7 @@ class Matrix:
         reason: why it took that path, where that is not plain, or which of its factors are diagonal.
     """
 
-    storage: Storage
+    sharding: Sharding
     groups: tuple[tuple[int, ...], ...]
     cuts: tuple[Cuts, ...]
     blocks: tuple[Block, ...]
@@ -249,11 +249,11 @@ class Matrix:
 
     @property
     def name(self) -> str:
-        return self.storage.name
+        return self.sharding.name
 
     @property
     def shape(self) -> Shape:
-        return self.storage.shape
+        return self.sharding.shape
 
     @property
     def factored(self) -> bool:
@@ -265,28 +265,28 @@ class Matrix:
         """The shape of the merged matrix."""
         return tuple(math.prod(self.shape[axis] for axis in group) for group in self.groups)
 
-    def pieces(self, part: Part) -> Iterator[Piece]:
+    def pieces(self, shard: Shard) -> Iterator[Piece]:
         """The rectangles of the merged matrix that a part is made of."""
-        spans = [merged_spans(part.spans, self.shape, group) for group in self.groups]
+        spans = [merged_spans(shard.spans, self.shape, group) for group in self.groups]
         lengths = tuple(sum(b - a for a, b in axis) for axis in spans)
         strides = strides_of(lengths)
-        for stored in rectangles(lengths, part.first, part.last):
+        for stored in rectangles(lengths, shard.first, shard.last):
             sides = (located(axis, a, a + n) for axis, a, n in zip(spans, stored.start, stored.shape, strict=True))
             for corner in itertools.product(*sides):
                 box = Block(tuple(a for _, a, _ in corner), tuple(n for _, _, n in corner))
                 offset = sum(place * stride for (place, _, _), stride in zip(corner, strides, strict=True))
-                yield Piece(box, offset - part.first, strides)
+                yield Piece(box, offset - shard.first, strides)
 
     def cells(self, rank: int | None = None, blocks: Collection[int] = ()) -> Iterator[Cell]:
         """Which class of replicas stores what of which block: all, or what ``rank`` stores and all of ``blocks``."""
-        for (cover, part), ranks in self.storage.classes.items():
+        for (shard_group, shard), ranks in self.sharding.replica_groups.items():
             everything = rank is None or rank in ranks
-            for piece in self.pieces(part) if everything or blocks else ():
+            for piece in self.pieces(shard) if everything or blocks else ():
                 for number in self._blocks_at(piece.box):
                     if everything or number in blocks:
                         inside = piece.cut_to(self.blocks[number])
                         if inside is not None:
-                            yield Cell(number, cover, ranks, inside)
+                            yield Cell(number, shard_group, ranks, inside)
 
     def _blocks_at(self, box: Block) -> Iterator[int]:
         """The numbers of the blocks that may meet the rectangle."""
@@ -304,22 +304,22 @@ class Matrix:
     def gaps(self) -> str:
         """What is wrong if the holders of a cover don't store every element exactly once; empty if they do."""
         total = math.prod(self.shape)
-        for cover in {holder.cover for holder in self.storage.holders}:
-            parts = [part for (place, part) in self.storage.classes if place == cover]
-            for part in parts:
-                for axis, (spans, n) in enumerate(zip(part.spans, self.shape, strict=True)):
+        for shard_group in {holder.shard_group for holder in self.sharding.holders}:
+            parts = [shard for (place, shard) in self.sharding.replica_groups if place == shard_group]
+            for shard in parts:
+                for axis, (spans, n) in enumerate(zip(shard.spans, self.shape, strict=True)):
                     if any(not 0 <= a <= b <= n for a, b in spans):
                         return f"ranges {spans} of axis {axis}, which is {n} long"
-            stored = sum(part.elements for part in parts)
-            boxes = sorted((piece.box for part in parts for piece in self.pieces(part)), key=lambda box: box.start)
+            stored = sum(shard.elements for shard in parts)
+            boxes = sorted((piece.box for shard in parts for piece in self.pieces(shard)), key=lambda box: box.start)
             if stored != total or overlap(boxes):
                 return f"its holders store {stored} elements of {total}" + ", some twice" * (stored >= total)
-        if self.storage.sharded and any(len(ranks) > 1 for ranks in self.storage.classes.values()):
+        if self.sharding.sharded and any(len(ranks) > 1 for ranks in self.sharding.replica_groups.values()):
             return "elements that should be stored once are stored by several ranks"
         return ""
 
 
-def describe(storage: Storage, hp: ShampooHyperParams, world_size: int) -> Matrix:
+def describe(sharding: Sharding, hp: ShampooHyperParams, world_size: int) -> Matrix:
     """Cut the logical matrix into blocks.
 
     ``world_size`` is the number of pieces that ``fair_blocks`` cuts a tensor-parallel matrix into.
@@ -327,20 +327,20 @@ def describe(storage: Storage, hp: ShampooHyperParams, world_size: int) -> Matri
     Raises:
         ValueError: naming the parameter and the numbers, if its split does not fit its shape.
     """
-    split = [axis for axis, _ in storage.split if storage.lengths(axis)]
-    if storage.excluded:
-        return _without_factors(storage, "excluded", storage.excluded)
-    shape = tuple(max(storage.lengths(axis)) for axis in range(len(storage.shape)))  # of the largest matrix in it
+    split = [axis for axis, _ in sharding.split if sharding.lengths(axis)]
+    if sharding.excluded:
+        return _without_factors(sharding, "excluded", sharding.excluded)
+    shape = tuple(max(sharding.lengths(axis)) for axis in range(len(sharding.shape)))  # of the largest matrix in it
     groups = _merged_axes(shape, hp, split)
     if len(groups) < 2:
         kind = ("scalar", "vector")[min(1, len(shape))]
         merged = f"{shape} merged into a vector: at most block_size={hp.block_size} elements"
-        return _without_factors(storage, "grafted only", kind if len(shape) < 2 else merged)
-    cuts = tuple(_cuts(storage, group, hp, world_size) for group in groups)
-    axes, diagonal, reason = factor_axes(cuts, [max(_lengths(storage, group)) for group in groups], hp.variant)
+        return _without_factors(sharding, "grafted only", kind if len(shape) < 2 else merged)
+    cuts = tuple(_cuts(sharding, group, hp, world_size) for group in groups)
+    axes, diagonal, reason = factor_axes(cuts, [max(_lengths(sharding, group)) for group in groups], hp.variant)
     if not axes:
-        return _without_factors(storage, "grafted only", reason)
-    return Matrix(storage, groups, cuts, grid(cuts), axes, "preconditioned", reason, diagonal)
+        return _without_factors(sharding, "grafted only", reason)
+    return Matrix(sharding, groups, cuts, grid(cuts), axes, "preconditioned", reason, diagonal)
 
 
 def _merged_axes(shape: Shape, hp: ShampooHyperParams, split: Collection[int]) -> tuple[tuple[int, ...], ...]:
@@ -351,30 +351,30 @@ def _merged_axes(shape: Shape, hp: ShampooHyperParams, split: Collection[int]) -
     return merge_dims(shape, hp.block_size if hp.best_effort_shape_interpretation else 0, split)
 
 
-def _lengths(storage: Storage, group: Sequence[int]) -> list[int]:
+def _lengths(sharding: Sharding, group: Sequence[int]) -> list[int]:
     """How long the matrices in a parameter are along a merged axis; only its first axis may be split."""
-    inner = math.prod(storage.shape[axis] for axis in group[1:])
-    return [length * inner for length in storage.lengths(group[0])]
+    inner = math.prod(sharding.shape[axis] for axis in group[1:])
+    return [length * inner for length in sharding.lengths(group[0])]
 
 
-def _cuts(storage: Storage, group: Sequence[int], hp: ShampooHyperParams, world_size: int) -> Cuts:
+def _cuts(sharding: Sharding, group: Sequence[int], hp: ShampooHyperParams, world_size: int) -> Cuts:
     """The boundaries of the blocks along a merged axis: each matrix in it is cut like one of its own."""
-    fair = hp.fair_blocks and storage.divided in group
-    return joined(
+    fair = hp.fair_blocks and sharding.divided in group
+    return concatenate_cuts(
         cut(length, min(world_size, length) if fair else parts_at_most(length, hp.block_size))
-        for length in _lengths(storage, group)
+        for length in _lengths(sharding, group)
     )
 
 
-def _without_factors(storage: Storage, path: str, reason: str) -> Matrix:
+def _without_factors(sharding: Sharding, path: str, reason: str) -> Matrix:
     """A matrix that is grafted only."""
-    axes = tuple(range(len(storage.shape)))
+    axes = tuple(range(len(sharding.shape)))
     rows_and_rest = tuple(group for group in (axes[:1], axes[1:]) if group) or ((),)
-    matrix = Matrix(storage, rows_and_rest, (), (), (), path, reason)
-    if storage.sharded:
+    matrix = Matrix(sharding, rows_and_rest, (), (), (), path, reason)
+    if sharding.sharded:
         return matrix
     # Nothing but the balance depends on these blocks. They do not cross shards, so that each has one class of holders.
-    pieces = [piece.box for _, part in storage.classes for piece in matrix.pieces(part)]
+    pieces = [piece.box for _, shard in sharding.replica_groups for piece in matrix.pieces(shard)]
     return replace(matrix, blocks=tuple(block for box in dict.fromkeys(pieces) for block in _by_rows(box)))
 
 

@@ -8,17 +8,17 @@ from itertools import accumulate
 from typing import Any
 
 from shampoo3d.planning.cost import bytes_of, element_bytes, owned_bytes, statistics_bytes
-from shampoo3d.planning.layout import ITEM_BYTES, STATE_BYTES, Matrix, Storage
+from shampoo3d.planning.layout import ITEM_BYTES, STATE_BYTES, Matrix, Sharding
 from shampoo3d.planning.plan import Plan, PlannedBlock
 from shampoo3d.planning.routes import (
     BUCKET_ELEMENTS,
     CACHED_ELEMENTS,
-    Leg,
-    Routes,
+    Transfer,
+    Transfers,
     buckets,
+    local_blocks,
     packed,
     rounds,
-    settled,
     travels,
     width,
 )
@@ -86,27 +86,27 @@ def memory(
         device: on a "cpu" a unit has CACHED_ELEMENTS, on any other all that is worked on in a round.
     """
     shares = [_Share(plan, matrices, rank, hp) for plan, matrices in teams if rank in plan.ranks]
-    slabs = _slabs(shares)
+    buckets = _slabs(shares)
     phases = (True,) if hp.start_preconditioning_step == 1 and hp.moves_at_once else (False, True)
     return Memory(
         sum(share.statistics for share in shares),
         sum(share.roots for share in shares),
-        sum(slab.elements * element_bytes(hp, slab.dtype, factored=slab.factored) for slab in slabs)
+        sum(bucket.elements * element_bytes(hp, bucket.dtype, factored=bucket.factored) for bucket in buckets)
         + sum(share.elements for share in shares),
         sum(share.buffers(distribution) for share in shares),
-        max(_transient(shares, slabs, hp, device, started=started) for started in phases),
+        max(_transient(shares, buckets, hp, device, started=started) for started in phases),
     )
 
 
 def _transient(
-    shares: Sequence["_Share"], slabs: Sequence[Slab], hp: ShampooHyperParams, device: str, *, started: bool
+    shares: Sequence["_Share"], buckets: Sequence[Slab], hp: ShampooHyperParams, device: str, *, started: bool
 ) -> int:
     """The most that a step has at any moment, before the start step or from then on."""
-    held = [slab.held(hp, started=started) for slab in slabs]
+    held = [bucket.held(hp, started=started) for bucket in buckets]
     most = sum(share.beside(device) for share in shares)
-    for slab, mine, until in zip(slabs, held, accumulate(held), strict=True):
-        taken = until + slab.taking(hp, device, started=started)
-        changed = sum(held) - until + mine + slab.changing(hp, device, started=started)
+    for bucket, mine, until in zip(buckets, held, accumulate(held), strict=True):
+        taken = until + bucket.taking(hp, device, started=started)
+        changed = sum(held) - until + mine + bucket.changing(hp, device, started=started)
         most = max(most, taken, changed)
     return max([most, *(sum(held) + share.working(device, started=started) for share in shares)])
 
@@ -120,12 +120,22 @@ def _slabs(shares: Sequence["_Share"]) -> list[Slab]:
     cells: defaultdict[Any, Counter[int]] = defaultdict(Counter)
     for number, share in enumerate(shares):
         flat.update(share.sharded)
-        homes = [leg for leg in share.legs if leg.home == share.rank and not share.storage(leg).sharded]
-        for leg in sorted(homes, key=share.turn):
-            axes = share.block(leg).kind[1:] if leg.slot in share.settled else ()  # stacks are of one kind
-            shape, dtype, factored = leg.cell.piece.box.shape, share.storage(leg).dtype, bool(share.block(leg).axes)
-            kind = number, *share.turn(leg)[:2], axes, shape, dtype, factored
-            cells[kind][leg.matrix] += leg.elements
+        homes = [
+            transfer
+            for transfer in share.transfers
+            if transfer.home == share.rank and not share.sharding(transfer).sharded
+        ]
+        for transfer in sorted(homes, key=share.turn):
+            axes = (
+                share.block(transfer).kind[1:] if transfer.slot in share.local_blocks else ()
+            )  # stacks are of one kind
+            shape, dtype, factored = (
+                transfer.cell.piece.box.shape,
+                share.sharding(transfer).dtype,
+                bool(share.block(transfer).axes),
+            )
+            kind = number, *share.turn(transfer)[:2], axes, shape, dtype, factored
+            cells[kind][transfer.matrix] += transfer.elements
     return [Slab(elements, elements, dtype, False, True) for dtype, elements in flat.items()] + [
         Slab(sum(counts.values()), max(counts.values()), dtype, factored, False)
         for (*_, dtype, factored), counts in cells.items()
@@ -140,16 +150,16 @@ class _Share:
 
     def __init__(self, plan: Plan, matrices: Sequence[Matrix], rank: int, hp: ShampooHyperParams) -> None:
         self.plan, self.matrices, self.rank, self.hp = plan, matrices, rank, hp
-        self.legs = Routes.of(plan, matrices, rank).legs
-        self.settled = settled(plan, matrices, self.legs, rank)
+        self.transfers = Transfers.of(plan, matrices, rank).transfers
+        self.local_blocks = local_blocks(plan, matrices, self.transfers, rank)
         self.travels = travels(plan, matrices)
         self.rounds = rounds(plan, BUCKET_ELEMENTS if self.travels else math.inf)
 
-    def storage(self, leg: Leg) -> Storage:
-        return self.matrices[leg.matrix].storage
+    def sharding(self, transfer: Transfer) -> Sharding:
+        return self.matrices[transfer.matrix].sharding
 
-    def block(self, leg: Leg) -> PlannedBlock:
-        return self.plan.blocks[leg.slot]
+    def block(self, transfer: Transfer) -> PlannedBlock:
+        return self.plan.blocks[transfer.slot]
 
     @property
     def elements(self) -> int:
@@ -171,13 +181,13 @@ class _Share:
     def sharded(self) -> Counter[str]:
         """Elements that are stored once, by dtype."""
         found: Counter[str] = Counter()
-        for storage in (matrix.storage for matrix in self.matrices if matrix.storage.sharded):
-            found[storage.dtype] += sum(h.part.elements for h in storage.holders if h.rank == self.rank)
+        for sharding in (matrix.sharding for matrix in self.matrices if matrix.sharding.sharded):
+            found[sharding.dtype] += sum(h.shard.elements for h in sharding.holders if h.rank == self.rank)
         return found
 
-    def turn(self, leg: Leg) -> tuple[bool, bool, int]:
+    def turn(self, transfer: Transfer) -> tuple[bool, bool, int]:
         """The order of elements at home: those of blocks that are worked on here come first."""
-        return leg.slot not in self.settled, self.plan.blocks[leg.slot].owner != self.rank, leg.slot
+        return transfer.slot not in self.local_blocks, self.plan.blocks[transfer.slot].owner != self.rank, transfer.slot
 
     def working(self, device: str, *, started: bool) -> int:
         """What the blocks of a round take at most, with those of the round before that are on their way home."""
@@ -211,7 +221,7 @@ class _Share:
         for slot in sorted(slots):
             block = self.plan.blocks[slot]
             if self.rank in block.keepers:
-                batches[slot in self.settled, block.owner == self.rank, block.kind, block.dtype].append(block)
+                batches[slot in self.local_blocks, block.owner == self.rank, block.kind, block.dtype].append(block)
         yield from ((at_home, blocks) for (at_home, *_), blocks in batches.items())
 
     def _products(self, block: PlannedBlock, device: str, *, started: bool) -> int:
@@ -232,14 +242,14 @@ class _Share:
     def _travelling(self, slots: set[int], distribution: Distribution) -> Counter[Any]:
         """Bytes by what they are, and whether they arrive here."""
         found: Counter[Any] = Counter()
-        for leg in self.legs:
-            here = self.rank in (leg.home, leg.keeper) and leg.home != leg.keeper
-            if here and leg.slot in slots and self.travels:
-                storage = self.storage(leg)
-                named = storage.model_dtype if distribution.update_precision == "parameter" else storage.state_dtype
-                found["updates", leg.home == self.rank] += leg.elements * ITEM_BYTES[named]
-                if leg.gathered:
-                    found["gradients", leg.keeper == self.rank] += leg.elements * ITEM_BYTES[storage.dtype]
+        for transfer in self.transfers:
+            here = self.rank in (transfer.home, transfer.keeper) and transfer.home != transfer.keeper
+            if here and transfer.slot in slots and self.travels:
+                sharding = self.sharding(transfer)
+                named = sharding.model_dtype if distribution.update_precision == "parameter" else sharding.state_dtype
+                found["updates", transfer.home == self.rank] += transfer.elements * ITEM_BYTES[named]
+                if transfer.gathered:
+                    found["gradients", transfer.keeper == self.rank] += transfer.elements * ITEM_BYTES[sharding.dtype]
         for block in (self.plan.blocks[slot] for slot in slots):
             if self.rank in block.keepers and len(block.keepers) > 1:
                 owned = block.owner == self.rank
@@ -250,12 +260,12 @@ class _Share:
 
     def _copied(self, distribution: Distribution) -> Iterator[int]:
         """Bytes of new weights for each class of replicas."""
-        classes: defaultdict[Any, list[Leg]] = defaultdict(list)
-        for leg in self.legs:
-            if len(leg.cell.ranks) > 1 and self.rank in leg.cell.ranks:
-                classes[leg.cell.ranks, self.storage(leg).dtype].append(leg)
-        for (ranks, dtype), legs in classes.items():
-            items = [(leg.home, leg.elements) for leg in legs]
+        replica_groups: defaultdict[Any, list[Transfer]] = defaultdict(list)
+        for transfer in self.transfers:
+            if len(transfer.cell.ranks) > 1 and self.rank in transfer.cell.ranks:
+                replica_groups[transfer.cell.ranks, self.sharding(transfer).dtype].append(transfer)
+        for (ranks, dtype), transfers in replica_groups.items():
+            items = [(transfer.home, transfer.elements) for transfer in transfers]
             widest = max(width(bucket, items) for bucket in buckets(ranks, items, BUCKET_ELEMENTS))
             yield ITEM_BYTES[dtype] * widest * (1 + len(ranks))
 

@@ -182,7 +182,7 @@ def make_plan(
         offsets = refresh_offsets(factored_blocks(matrices), hp)
     drafts = [_draft(m, number, hp, fixed or {}, offsets) for m in matrices for number in range(len(m.blocks))]
     storing = _storing(matrices, drafts)
-    counterparts = {matrix.name: matrix.storage.counterparts for matrix in matrices}
+    counterparts = {matrix.name: matrix.sharding.counterparts for matrix in matrices}
     stays = _resident(matrices, hp)
     resident = tuple(stays[rank] for rank in ranks)
     loads = _Loads(ranks, load or {}, resident, memory_bound)
@@ -284,10 +284,10 @@ class _Loads:
 def _resident(matrices: Sequence[Matrix], hp: ShampooHyperParams) -> Counter[int]:
     """Bytes of momenta of what each rank stores of sharded matrices."""
     found: Counter[int] = Counter()
-    for storage in (matrix.storage for matrix in matrices if matrix.storage.sharded):
-        size = element_bytes(hp, storage.dtype, factored=False)  # a flat slice has room for both kinds
-        for holder in storage.holders:
-            found[holder.rank] += holder.part.elements * size
+    for sharding in (matrix.sharding for matrix in matrices if matrix.sharding.sharded):
+        size = element_bytes(hp, sharding.dtype, factored=False)  # a flat slice has room for both kinds
+        for holder in sharding.holders:
+            found[holder.rank] += holder.shard.elements * size
     return found
 
 
@@ -299,9 +299,9 @@ def _draft(
     offsets: Mapping[BlockId, int],
 ) -> PlannedBlock:
     """A block that has no owner yet (-1), unless it is fixed."""
-    block, dtype = matrix.blocks[number], matrix.storage.dtype
+    block, dtype = matrix.blocks[number], matrix.sharding.dtype
     id_, (factors, diagonals) = (matrix.name, block.key), sizes(block.shape, matrix.axes, matrix.diagonal)
-    size = block_bytes(block.elements, factors, hp, dtype, diagonals, momenta=not matrix.storage.sharded)
+    size = block_bytes(block.elements, factors, hp, dtype, diagonals, momenta=not matrix.sharding.sharded)
     cost = block_cost(block.elements, factors, hp, diagonals)
     return PlannedBlock(
         matrix.name,
@@ -313,7 +313,7 @@ def _draft(
         size,
         cost,
         fixed.get(id_, -1),
-        model_dtype=matrix.storage.model_dtype,
+        model_dtype=matrix.sharding.model_dtype,
         offset=offsets[id_] if matrix.axes else 0,
         kept_cost=applied_cost(block.elements, factors, hp),
         diagonal=matrix.diagonal,

@@ -25,7 +25,7 @@ CACHED_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True, eq=False)
-class Leg:
+class Transfer:
     """The way of a cell between its home and the keeper of its block's roots: the owner or, in its cover, another.
 
     Attributes:
@@ -49,57 +49,69 @@ class Leg:
 
 
 @dataclass(frozen=True)
-class Routes:
+class Transfers:
     """All legs of a team, in one order on all its ranks."""
 
     plan: Plan
-    legs: tuple[Leg, ...]
+    transfers: tuple[Transfer, ...]
 
     @classmethod
-    def of(cls, plan: Plan, matrices: Sequence[Matrix], rank: int | None = None) -> "Routes":
+    def of(cls, plan: Plan, matrices: Sequence[Matrix], rank: int | None = None) -> "Transfers":
         """All legs, or those that a rank has to do with: what it stores, and all of the blocks whose roots it keeps."""
-        return cls(plan, tuple(itertools.chain.from_iterable(_legs(plan, matrices, rank))))
+        return cls(plan, tuple(itertools.chain.from_iterable(_transfers(plan, matrices, rank))))
 
     @property
     def travels(self) -> bool:
         """Whether any preconditioned block's owner is not the home of all its elements."""
-        return any(leg.home != leg.keeper and self.plan.blocks[leg.slot].axes for leg in self.legs)
+        return any(
+            transfer.home != transfer.keeper and self.plan.blocks[transfer.slot].axes for transfer in self.transfers
+        )
 
 
 def travels(plan: Plan, matrices: Sequence[Matrix]) -> bool:
     """Whether gradients may have to travel; known to all ranks without looking at every leg of a sharded matrix."""
-    if any(matrix.axes and matrix.storage.sharded and len(matrix.storage.classes) > 1 for matrix in matrices):
+    if any(matrix.axes and matrix.sharding.sharded and len(matrix.sharding.replica_groups) > 1 for matrix in matrices):
         return True
-    return Routes.of(plan, matrices).travels
+    return Transfers.of(plan, matrices).travels
 
 
-def _legs(plan: Plan, matrices: Sequence[Matrix], rank: int | None) -> Iterator[list[Leg]]:
+def _transfers(plan: Plan, matrices: Sequence[Matrix], rank: int | None) -> Iterator[list[Transfer]]:
     slot = 0
     for number, matrix in enumerate(matrices):
         planned = plan.blocks[slot : slot + len(matrix.blocks)]
         kept = {i for i, block in enumerate(planned) if rank in block.keepers}
-        covers = list(matrix.storage.covers)
-        position = {rank: i for ranks in matrix.storage.classes.values() for i, rank in enumerate(ranks)}
-        cover_of = {holder.rank: holder.cover for holder in matrix.storage.holders}
-        legs = []
+        shard_groups = list(matrix.sharding.shard_groups)
+        position = {rank: i for ranks in matrix.sharding.replica_groups.values() for i, rank in enumerate(ranks)}
+        cover_of = {holder.rank: holder.shard_group for holder in matrix.sharding.holders}
+        transfers = []
         for cell in matrix.cells(rank, kept):
             block = planned[cell.block]
-            keeper = block.owner if matrix.storage.sharded else block.keepers[covers.index(cell.cover)]
+            keeper = block.owner if matrix.sharding.sharded else block.keepers[shard_groups.index(cell.shard_group)]
             # The keeper, where it stores the cell; else replicas take turns as keepers do, so that they are balanced.
             home = cell.ranks[position.get(keeper, 0) % len(cell.ranks)]
-            legs.append(Leg(slot + cell.block, number, cell, home, keeper, cell.cover == cover_of[keeper]))
+            transfers.append(
+                Transfer(slot + cell.block, number, cell, home, keeper, cell.shard_group == cover_of[keeper])
+            )
         slot += len(matrix.blocks)
-        yield sorted(legs, key=lambda leg: leg.slot)
+        yield sorted(transfers, key=lambda transfer: transfer.slot)
 
 
-def settled(plan: Plan, matrices: Sequence[Matrix], legs: Iterable[Leg], rank: int) -> dict[int, Leg]:
+def local_blocks(
+    plan: Plan, matrices: Sequence[Matrix], transfers: Iterable[Transfer], rank: int
+) -> dict[int, Transfer]:
     """The blocks kept by a rank of which all elements are at home there, so that nothing of them travels, by slot."""
-    mine: defaultdict[int, list[Leg]] = defaultdict(list)
-    for leg in legs:
-        if leg.keeper == rank and plan.blocks[leg.slot].axes and not matrices[leg.matrix].storage.sharded:
-            mine[leg.slot].append(leg)
-    whole = {slot: legs_[0] for slot, legs_ in mine.items() if len(legs_) == 1 and legs_[0].home == rank}
-    return {slot: leg for slot, leg in whole.items() if leg.elements == plan.blocks[slot].elements}
+    mine: defaultdict[int, list[Transfer]] = defaultdict(list)
+    for transfer in transfers:
+        if (
+            transfer.keeper == rank
+            and plan.blocks[transfer.slot].axes
+            and not matrices[transfer.matrix].sharding.sharded
+        ):
+            mine[transfer.slot].append(transfer)
+    whole = {
+        slot: transfers_[0] for slot, transfers_ in mine.items() if len(transfers_) == 1 and transfers_[0].home == rank
+    }
+    return {slot: transfer for slot, transfer in whole.items() if transfer.elements == plan.blocks[slot].elements}
 
 
 def rounds(plan: Plan, most: float) -> list[list[int]]:
@@ -159,16 +171,16 @@ def traffic(
     """
     found: Counter[str] = Counter({"gradients": 0, "updates": 0, "weights": 0, "roots": 0})
     copies: defaultdict[tuple[tuple[int, ...], str], list[tuple[int, int]]] = defaultdict(list)
-    for leg in Routes.of(plan, matrices, rank).legs:
-        storage = matrices[leg.matrix].storage
-        if leg.home != leg.keeper and plan.blocks[leg.slot].axes:
-            named = storage.model_dtype if distribution.update_precision == "parameter" else storage.state_dtype
-            if leg.gathered and leg.keeper == rank:
-                found["gradients"] += leg.elements * ITEM_BYTES[storage.dtype]
-            if leg.home == rank:
-                found["updates"] += leg.elements * ITEM_BYTES[named]
-        if len(leg.cell.ranks) > 1 and rank in leg.cell.ranks:
-            copies[leg.cell.ranks, storage.dtype].append((leg.home, leg.elements))
+    for transfer in Transfers.of(plan, matrices, rank).transfers:
+        sharding = matrices[transfer.matrix].sharding
+        if transfer.home != transfer.keeper and plan.blocks[transfer.slot].axes:
+            named = sharding.model_dtype if distribution.update_precision == "parameter" else sharding.state_dtype
+            if transfer.gathered and transfer.keeper == rank:
+                found["gradients"] += transfer.elements * ITEM_BYTES[sharding.dtype]
+            if transfer.home == rank:
+                found["updates"] += transfer.elements * ITEM_BYTES[named]
+        if len(transfer.cell.ranks) > 1 and rank in transfer.cell.ranks:
+            copies[transfer.cell.ranks, sharding.dtype].append((transfer.home, transfer.elements))
     for (ranks, dtype), items in copies.items():
         padded = sum(width(bucket, items) for bucket in buckets(ranks, items, BUCKET_ELEMENTS))
         found["weights"] += padded * (len(ranks) - 1) * ITEM_BYTES[dtype]

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo3d.distributed.collectives import all_gather, communicating_device, first_complaint
+from shampoo3d.distributed.collectives import all_gather, communicating_device, first_error
 from shampoo3d.distributed.errors import awaiting
-from shampoo3d.distributed.topology import Mesh
-from shampoo3d.runtime.bindings import Place, state_dtype
+from shampoo3d.distributed.topology import ParallelGroups
+from shampoo3d.runtime.bindings import GroupTensor, state_dtype
 from shampoo3d.runtime.team import Team
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
@@ -32,12 +32,12 @@ class Verdict(enum.Enum):
 
 
 def agree(
-    mesh: Mesh,
+    parallel: ParallelGroups,
     teams: Sequence[Team],
-    present: Collection[Place],
+    present: Collection[GroupTensor],
     hp: ShampooHyperParams,
     groups: Sequence[Mapping[str, Any]],
-    complaint: str,
+    error: str,
     unbound: bool,
 ) -> Verdict:
     """What all ranks do next: this step, not this step, or bind parameters first.
@@ -48,24 +48,26 @@ def agree(
     Args:
         present: the places that this call of ``step()`` is about.
         groups: the parameter groups, whose settings must be the same in a team.
-        complaint: what this rank was given that it cannot use.
+        error: what this rank was given that it cannot use.
         unbound: whether this rank has parameters that are not bound yet.
 
     Raises:
-        StepRefusedError: on every rank, if one has a complaint, or if ranks of a team differ in their settings, in
+        StepRefusedError: on every rank, if one has an error, or if ranks of a team differ in their settings, in
             which parameters have gradients or, where they store the same, in the size of these; with
             ``nonfinite_gradient="raise"``, if a gradient is not finite. With "ignore" no gradient is looked at.
     """
     finite, differences = True, ""
     for team in teams:
-        places = [place for place in team.places if place in present]
-        norms = {} if hp.nonfinite_gradient == "ignore" else gradient_norms(places)
-        names = {place: names for place, names in team.names.items() if place in present}
-        most = {place: largest_norm(state_dtype(place.tensor.dtype), hp) for place in norms}
-        if bad := [place for place, norm in norms.items() if not norm <= most[place]]:  # NaN is not
+        group_tensors = [group_tensor for group_tensor in team.group_tensors if group_tensor in present]
+        norms = {} if hp.nonfinite_gradient == "ignore" else gradient_norms(group_tensors)
+        names = {group_tensor: names for group_tensor, names in team.names.items() if group_tensor in present}
+        most = {group_tensor: largest_norm(state_dtype(group_tensor.tensor.dtype), hp) for group_tensor in norms}
+        if bad := [
+            group_tensor for group_tensor, norm in norms.items() if not norm <= most[group_tensor]
+        ]:  # NaN is not
             finite = False
-            if hp.nonfinite_gradient == "raise" and not complaint:
-                complaint = (
+            if hp.nonfinite_gradient == "raise" and not error:
+                error = (
                     f"the gradient of {names[bad[0]][0]!r} has a norm of {norms[bad[0]]:.3g}: it must be finite and at "
                     f"most {most[bad[0]]:.3g}, so that no sum of its squares can overflow"
                 )
@@ -73,19 +75,19 @@ def agree(
         largest = 0.0 if team.tied else max(norms.values(), default=0.0)
         if bad:  # on this replica only, perhaps: no number to compare, and what is done is decided among everyone
             largest = math.nan
-        if team.group.size > 1 and places:
+        if team.group.size > 1 and group_tensors:
             differences = _compare(team, names, groups, largest) or differences
-    verdict = [not finite, bool(complaint or differences), unbound]
-    if mesh.everyone.size > 1:
+    verdict = [not finite, bool(error or differences), unbound]
+    if parallel.world.size > 1:
         here = teams[0].device if teams else torch.device("cpu")  # a rank may have no parameters
-        votes = torch.tensor(verdict, dtype=torch.int32, device=communicating_device(mesh.everyone, here))
-        with awaiting("the agreement", mesh.everyone.ranks):
-            dist.all_reduce(votes, dist.ReduceOp.MAX, group=mesh.everyone.handle)
+        votes = torch.tensor(verdict, dtype=torch.int32, device=communicating_device(parallel.world, here))
+        with awaiting("the agreement", parallel.world.ranks):
+            dist.all_reduce(votes, dist.ReduceOp.MAX, group=parallel.world.handle)
         verdict = votes.bool().tolist()
     nonfinite, refused, unbound = verdict
     if refused:
         # What one rank cannot use is often why it differs from others.
-        why = first_complaint(mesh, complaint) or first_complaint(mesh, differences)
+        why = first_error(parallel, error) or first_error(parallel, differences)
         raise StepRefusedError(f"{why}; no parameter and no state was changed")
     if unbound:
         return Verdict.BIND
@@ -105,26 +107,30 @@ def largest_norm(dtype: torch.dtype, hp: ShampooHyperParams) -> float:
     return math.sqrt(kind.max * kind.eps / 4 / 512)
 
 
-def gradient_norms(places: Sequence[Place]) -> dict[Place, float]:
+def gradient_norms(group_tensors: Sequence[GroupTensor]) -> dict[GroupTensor, float]:
     """The norm of each gradient, not finite if its squares are not; one synchronisation per device."""
-    gradients = {place: place.gradient for place in places if place.has_dense_gradient}
-    kinds: defaultdict[tuple[torch.device, torch.dtype], dict[Place, Tensor]] = defaultdict(dict)
-    for place, gradient in gradients.items():
+    gradients = {
+        group_tensor: group_tensor.gradient for group_tensor in group_tensors if group_tensor.has_dense_gradient
+    }
+    kinds: defaultdict[tuple[torch.device, torch.dtype], dict[GroupTensor, Tensor]] = defaultdict(dict)
+    for group_tensor, gradient in gradients.items():
         if gradient is not None and gradient.numel():
-            kinds[gradient.device, state_dtype(gradient.dtype)][place] = gradient
-    norms: dict[Place, float] = {}
+            kinds[gradient.device, state_dtype(gradient.dtype)][group_tensor] = gradient
+    norms: dict[GroupTensor, float] = {}
     for (_, dtype), found in kinds.items():
         squared = torch._foreach_norm(list(found.values()), 2, dtype=dtype)
         norms |= zip(found, torch.stack(squared).double().tolist(), strict=True)
     return norms
 
 
-def _compare(team: Team, names: Mapping[Place, list[str]], groups: Sequence[Mapping[str, Any]], largest: float) -> str:
+def _compare(
+    team: Team, names: Mapping[GroupTensor, list[str]], groups: Sequence[Mapping[str, Any]], largest: float
+) -> str:
     """How ranks differ in which of these places have gradients, the largest norm, or settings; empty if not."""
-    given = [name for place, held in names.items() if place.tensor.grad is not None for name in held]
-    absent = [name for place, held in names.items() if place.tensor.grad is None for name in held]
+    given = [name for group_tensor, held in names.items() if group_tensor.tensor.grad is not None for name in held]
+    absent = [name for group_tensor, held in names.items() if group_tensor.tensor.grad is None for name in held]
     options = ("lr", "momentum", "weight_decay", "maximize")
-    settings = sorted({str({name: groups[place.group][name] for name in options}) for place in names})
+    settings = sorted({str({name: groups[group_tensor.group][name] for name in options}) for group_tensor in names})
     numbers = [len(given), _fingerprint(given), largest, _fingerprint(settings)]
     ranks, device = team.group.ranks, communicating_device(team.group, team.device)
     mine = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -145,7 +151,7 @@ def _compare(team: Team, names: Mapping[Place, list[str]], groups: Sequence[Mapp
                 f"{len(given) + len(absent)} parameters, not the same ones; ranks of one group must have gradients for "
                 f"the same parameters (on rank {team.rank} these have none: {absent[:5]})"
             )
-        if other in team.twins and abs(norm - largest) > 1e-3 * abs(largest):
+        if other in team.exact_replicas and abs(norm - largest) > 1e-3 * abs(largest):
             return (
                 f"the largest norm of a gradient is {largest:.6g} on rank {team.rank} and {norm:.6g} on rank {other}; "
                 "replicas must have the same, averaged gradients (DeepSpeed and DistributedDataParallel "

@@ -14,7 +14,7 @@ from shampoo3d.planning.layout import Matrix, Piece
 
 
 @dataclass(eq=False)
-class Place:
+class GroupTensor:
     """A tensor of a parameter group: a parameter, this rank's shard of one, or a flat slice of many.
 
     ``precondition`` is what its group wanted when it was bound.
@@ -58,7 +58,7 @@ class Binding:
 
     number: int
     matrix: Matrix
-    place: Place
+    group_tensor: GroupTensor
     offset: int
     elements: int
 
@@ -68,18 +68,20 @@ class Binding:
         return flat.as_strided(piece.box.shape, piece.strides, start)
 
 
-Steps = Mapping[Place, int]
+StepCounts = Mapping[GroupTensor, int]
 """The places that take part in a step, each with its t."""
 
 
 K = TypeVar("K")
 
 
-def alike(places: Sequence[Place], steps: Steps, kind: Callable[[int], K]) -> tuple[tuple[int, K] | None, ...]:
+def alike(
+    group_tensors: Sequence[GroupTensor], steps: StepCounts, kind: Callable[[int], K]
+) -> tuple[tuple[int, K] | None, ...]:
     """What tells places apart at a step: which of them have the same t, and what it is to them; None for no step."""
-    times = sorted({steps[place] for place in places if place in steps})
+    times = sorted({steps[group_tensor] for group_tensor in group_tensors if group_tensor in steps})
     kinds = {t: (number, kind(t)) for number, t in enumerate(times)}
-    return tuple(kinds[steps[place]] if place in steps else None for place in places)
+    return tuple(kinds[steps[group_tensor]] if group_tensor in steps else None for group_tensor in group_tensors)
 
 
 def rows_of(rows: Sequence[int], n: int, device: torch.device) -> Rows:

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shampoo3d.numerics.momenta import Momenta, Rows, Step
+from shampoo3d.numerics.momenta import Momenta, Rows, StepSettings
 from shampoo3d.numerics.preconditioner import squared_norms
 from shampoo3d.numerics.schedule import phase
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.layout import Cell, Piece
-from shampoo3d.runtime.bindings import Binding, Place, Steps, alike, index, rows_of, state_dtype
+from shampoo3d.runtime.bindings import Binding, GroupTensor, StepCounts, alike, index, rows_of, state_dtype
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 
-class FlatSlab:
+class FlatBucket:
     """All elements of a place whose elements are stored once: they are updated where they are, in one piece.
 
     S holds the directions during a step, in the layout of the place. The matrices in it may belong to several teams
@@ -27,24 +27,24 @@ class FlatSlab:
         unfactored: the matrices in it that have no factors.
     """
 
-    def __init__(self, place: Place, hp: ShampooHyperParams) -> None:
-        self.place, self.hp = place, hp
-        flat = place.flat
+    def __init__(self, group_tensor: GroupTensor, hp: ShampooHyperParams) -> None:
+        self.group_tensor, self.hp = group_tensor, hp
+        flat = group_tensor.flat
         self.dtype = state_dtype(flat.dtype)
         self.momenta = Momenta(flat.shape, hp, self.dtype, flat.device, factored=False)
         self.unfactored: list[Binding] = []
 
-    def steps(self, steps: Steps) -> bool:
+    def steps(self, steps: StepCounts) -> bool:
         """Whether any of its elements step."""
-        return self.place in steps
+        return self.group_tensor in steps
 
-    def begin(self, steps: Steps) -> bool:
+    def begin(self, steps: StepCounts) -> bool:
         """Take the gradient, if the place is among those that step; S is the gradient until directions arrive."""
-        gradient = self.place.gradient
+        gradient = self.group_tensor.gradient
         if gradient is None or not self.steps(steps):
             return False
-        G, t = gradient.to(self.dtype), steps[self.place]
-        self.started, self.age = phase(t, self.hp).started, self.hp.age(t)
+        G, t = gradient.to(self.dtype), steps[self.group_tensor]
+        self.started, self.age = phase(t, self.hp).started, self.hp.weight_updates(t)
         if not self.age:
             self.D, self.S = G, G.clone()
             return True
@@ -72,18 +72,18 @@ class FlatSlab:
             torch._foreach_mul_(_parts(self.S, held), list(factors.unbind()))
 
     def _held(self, bindings: Sequence[Binding]) -> list[Binding]:
-        return [binding for binding in bindings if binding.place is self.place and binding.elements]
+        return [binding for binding in bindings if binding.group_tensor is self.group_tensor and binding.elements]
 
     def update(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """The step itself, with the settings of the place's group."""
-        settings = groups[self.place.group]
+        settings = groups[self.group_tensor.group]
         if self.age:
             D = None if self.started else self.D.clone()  # it may be the user's gradient
             _turn(settings, self.S, D)
-            W = self.place.flat
+            W = self.group_tensor.flat
             u = self.momenta.update(W, self.S, D, _step(settings, self.started))
             W.sub_(u, alpha=settings["lr"])
-            self.place.store(W)
+            self.group_tensor.store(W)
         del self.D, self.S
 
 
@@ -109,7 +109,7 @@ class Patch:
         offset, shape, strides: the view in the place's flat storage; leading axes count members.
     """
 
-    place: Place
+    group_tensor: GroupTensor
     first: int
     count: int
     offset: int
@@ -129,21 +129,30 @@ def patches(members: Sequence[Member]) -> list[Patch]:
     """All members in as few patches as the axes of a grid of blocks make."""
     found = [
         Patch(
-            m.binding.place, i, 1, m.binding.offset + m.cell.piece.offset, m.cell.piece.box.shape, m.cell.piece.strides
+            m.binding.group_tensor,
+            i,
+            1,
+            m.binding.offset + m.cell.piece.offset,
+            m.cell.piece.box.shape,
+            m.cell.piece.strides,
         )
         for i, m in enumerate(members)
     ]
     for _ in range(max(2, len(members[0].cell.piece.box.shape))):
-        found = _joined(found)
+        found = _merge_patches(found)
     return found
 
 
-def _joined(single: Sequence[Patch]) -> list[Patch]:
+def _merge_patches(single: Sequence[Patch]) -> list[Patch]:
     """Consecutive patches that are alike and at equal distances made one, with a leading axis."""
     rows: list[list[Patch]] = []
     for patch in single:
         row = rows[-1] if rows else []
-        alike = row and (row[0].place, row[0].shape, row[0].strides) == (patch.place, patch.shape, patch.strides)
+        alike = row and (row[0].group_tensor, row[0].shape, row[0].strides) == (
+            patch.group_tensor,
+            patch.shape,
+            patch.strides,
+        )
         step = patch.offset - row[-1].offset if alike else 0
         if step > 0 and (len(row) == 1 or step == row[1].offset - row[0].offset):
             row.append(patch)
@@ -179,7 +188,7 @@ class Run:
     D: Tensor | None = field(init=False)
 
 
-class StackSlab:
+class StackedBucket:
     """Equal cells of which other ranks store replicas, and whose elements are updated here.
 
     During a step S is one tensor (n, *shape): the gradients, and then the directions in their place.
@@ -188,20 +197,20 @@ class StackSlab:
     def __init__(self, members: Sequence[Member], hp: ShampooHyperParams) -> None:
         self.members, self.hp = list(members), hp
         self.rows = {member.cell: row for row, member in enumerate(members)}
-        flat = members[0].binding.place.flat
+        flat = members[0].binding.group_tensor.flat
         self.shape = members[0].cell.piece.box.shape
         self.device, self.dtype = flat.device, state_dtype(flat.dtype)
         self.factored = members[0].binding.matrix.factored
         shape = len(members), *self.shape
         self.momenta = Momenta(shape, hp, self.dtype, self.device, factored=self.factored)
-        self._places = list(dict.fromkeys(member.binding.place for member in members))
-        self._cached: dict[Any, list[tuple[Run, Place]]] = {}
+        self._group_tensors = list(dict.fromkeys(member.binding.group_tensor for member in members))
+        self._cached: dict[Any, list[tuple[Run, GroupTensor]]] = {}
 
-    def steps(self, steps: Steps) -> bool:
+    def steps(self, steps: StepCounts) -> bool:
         """Whether any of its elements step."""
-        return any(place in steps for place in self._places)
+        return any(group_tensor in steps for group_tensor in self._group_tensors)
 
-    def begin(self, steps: Steps) -> bool:
+    def begin(self, steps: StepCounts) -> bool:
         """Take the gradients of the members that step, if any do."""
         self.runs = self._runs(steps)
         if not self.runs:
@@ -233,22 +242,22 @@ class StackSlab:
             return self.S[run.rows]
         return self.S.new_empty(run.count, *self.shape)
 
-    def _runs(self, steps: Steps) -> list[Run]:
+    def _runs(self, steps: StepCounts) -> list[Run]:
         """The members that step, by group and schedule; what is the same as at another step is found once."""
-        key = alike(self._places, steps, lambda t: phase(t, self.hp).started)
+        key = alike(self._group_tensors, steps, lambda t: phase(t, self.hp).started)
         if key not in self._cached:
-            now = dict(zip(self._places, key, strict=True))
+            now = dict(zip(self._group_tensors, key, strict=True))
             kinds: defaultdict[Any, list[int]] = defaultdict(list)
             for row, member in enumerate(self.members):
-                place = member.binding.place
-                if now[place] is not None:
-                    kinds[place.group, now[place]].append(row)
+                group_tensor = member.binding.group_tensor
+                if now[group_tensor] is not None:
+                    kinds[group_tensor.group, now[group_tensor]].append(row)
             self._cached[key] = [
-                (self._run(rows, group, started), self.members[rows[0]].binding.place)
+                (self._run(rows, group, started), self.members[rows[0]].binding.group_tensor)
                 for (group, (_, started)), rows in kinds.items()
             ]
-        for run, place in self._cached[key]:
-            run.age = self.hp.age(steps[place])
+        for run, group_tensor in self._cached[key]:
+            run.age = self.hp.weight_updates(steps[group_tensor])
         return [run for run, _ in self._cached[key]]
 
     def _run(self, rows: list[int], group: int, started: bool) -> Run:
@@ -281,33 +290,35 @@ class StackSlab:
                 torch._foreach_copy_([patch.among(W) for patch in run.patches], views)
             u = self.momenta.update(W, S, run.D, _step(settings, run.started), run.rows)
             torch._foreach_add_(views, [patch.among(u) for patch in run.patches], alpha=-settings["lr"])
-            for place, flat in flats.items():
-                place.store(flat)
+            for group_tensor, flat in flats.items():
+                group_tensor.store(flat)
             del S, W, u, run.D
         del self.S, self.runs
 
 
-def _views(patches: Sequence[Patch], *, gradient: bool) -> tuple[list[Tensor], dict[Place, Tensor]]:
+def _views(patches: Sequence[Patch], *, gradient: bool) -> tuple[list[Tensor], dict[GroupTensor, Tensor]]:
     """The patches' gradients or weights, in what their places hold."""
-    flats: dict[Place, Tensor] = {}
-    for place in dict.fromkeys(patch.place for patch in patches):
-        flat = place.gradient if gradient else place.flat
+    flats: dict[GroupTensor, Tensor] = {}
+    for group_tensor in dict.fromkeys(patch.group_tensor for patch in patches):
+        flat = group_tensor.gradient if gradient else group_tensor.flat
         assert flat is not None
-        flats[place] = flat
-    return [patch.of(flats[patch.place]) for patch in patches], flats
+        flats[group_tensor] = flat
+    return [patch.of(flats[patch.group_tensor]) for patch in patches], flats
 
 
 def write(pieces: Sequence[tuple[Binding, Piece]], values: Sequence[Tensor]) -> None:
     """Put new weights in their places."""
-    flats = {place: place.flat for place in dict.fromkeys(binding.place for binding, _ in pieces)}
-    views = [binding.view(flats[binding.place], piece) for binding, piece in pieces]
+    flats = {
+        group_tensor: group_tensor.flat for group_tensor in dict.fromkeys(binding.group_tensor for binding, _ in pieces)
+    }
+    views = [binding.view(flats[binding.group_tensor], piece) for binding, piece in pieces]
     torch._foreach_copy_(views, [value.view(view.shape) for view, value in zip(views, values, strict=True)])
-    for place, flat in flats.items():
-        place.store(flat)
+    for group_tensor, flat in flats.items():
+        group_tensor.store(flat)
 
 
-def _step(settings: Mapping[str, Any], started: bool) -> Step:
-    return Step(settings["momentum"], settings["weight_decay"], started)
+def _step(settings: Mapping[str, Any], started: bool) -> StepSettings:
+    return StepSettings(settings["momentum"], settings["weight_decay"], started)
 
 
 def _turn(settings: Mapping[str, Any], *directions: Tensor | None) -> None:

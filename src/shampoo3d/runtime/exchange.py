@@ -9,125 +9,145 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shampoo3d.distributed.collectives import Link, Swap
-from shampoo3d.distributed.topology import Mesh
+from shampoo3d.distributed.collectives import Communicator, PendingAllToAll
+from shampoo3d.distributed.topology import ParallelGroups
 from shampoo3d.numerics.schedule import Phase, phase
-from shampoo3d.planning.layout import Storage
-from shampoo3d.planning.routes import BUCKET_ELEMENTS, Leg
-from shampoo3d.runtime.bindings import Binding, Place, Steps
+from shampoo3d.planning.layout import Sharding
+from shampoo3d.planning.routes import BUCKET_ELEMENTS, Transfer
+from shampoo3d.runtime.bindings import Binding, GroupTensor, StepCounts
 from shampoo3d.runtime.buckets import write
-from shampoo3d.runtime.team import Due, Team, Unit
+from shampoo3d.runtime.team import Due, Team, WorkItem
 
 
 @dataclass(frozen=True)
 class Trip:
     """Cells on their way: those that stay on this rank with their values, and a swap for the others."""
 
-    here: dict[Leg, Tensor]
-    into: Sequence[Leg]
-    swap: Swap | None
+    here: dict[Transfer, Tensor]
+    into: Sequence[Transfer]
+    all_to_all: PendingAllToAll | None
 
-    def arrived(self) -> dict[Leg, Tensor]:
+    def arrived(self) -> dict[Transfer, Tensor]:
         """All that is here now; those that travelled are flat."""
-        return self.here if self.swap is None else self.here | dict(zip(self.into, self.swap.wait(), strict=True))
+        return (
+            self.here
+            if self.all_to_all is None
+            else self.here | dict(zip(self.into, self.all_to_all.wait(), strict=True))
+        )
 
 
 class Exchange:
     """Carries out a team's plan, step after step."""
 
-    def __init__(self, team: Team, mesh: Mesh, update_precision: Literal["state", "parameter"]) -> None:
-        self.team, self.rank = team, mesh.rank
-        self.link = Link(mesh.rank, team.group, team.device)
+    def __init__(self, team: Team, parallel: ParallelGroups, update_precision: Literal["state", "parameter"]) -> None:
+        self.team, self.rank = team, parallel.rank
+        self.communicator = Communicator(parallel.rank, team.group, team.device)
         self._update_precision = update_precision
-        by_slot: defaultdict[int, list[Leg]] = defaultdict(list)
-        copied: defaultdict[tuple[tuple[int, ...], str], list[Leg]] = defaultdict(list)
-        for leg in team.legs:
-            by_slot[leg.slot].append(leg)
-            if len(leg.cell.ranks) > 1 and mesh.rank in leg.cell.ranks:
-                copied[leg.cell.ranks, team.bindings[leg.matrix].matrix.storage.dtype].append(leg)
-        self._legs = [
-            [leg for slot in slots if slot not in team.settled for leg in by_slot[slot]] for slots in team.rounds
+        by_slot: defaultdict[int, list[Transfer]] = defaultdict(list)
+        copied: defaultdict[tuple[tuple[int, ...], str], list[Transfer]] = defaultdict(list)
+        for transfer in team.transfers:
+            by_slot[transfer.slot].append(transfer)
+            if len(transfer.cell.ranks) > 1 and parallel.rank in transfer.cell.ranks:
+                copied[transfer.cell.ranks, team.bindings[transfer.matrix].matrix.sharding.dtype].append(transfer)
+        self._transfers = [
+            [transfer for slot in slots if slot not in team.local_blocks for transfer in by_slot[slot]]
+            for slots in team.rounds
         ]
         # The classes of replicas, each a group; in one order, so that no two wait for each other.
         self._copies = [
-            (Link(mesh.rank, mesh.group(ranks), self.link.device), getattr(torch, dtype), copied[ranks, dtype])
+            (
+                Communicator(parallel.rank, parallel.group(ranks), self.communicator.device),
+                getattr(torch, dtype),
+                copied[ranks, dtype],
+            )
             for ranks, dtype in sorted(copied)
         ]
 
     @property
     def received(self) -> Counter[str]:
         """Bytes that came from other ranks so far, by what they were."""
-        return sum((link.received for link, *_ in self._copies), self.link.received.copy())
+        return sum((communicator.received for communicator, *_ in self._copies), self.communicator.received.copy())
 
-    def collect(self, steps: Steps) -> Iterator[tuple[list[Unit], list[Due]]]:
+    def collect(self, steps: StepCounts) -> Iterator[tuple[list[WorkItem], list[Due]]]:
         """The blocks that are worked on together, in units, with their gradients made whole in ``blocks``; which roots.
 
         What the caller leaves in ``blocks`` is sent home as the block's direction. The gradients of the next round
         travel while those of the current one are worked on, and so do the directions of the one before.
         """
         coming, going = self._gather(0, steps), Trip({}, (), None)
-        for number, (units, due) in enumerate(zip(self.team.units(steps), self.team.due(steps), strict=True)):
-            _fill(units, coming.arrived())
+        for number, (items, due) in enumerate(zip(self.team.items(steps), self.team.due(steps), strict=True)):
+            _fill(items, coming.arrived())
             coming = self._gather(number + 1, steps)
             self._share_roots("before", number, steps)
-            yield [unit for unit in units if not unit.guests], due
+            yield [item for item in items if not item.guests], due
             self._share_roots("between", number, steps)
-            yield [unit for unit in units if unit.guests], []
+            yield [item for item in items if item.guests], []
             self._share_roots("after", number, steps)
             self._take_home(going)
-            going = self._send_home(number, units, steps)
+            going = self._send_home(number, items, steps)
         self._take_home(going)
 
     def sum_norms(self, norms: Tensor) -> Tensor:
         """Over the team, of what each rank found at the homes of its elements."""
-        return self.link.sum("norms", norms)
+        return self.communicator.sum("norms", norms)
 
-    def copy(self, steps: Steps) -> None:
+    def copy(self, steps: StepCounts) -> None:
         """Bring new weights from their homes to the replicas."""
-        for link, dtype, legs in self._copies:
-            self._copy(link, [leg for leg in legs if self.team.bindings[leg.matrix].place in steps], dtype)
+        for communicator, dtype, transfers in self._copies:
+            self._copy(
+                communicator,
+                [transfer for transfer in transfers if self.team.bindings[transfer.matrix].group_tensor in steps],
+                dtype,
+            )
 
-    def _copy(self, link: Link, legs: Sequence[Leg], dtype: torch.dtype) -> None:
-        views = _Views(self.team.bindings, lambda place: place.flat)
-        items = [(leg.home, leg.elements) for leg in legs]
-        for arrived in link.share("weights", items, lambda number: views.of(legs[number]), dtype, BUCKET_ELEMENTS):
-            others = {legs[number]: flat for number, flat in arrived.items() if legs[number].home != self.rank}
+    def _copy(self, communicator: Communicator, transfers: Sequence[Transfer], dtype: torch.dtype) -> None:
+        views = _Views(self.team.bindings, lambda group_tensor: group_tensor.flat)
+        items = [(transfer.home, transfer.elements) for transfer in transfers]
+        for arrived in communicator.all_gather(
+            "weights", items, lambda number: views.of(transfers[number]), dtype, BUCKET_ELEMENTS
+        ):
+            others = {
+                transfers[number]: flat for number, flat in arrived.items() if transfers[number].home != self.rank
+            }
             if others:
-                write([(self.team.bindings[leg.matrix], leg.cell.piece) for leg in others], list(others.values()))
+                write(
+                    [(self.team.bindings[transfer.matrix], transfer.cell.piece) for transfer in others],
+                    list(others.values()),
+                )
 
     # ---- between homes and owners ------------------------------------------------------------------------------------
 
-    def _gather(self, number: int, steps: Steps) -> Trip:
+    def _gather(self, number: int, steps: StepCounts) -> Trip:
         """Start to bring the gradients of a round, if there is such a round, to their owners."""
-        if number >= len(self._legs):
+        if number >= len(self._transfers):
             return Trip({}, (), None)
 
         views = _Views(self.team.bindings, _gradient)
         averaged = self.team.hp.averaged
-        due_legs, anyone = self._due(number, steps, lambda now: now.accumulate or now.started or averaged)
-        legs = [leg for leg in due_legs if leg.gathered]
-        pieces = {leg: views.of(leg) for leg in legs if leg.home == self.rank}
+        due_transfers, anyone = self._due(number, steps, lambda now: now.accumulate or now.started or averaged)
+        transfers = [transfer for transfer in due_transfers if transfer.gathered]
+        pieces = {transfer: views.of(transfer) for transfer in transfers if transfer.home == self.rank}
         dtype = getattr(torch, self._storage(number).dtype)
-        ends = [(leg, leg.home, leg.keeper) for leg in legs]
+        ends = [(transfer, transfer.home, transfer.keeper) for transfer in transfers]
         return self._trip("gradients", number, dtype, pieces, ends, anyone)
 
-    def _send_home(self, number: int, units: Sequence[Unit], steps: Steps) -> Trip:
+    def _send_home(self, number: int, items: Sequence[WorkItem], steps: StepCounts) -> Trip:
         """Start to bring the directions of a round from the owners to the homes of their elements."""
 
         blocks = {
             member.slot: (member, block)
-            for unit in units
-            if unit.batch.slab is None
-            for member, block in zip(unit.members, unit.blocks.unbind(), strict=True)
+            for item in items
+            if item.batch.bucket is None
+            for member, block in zip(item.members, item.blocks.unbind(), strict=True)
         }
-        (legs, anyone), pieces = self._due(number, steps, lambda now: now.started), {}
-        for leg in legs:
-            if leg.keeper == self.rank:
-                member, block = blocks[leg.slot]
-                pieces[leg] = block[leg.cell.piece.box.within(member.block)]
-        storage = self._storage(number)
-        dtype = getattr(torch, storage.model_dtype if self._update_precision == "parameter" else storage.state_dtype)
-        ends = [(leg, leg.keeper, leg.home) for leg in legs]
+        (transfers, anyone), pieces = self._due(number, steps, lambda now: now.started), {}
+        for transfer in transfers:
+            if transfer.keeper == self.rank:
+                member, block = blocks[transfer.slot]
+                pieces[transfer] = block[transfer.cell.piece.box.within(member.block)]
+        sharding = self._storage(number)
+        dtype = getattr(torch, sharding.model_dtype if self._update_precision == "parameter" else sharding.state_dtype)
+        ends = [(transfer, transfer.keeper, transfer.home) for transfer in transfers]
         return self._trip("updates", number, dtype, pieces, ends, anyone)
 
     @cached_property
@@ -141,14 +161,14 @@ class Exchange:
             return "before"
         return "between" if self.team.hp.variant.direction == "root" else "after"
 
-    def _share_roots(self, moment: Literal["before", "between", "after"], number: int, steps: Steps) -> None:
+    def _share_roots(self, moment: Literal["before", "between", "after"], number: int, steps: StepCounts) -> None:
         """Bring new roots from the owners to the other keepers, if this is the moment."""
         if moment != self._sharing:
             return
         planned, late = self.team.plan.blocks, int(self.team.hp.computation.asynchronous)
 
         def renewed(slot: int) -> bool:
-            t = steps.get(self.team.slots[slot][0].place, 0) - late
+            t = steps.get(self.team.slots[slot][0].group_tensor, 0) - late
             return t > 0 and phase(t, self.team.hp, planned[slot].offset).refresh
 
         due = [slot for slot in self.team.rounds[number] if len(planned[slot].keepers) > 1 and renewed(slot)]
@@ -166,14 +186,14 @@ class Exchange:
                     into.append((planned[slot].owner, P.numel()))
                     roots.append(P)
         dtype = getattr(torch, self._storage(number).state_dtype)
-        arrived = self.link.swap("roots", number, dtype, out, into).wait()
+        arrived = self.communicator.all_to_all("roots", number, dtype, out, into).wait()
         for P, flat in zip(roots, arrived, strict=True):
             P.copy_(flat.view(P.shape))
 
     def _take_home(self, trip: Trip) -> None:
         arrived = trip.arrived()
         if arrived:
-            into = [self.team.direction(leg) for leg in arrived]
+            into = [self.team.direction(transfer) for transfer in arrived]
             values = [piece.view(to.shape) for piece, to in zip(arrived.values(), into, strict=True)]
             torch._foreach_copy_(into, values)
 
@@ -182,65 +202,75 @@ class Exchange:
         what: str,
         number: int,
         dtype: torch.dtype,
-        pieces: dict[Leg, Tensor],
-        ends: Sequence[tuple[Leg, int, int]],
+        pieces: dict[Transfer, Tensor],
+        ends: Sequence[tuple[Transfer, int, int]],
         anyone: bool,
     ) -> Trip:
-        """``ends``: legs with the ranks from and to which they go; ``pieces``: what starts here."""
-        here = {leg: pieces[leg] for leg, start, stop in ends if start == stop == self.rank}
+        """``ends``: transfers with the ranks from and to which they go; ``pieces``: what starts here."""
+        here = {transfer: pieces[transfer] for transfer, start, stop in ends if start == stop == self.rank}
         if not (anyone and self.team.travels):
             return Trip(here, (), None)
-        out = [(stop, pieces[leg]) for leg, start, stop in ends if start == self.rank != stop]
-        into = [(leg, start) for leg, start, stop in ends if stop == self.rank != start]
-        swap = self.link.swap(what, number, dtype, out, [(start, leg.elements) for leg, start in into])
-        return Trip(here, [leg for leg, _ in into], swap)
+        out = [(stop, pieces[transfer]) for transfer, start, stop in ends if start == self.rank != stop]
+        into = [(transfer, start) for transfer, start, stop in ends if stop == self.rank != start]
+        all_to_all = self.communicator.all_to_all(
+            what, number, dtype, out, [(start, transfer.elements) for transfer, start in into]
+        )
+        return Trip(here, [transfer for transfer, _ in into], all_to_all)
 
-    def _due(self, number: int, steps: Steps, due: Callable[[Phase], bool]) -> tuple[list[Leg], bool]:
+    def _due(self, number: int, steps: StepCounts, due: Callable[[Phase], bool]) -> tuple[list[Transfer], bool]:
         """The legs of a round that are due in this step, and whether any rank may have one: the same on all ranks."""
-        places = {place for place, t in steps.items() if due(phase(t, self.team.hp))}
-        legs = [leg for leg in self._legs[number] if self.team.bindings[leg.matrix].place in places]
-        return legs, any(self.team.slots[slot][0].place in places for slot in self.team.rounds[number])
+        group_tensors = {group_tensor for group_tensor, t in steps.items() if due(phase(t, self.team.hp))}
+        transfers = [
+            transfer
+            for transfer in self._transfers[number]
+            if self.team.bindings[transfer.matrix].group_tensor in group_tensors
+        ]
+        return transfers, any(
+            self.team.slots[slot][0].group_tensor in group_tensors for slot in self.team.rounds[number]
+        )
 
-    def _storage(self, number: int) -> Storage:
+    def _storage(self, number: int) -> Sharding:
         """Of a round, whose matrices are all stored in one dtype."""
-        return self.team.slots[self.team.rounds[number][0]][0].matrix.storage
+        return self.team.slots[self.team.rounds[number][0]][0].matrix.sharding
 
 
 class _Views:
     """Pieces of what places hold; each place is flattened once."""
 
-    def __init__(self, bindings: Sequence[Binding], flatten: Callable[[Place], Tensor]) -> None:
+    def __init__(self, bindings: Sequence[Binding], flatten: Callable[[GroupTensor], Tensor]) -> None:
         self.bindings, self.flatten = bindings, flatten
-        self.flats: dict[Place, Tensor] = {}
+        self.flats: dict[GroupTensor, Tensor] = {}
 
-    def of(self, leg: Leg) -> Tensor:
-        binding = self.bindings[leg.matrix]
-        if binding.place not in self.flats:
-            self.flats[binding.place] = self.flatten(binding.place)
-        return binding.view(self.flats[binding.place], leg.cell.piece)
+    def of(self, transfer: Transfer) -> Tensor:
+        binding = self.bindings[transfer.matrix]
+        if binding.group_tensor not in self.flats:
+            self.flats[binding.group_tensor] = self.flatten(binding.group_tensor)
+        return binding.view(self.flats[binding.group_tensor], transfer.cell.piece)
 
 
-def _gradient(place: Place) -> Tensor:
-    gradient = place.gradient
+def _gradient(group_tensor: GroupTensor) -> Tensor:
+    gradient = group_tensor.gradient
     assert gradient is not None
     return gradient
 
 
-def _fill(units: Sequence[Unit], arrived: dict[Leg, Tensor]) -> None:
+def _fill(items: Sequence[WorkItem], arrived: dict[Transfer, Tensor]) -> None:
     """Put together the blocks of the units."""
-    by_slot: defaultdict[int, list[Leg]] = defaultdict(list)
-    for leg in arrived:
-        by_slot[leg.slot].append(leg)
-    for unit in units:
-        stack = unit.batch.stack
-        if unit.batch.slab is not None:
-            unit.blocks = unit.batch.slab.S[unit.rows]
+    by_slot: defaultdict[int, list[Transfer]] = defaultdict(list)
+    for transfer in arrived:
+        by_slot[transfer.slot].append(transfer)
+    for item in items:
+        stack = item.batch.stack
+        if item.batch.bucket is not None:
+            item.blocks = item.batch.bucket.S[item.rows]
             continue
-        unit.blocks = torch.empty((len(unit.members), *stack.shape), dtype=stack.dtype, device=stack.device)
+        item.blocks = torch.empty((len(item.members), *stack.shape), dtype=stack.dtype, device=stack.device)
         into, values = [], []
-        for block, member in zip(unit.blocks.unbind(), unit.members, strict=True):
-            for leg in by_slot[member.slot]:
-                into.append(block[leg.cell.piece.box.within(member.block)])
-                values.append(arrived[leg].view(into[-1].shape) if arrived[leg].dim() == 1 else arrived[leg])
+        for block, member in zip(item.blocks.unbind(), item.members, strict=True):
+            for transfer in by_slot[member.slot]:
+                into.append(block[transfer.cell.piece.box.within(member.block)])
+                values.append(
+                    arrived[transfer].view(into[-1].shape) if arrived[transfer].dim() == 1 else arrived[transfer]
+                )
         if into:
             torch._foreach_copy_(into, values)

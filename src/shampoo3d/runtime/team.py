@@ -13,13 +13,22 @@ from torch import Tensor
 from shampoo3d.distributed.topology import Group
 from shampoo3d.numerics.momenta import Momenta, Rows
 from shampoo3d.numerics.preconditioner import Stack
-from shampoo3d.numerics.schedule import like, phase
+from shampoo3d.numerics.schedule import equivalent_step, phase
 from shampoo3d.numerics.soap import EigenStack
 from shampoo3d.planning.blocks import Block
 from shampoo3d.planning.plan import Plan
-from shampoo3d.planning.routes import BUCKET_ELEMENTS, CACHED_ELEMENTS, Leg, Routes, packed, rounds, settled, travels
-from shampoo3d.runtime.bindings import Binding, Place, Steps, alike, rows_of, state_dtype
-from shampoo3d.runtime.buckets import FlatSlab, Member, StackSlab
+from shampoo3d.planning.routes import (
+    BUCKET_ELEMENTS,
+    CACHED_ELEMENTS,
+    Transfer,
+    Transfers,
+    local_blocks,
+    packed,
+    rounds,
+    travels,
+)
+from shampoo3d.runtime.bindings import Binding, GroupTensor, StepCounts, alike, rows_of, state_dtype
+from shampoo3d.runtime.buckets import FlatBucket, Member, StackedBucket
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 
@@ -47,11 +56,11 @@ class Batch:
     stack: Stack
     members: list[Kept]
     guests: bool
-    slab: StackSlab | None
+    bucket: StackedBucket | None
 
 
 @dataclass
-class Unit:
+class WorkItem:
     """Members of a batch that are at the same step t, with their gradients and then their directions."""
 
     batch: Batch
@@ -80,7 +89,7 @@ class Team:
         slots: the block of each slot of the plan.
         legs: the ways of the cells that this rank has to do with.
         travels: whether gradients may have to travel to owners.
-        settled: the kept blocks of which nothing travels, see :func:`shampoo3d.planning.routes.settled`.
+        settled: the kept blocks of which nothing travels, see :func:`shampoo3d.planning.routes.local_blocks`.
         rounds: the slots that are worked on together.
     """
 
@@ -90,118 +99,123 @@ class Team:
     bindings: list[Binding]
     hp: ShampooHyperParams
     tied: bool
-    flat_slabs: dict[Place, FlatSlab]
+    flat_buckets: dict[GroupTensor, FlatBucket]
     slots: list[tuple[Binding, Block]] = field(init=False)
-    legs: list[Leg] = field(init=False)
+    transfers: list[Transfer] = field(init=False)
     travels: bool = field(init=False)
-    settled: dict[int, Leg] = field(init=False)
+    local_blocks: dict[int, Transfer] = field(init=False)
     rounds: list[list[int]] = field(init=False)
     batches: list[Batch] = field(init=False)
-    stack_slabs: list[StackSlab] = field(init=False)
+    stacked_buckets: list[StackedBucket] = field(init=False)
 
     def __post_init__(self) -> None:
         self.slots = [(binding, block) for binding in self.bindings for block in binding.matrix.blocks]
         matrices = [binding.matrix for binding in self.bindings]
-        self.legs, self.travels = list(Routes.of(self.plan, matrices, self.rank).legs), travels(self.plan, matrices)
-        self.settled = settled(self.plan, matrices, self.legs, self.rank)
+        self.transfers, self.travels = (
+            list(Transfers.of(self.plan, matrices, self.rank).transfers),
+            travels(self.plan, matrices),
+        )
+        self.local_blocks = local_blocks(self.plan, matrices, self.transfers, self.rank)
         self.rounds = rounds(self.plan, BUCKET_ELEMENTS if self.travels else math.inf)
-        self._units_at: dict[Any, list[list[Unit]]] = {}
-        self._due_at: dict[Any, list[list[tuple[Stack, Rows, Place]]]] = {}
+        self._items_at: dict[Any, list[list[WorkItem]]] = {}
+        self._due_at: dict[Any, list[list[tuple[Stack, Rows, GroupTensor]]]] = {}
         self.batches = self._make_batches()
-        self.stack_slabs = self._make_stack_slabs()
-        self._slab_of = {member.cell: slab for slab in self.stack_slabs for member in slab.members}
+        self.stacked_buckets = self._make_stacked_buckets()
+        self._bucket_of = {member.cell: bucket for bucket in self.stacked_buckets for member in bucket.members}
 
     @property
     def device(self) -> torch.device:
-        return self.bindings[0].place.stored.device
+        return self.bindings[0].group_tensor.stored.device
 
     @property
-    def slabs(self) -> list[FlatSlab | StackSlab]:
-        return [*self.flat_slabs.values(), *self.stack_slabs]
+    def buckets(self) -> list[FlatBucket | StackedBucket]:
+        return [*self.flat_buckets.values(), *self.stacked_buckets]
 
     @cached_property
-    def names(self) -> dict[Place, list[str]]:
+    def names(self) -> dict[GroupTensor, list[str]]:
         """The matrices in each place, also those of which this rank stores nothing."""
-        found: dict[Place, list[str]] = {}
+        found: dict[GroupTensor, list[str]] = {}
         for binding in self.bindings:
-            found.setdefault(binding.place, []).append(binding.matrix.name)
+            found.setdefault(binding.group_tensor, []).append(binding.matrix.name)
         return found
 
     @property
-    def places(self) -> list[Place]:
+    def group_tensors(self) -> list[GroupTensor]:
         return list(self.names)
 
     @cached_property
-    def twins(self) -> set[int]:
+    def exact_replicas(self) -> set[int]:
         """The ranks that store the very same as this one, of everything."""
         found = set(self.group.ranks)
         for binding in self.bindings:
-            parts = {holder.rank: holder.part for holder in binding.matrix.storage.holders}
+            parts = {holder.rank: holder.shard for holder in binding.matrix.sharding.holders}
             found &= {rank for rank in found if parts.get(rank) == parts[self.rank]}
-        return set() if any(binding.matrix.storage.sharded for binding in self.bindings) else found
+        return set() if any(binding.matrix.sharding.sharded for binding in self.bindings) else found
 
-    def direction(self, leg: Leg) -> Tensor:
+    def direction(self, transfer: Transfer) -> Tensor:
         """Where S of a cell goes whose home is here."""
-        binding = self.bindings[leg.matrix]
-        if binding.matrix.storage.sharded:
-            return self.flat_slabs[binding.place].direction(binding, leg.cell.piece)
-        return self._slab_of[leg.cell].direction(leg.cell)
+        binding = self.bindings[transfer.matrix]
+        if binding.matrix.sharding.sharded:
+            return self.flat_buckets[binding.group_tensor].direction(binding, transfer.cell.piece)
+        return self._bucket_of[transfer.cell].direction(transfer.cell)
 
-    def units(self, steps: Steps) -> Iterator[list[Unit]]:
+    def items(self, steps: StepCounts) -> Iterator[list[WorkItem]]:
         """For each round the kept blocks that take part in the step, batched by phase; those that are owned first."""
-        key = alike(self.places, steps, lambda t: _kind(t, self.hp))
-        if key not in self._units_at:
-            kinds = dict(zip(self.places, key, strict=True))
-            self._units_at[key] = [list(self._units(set(slots), kinds)) for slots in self.rounds]
-        for units in self._units_at[key]:
-            yield [replace(unit, t=steps[unit.members[0].binding.place]) for unit in units]
+        key = alike(self.group_tensors, steps, lambda t: _kind(t, self.hp))
+        if key not in self._items_at:
+            kinds = dict(zip(self.group_tensors, key, strict=True))
+            self._items_at[key] = [list(self._items(set(slots), kinds)) for slots in self.rounds]
+        for items in self._items_at[key]:
+            yield [replace(item, t=steps[item.members[0].binding.group_tensor]) for item in items]
 
-    def due(self, steps: Steps) -> list[list[Due]]:
+    def due(self, steps: StepCounts) -> list[list[Due]]:
         """For each round the rows of stacks whose roots are refreshed."""
-        key = alike(self.places, steps, lambda t: like(t, self.hp))
+        key = alike(self.group_tensors, steps, lambda t: equivalent_step(t, self.hp))
         if key not in self._due_at:
-            turns = dict(zip(self.places, key, strict=True))
+            turns = dict(zip(self.group_tensors, key, strict=True))
             self._due_at[key] = [list(self._due(set(slots), turns)) for slots in self.rounds]
-        return [[(stack, rows, steps[place]) for stack, rows, place in due] for due in self._due_at[key]]
+        return [[(stack, rows, steps[group_tensor]) for stack, rows, group_tensor in due] for due in self._due_at[key]]
 
     def _due(
-        self, wanted: set[int], turns: Mapping[Place, tuple[int, int] | None]
-    ) -> Iterator[tuple[Stack, Rows, Place]]:
+        self, wanted: set[int], turns: Mapping[GroupTensor, tuple[int, int] | None]
+    ) -> Iterator[tuple[Stack, Rows, GroupTensor]]:
         for batch in (batch for batch in self.batches if not batch.guests):
             found: defaultdict[int, list[Kept]] = defaultdict(list)
             for member in (member for member in batch.members if member.slot in wanted):
-                number, t = turns[member.binding.place] or (0, 0)
+                number, t = turns[member.binding.group_tensor] or (0, 0)
                 if t and phase(t, self.hp, member.offset).refresh:
                     found[number].append(member)
             for members in found.values():
                 rows = rows_of([member.row for member in members], batch.stack.n, batch.stack.device)
-                yield batch.stack, rows, members[0].binding.place
+                yield batch.stack, rows, members[0].binding.group_tensor
 
-    def _units(self, wanted: set[int], kinds: Mapping[Place, tuple[int, tuple[bool, bool]] | None]) -> Iterator[Unit]:
+    def _items(
+        self, wanted: set[int], kinds: Mapping[GroupTensor, tuple[int, tuple[bool, bool]] | None]
+    ) -> Iterator[WorkItem]:
         for batch in self.batches:
             found: defaultdict[tuple[int, tuple[bool, bool]], list[Kept]] = defaultdict(list)
             for member in batch.members:
-                kind = kinds[member.binding.place]
+                kind = kinds[member.binding.group_tensor]
                 if member.slot in wanted and kind is not None:
                     found[kind].append(member)
             most = CACHED_ELEMENTS if batch.stack.device.type == "cpu" else math.inf
             for (_, (accumulate, started)), alike_ in found.items():
                 for members in packed(alike_, lambda member: member.block.elements, most):
                     rows = rows_of([member.row for member in members], batch.stack.n, batch.stack.device)
-                    yield Unit(batch, members, rows, accumulate and not batch.guests, started)
+                    yield WorkItem(batch, members, rows, accumulate and not batch.guests, started)
 
     def _make_batches(self) -> list[Batch]:
         kinds: defaultdict[Any, list[int]] = defaultdict(list)
         kept = [
-            (number, self.slots[slot][0].place.group, slot)
+            (number, self.slots[slot][0].group_tensor.group, slot)
             for number, slots in enumerate(self.rounds)
             for slot in slots
             if self.rank in self.plan.blocks[slot].keepers
         ]
         for *_, slot in sorted(kept):  # what is worked on together is next to each other
-            stored, block = self.slots[slot][0].place.stored, self.plan.blocks[slot]
+            stored, block = self.slots[slot][0].group_tensor.stored, self.plan.blocks[slot]
             guest = block.owner != self.rank
-            kind = (guest, slot in self.settled, *block.kind, state_dtype(stored.dtype), stored.device)
+            kind = (guest, slot in self.local_blocks, *block.kind, state_dtype(stored.dtype), stored.device)
             kinds[kind].append(slot)
         batches = []
         for (guests, at_home, shape, axes, diagonal, dtype, device), slots in kinds.items():
@@ -210,8 +224,8 @@ class Team:
             ]
             make = EigenStack if self.hp.variant.direction == "adam" else Stack
             stack = make(shape, axes, len(slots), self.hp, dtype, device, guest=guests, diagonal=diagonal)
-            cells = [Member(slot, self.slots[slot][0], self.settled[slot].cell) for slot in slots if at_home]
-            batches.append(Batch(stack, members, guests, StackSlab(cells, self.hp) if at_home else None))
+            cells = [Member(slot, self.slots[slot][0], self.local_blocks[slot].cell) for slot in slots if at_home]
+            batches.append(Batch(stack, members, guests, StackedBucket(cells, self.hp) if at_home else None))
         return sorted(batches, key=lambda batch: batch.guests)
 
     @cached_property
@@ -219,16 +233,18 @@ class Team:
         """The stack and the row of every kept slot."""
         return {member.slot: (batch.stack, member.row) for batch in self.batches for member in batch.members}
 
-    def _make_stack_slabs(self) -> list[StackSlab]:
+    def _make_stacked_buckets(self) -> list[StackedBucket]:
         kinds: defaultdict[Any, list[Member]] = defaultdict(list)
-        in_batches = set(self.settled.values())
-        for leg in self.legs:
-            binding = self.bindings[leg.matrix]
-            if leg.home == self.rank and not binding.matrix.storage.sharded and leg not in in_batches:
-                flat = binding.place.flat
-                kind = leg.cell.piece.box.shape, flat.dtype, flat.device, binding.matrix.factored
-                kinds[kind].append(Member(leg.slot, binding, leg.cell))
-        return [batch.slab for batch in self.batches if batch.slab] + [StackSlab(m, self.hp) for m in kinds.values()]
+        in_batches = set(self.local_blocks.values())
+        for transfer in self.transfers:
+            binding = self.bindings[transfer.matrix]
+            if transfer.home == self.rank and not binding.matrix.sharding.sharded and transfer not in in_batches:
+                flat = binding.group_tensor.flat
+                kind = transfer.cell.piece.box.shape, flat.dtype, flat.device, binding.matrix.factored
+                kinds[kind].append(Member(transfer.slot, binding, transfer.cell))
+        return [batch.bucket for batch in self.batches if batch.bucket] + [
+            StackedBucket(m, self.hp) for m in kinds.values()
+        ]
 
 
 def _kind(t: int, hp: ShampooHyperParams) -> tuple[bool, bool]:
@@ -245,4 +261,4 @@ def state_bytes(teams: Iterable[Team]) -> int:
 
 def _stateful(team: Team) -> Iterator[Stack | Momenta]:
     yield from (batch.stack for batch in team.batches)
-    yield from (slab.momenta for slab in team.slabs)
+    yield from (bucket.momenta for bucket in team.buckets)

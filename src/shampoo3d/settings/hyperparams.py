@@ -186,12 +186,12 @@ class ShampooHyperParams:
         return self.variant.beta1 > 0.0
 
     @property
-    def initial(self) -> float:
+    def initial_scale(self) -> float:
         """c in ``L = c I`` before the first gradient: ``matrix_eps``, or 0 where L is nothing but gradients."""
         v = self.variant
         return 0.0 if v.bias_correction or v.direction == "adam" or v.statistics == "kl" else self.matrix_eps
 
-    def diagonal(self, factored: bool) -> LayerwiseGrafting:
+    def diagonal_method(self, factored: bool) -> LayerwiseGrafting:
         """The method of the direction D, of matrices with or without factors."""
         alone = not factored and self.variant.vectors == "diagonal" and self.graft_type is LayerwiseGrafting.NONE
         return LayerwiseGrafting.ADAM if alone else self.graft_type
@@ -210,11 +210,11 @@ class ShampooHyperParams:
         return max(self.computation.fresh_steps, self.statistics_compute_steps if kl else 0)
 
     @property
-    def w2(self) -> float:
+    def statistics_weight(self) -> float:
         """The weight of a gradient in the statistics: of a sum 1, else of an average."""
         return 1.0 if self.beta2 == 1.0 else 1.0 - self.beta2
 
-    def terms(self, t: int) -> int:
+    def statistics_count(self, t: int) -> int:
         """How many gradients are in the statistics after step t."""
         every = self.statistics_compute_steps
         return 1 + (t - 1) // every if self.variant.direction == "adam" else t // every
@@ -222,9 +222,9 @@ class ShampooHyperParams:
     @property
     def moves_at_once(self) -> bool:
         """Whether the first step moves the weights."""
-        return self.age(1) > 0
+        return self.weight_updates(1) > 0
 
-    def age(self, t: int) -> int:
+    def weight_updates(self, t: int) -> int:
         """How many steps up to step t have moved the weights: the first with ``direction="adam"`` does not."""
         return t - 1 if self.variant.direction == "adam" else t
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shampoo3d.engines.native import embedding_weights
 from shampoo3d.engines.tensor_parallel import shard_of
-from shampoo3d.planning.layout import Holder, Matrix, Part, Storage, describe
+from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding, describe
 from shampoo3d.planning.memory import Memory, memory
 from shampoo3d.planning.plan import Plan, make_plans
 from shampoo3d.planning.routes import traffic
@@ -41,9 +41,9 @@ def foresee(settings: Settings, vocabulary: int) -> Forecast:
     hp = shampoo_settings(settings)
     stages = _stages(settings, vocabulary, hp.ignore_embedding_layer)
     matrices: defaultdict[tuple[int, ...], list[Matrix]] = defaultdict(list)
-    for storage in _storages(settings, stages):
-        ranks = tuple(holder.rank for holder in storage.holders)
-        matrices[ranks].append(describe(storage.with_covers(settings.root_copies), hp, settings.world))
+    for sharding in _storages(settings, stages):
+        ranks = tuple(holder.rank for holder in sharding.holders)
+        matrices[ranks].append(describe(sharding.with_shard_groups(settings.root_copies), hp, settings.world))
     for ranks, shared in matrices.items():
         # Replicas keep the order of their stage; where others join them, there is an order by name.
         if len(ranks) != settings.data:
@@ -68,11 +68,11 @@ class _Parameter:
     tensor: Tensor
     excluded: str
 
-    def part_of(self, model: int, models: int) -> tuple[Part, tuple[int, ...], int | None]:
+    def part_of(self, model: int, models: int) -> tuple[Shard, tuple[int, ...], int | None]:
         """What of the logical matrix this is on model rank `model`, the matrix's shape, and its divided axis."""
         shape = tuple(self.tensor.shape)
         shard = shard_of(self.tensor, shape, model, models, self.name)
-        return (Part.of(shard[1]), shard[0], shard[2]) if shard else (Part.whole(shape), shape, None)
+        return (Shard.of(shard[1]), shard[0], shard[2]) if shard else (Shard.whole(shape), shape, None)
 
 
 def _stages(settings: Settings, vocabulary: int, ignore_embeddings: bool) -> list[list[_Parameter]]:
@@ -93,7 +93,7 @@ def _parameters(specs: list[Any], places: Iterable[int], ignore_embeddings: bool
             yield _Parameter(f"{prefix}.{name}", tensor, "embedding" if tensor in embeddings else "")
 
 
-def _storages(settings: Settings, stages: list[list[_Parameter]]) -> list[Storage]:
+def _storages(settings: Settings, stages: list[list[_Parameter]]) -> list[Sharding]:
     """How all parameters are stored, stage by stage."""
     holders: defaultdict[str, list[Holder]] = defaultdict(list)
     logical: dict[str, tuple[_Parameter, tuple[int, ...], int | None]] = {}
@@ -103,13 +103,13 @@ def _storages(settings: Settings, stages: list[list[_Parameter]]) -> list[Storag
         for param, first, last in _slices(settings, stages[stage], data):
             part, shape, divided = param.part_of(model, settings.model_parallel)
             # Ranks that store a matrix between them are known by the first: all data ranks, of all shards or of one.
-            cover = rank - data * settings.model_parallel - (0 if divided is None else model)
-            holders[param.name].append(Holder(rank, part.range(first, last), cover if sharded else 0))
+            shard_group = rank - data * settings.model_parallel - (0 if divided is None else model)
+            holders[param.name].append(Holder(rank, part.range(first, last), shard_group if sharded else 0))
             logical[param.name] = param, shape, divided
     storages = []
     for name, (param, shape, divided) in logical.items():
         dtype = str(param.tensor.dtype).removeprefix("torch.")
-        storages.append(Storage(name, shape, dtype, tuple(holders[name]), sharded, divided, param.excluded, dtype))
+        storages.append(Sharding(name, shape, dtype, tuple(holders[name]), sharded, divided, param.excluded, dtype))
     return storages
 
 

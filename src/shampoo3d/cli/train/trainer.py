@@ -126,11 +126,11 @@ class Trainer:
         else:
             tensors = (t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
             bytes_here, skipped, failed = sum(t.numel() * t.element_size() for t in tensors), 0, 0
-        everyones = gather((bytes_here, skipped, failed))
+        all_gather_object = gather((bytes_here, skipped, failed))
         counts = {
-            "state_bytes": [size for size, _, _ in everyones],
-            "skipped_steps": max(skipped for _, skipped, _ in everyones),
-            "root_failures": sum(failed for _, _, failed in everyones),
+            "state_bytes": [size for size, _, _ in all_gather_object],
+            "skipped_steps": max(skipped for _, skipped, _ in all_gather_object),
+            "root_failures": sum(failed for _, _, failed in all_gather_object),
         }
         self._write(event="finished", step=self.settings.steps, **counts)
 

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from shampoo3d.numerics.roots.scaling import Found
+from shampoo3d.numerics.roots.scaling import RootResult
 
 INDEFINITE = 512
 """In units of u lambda_max: what the rounding of long sums of outer products may make of an eigenvalue 0."""
 
 
-def eigh_roots(A: Tensor, p: int, eps: float, pseudo_inverse: bool = False) -> Found:
+def eigh_roots(A: Tensor, p: int, eps: float, pseudo_inverse: bool = False) -> RootResult:
     """``Q diag((max(lambda, u lambda_max) + eps lambda_max)^(-1/p)) Q^T`` of each ``A = Q diag(lambda) Q^T``.
 
     With ``pseudo_inverse`` the eigenvalues up to ``d u lambda_max``, zeros up to rounding, have no part in it.
@@ -28,7 +28,7 @@ def eigh_roots(A: Tensor, p: int, eps: float, pseudo_inverse: bool = False) -> F
     if pseudo_inverse:
         powers = torch.where(eigenvalues > A.shape[-1] * u * largest, powers, 0.0)
     definite = eigenvalues[:, 0] >= -max(eps, INDEFINITE * u) * largest[:, 0]
-    return Found((Q * powers[:, None, :]) @ Q.mT, ridge[..., None], converged & definite)
+    return RootResult((Q * powers[:, None, :]) @ Q.mT, ridge[..., None], converged & definite)
 
 
 def decompose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:

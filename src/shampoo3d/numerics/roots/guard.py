@@ -9,7 +9,7 @@ from shampoo3d.numerics.roots.choice import Method, choose
 from shampoo3d.numerics.roots.eigen import eigh_roots
 from shampoo3d.numerics.roots.minimax import minimax_roots
 from shampoo3d.numerics.roots.precision import products_for
-from shampoo3d.numerics.roots.scaling import Found, probes
+from shampoo3d.numerics.roots.scaling import RootResult, probes
 from shampoo3d.settings.computation import RootMethod
 
 ACCEPTED = 0.3
@@ -64,7 +64,7 @@ def inverse_roots(
     return torch.where(accepted[:, None, None], roots, previous), ~(accepted | zero)
 
 
-def _compute(method: Method, A: Tensor, p: int, eps: float, pseudo_inverse: bool) -> Found:
+def _compute(method: Method, A: Tensor, p: int, eps: float, pseudo_inverse: bool) -> RootResult:
     return eigh_roots(A, p, eps, pseudo_inverse) if method == "eigh" else minimax_roots(A, p, eps)
 
 

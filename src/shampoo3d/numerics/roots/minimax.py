@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from shampoo3d.numerics.roots.remez import polynomials
-from shampoo3d.numerics.roots.scaling import Found, add_identity, bounded
+from shampoo3d.numerics.roots.scaling import RootResult, add_identity, bounded
 
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-9}
 """Largest relative error of the root's eigenvalues in exact arithmetic."""
 
 
-def minimax_roots(A: Tensor, p: int, eps: float) -> Found:
+def minimax_roots(A: Tensor, p: int, eps: float) -> RootResult:
     """``(A + ridge I)^(-1/p)`` by polynomials q_k that are known beforehand.
 
         X_0 = I,  M_0 = (A + ridge I) / scale;   X <- X q_k(M),  M <- q_k(M)^(p/2) M q_k(M)^(p/2)
@@ -39,7 +39,7 @@ def minimax_roots(A: Tensor, p: int, eps: float) -> Found:
         if k + 1 < len(steps):
             M = _both_sides(M, c[0], W, p)
     assert X is not None
-    return Found(X * scale.pow(-1.0 / p), ridge, torch.ones(len(A), dtype=torch.bool, device=A.device))
+    return RootResult(X * scale.pow(-1.0 / p), ridge, torch.ones(len(A), dtype=torch.bool, device=A.device))
 
 
 def _both_sides(M: Tensor, c: float, W: Tensor, p: int) -> Tensor:

@@ -18,7 +18,7 @@ POINTS = 2000
 EXCHANGES = 30
 
 
-class Step(NamedTuple):
+class Polynomial(NamedTuple):
     """``q(m) = c[0] + c[1] m + c[2] m^2``, or the same in ``1 - m`` if ``late``."""
 
     c: tuple[float, float, float]
@@ -26,7 +26,7 @@ class Step(NamedTuple):
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def polynomials(p: int, low: float, tolerance: float) -> tuple[Step, ...]:
+def polynomials(p: int, low: float, tolerance: float) -> tuple[Polynomial, ...]:
     """Polynomials q_1, ..., q_K for which the product of ``m^(1/p) q_k(m_k)`` ends within ``tolerance`` of 1.
 
     With ``x = m^(1/p)`` a step is ``x <- x q(x^p)``. Each is the best for what the previous ones leave of the interval,
@@ -42,7 +42,7 @@ def polynomials(p: int, low: float, tolerance: float) -> tuple[Step, ...]:
 
 
 @lru_cache(maxsize=256)
-def _polynomials(p: int, low: float, tolerance: float) -> tuple[Step, ...]:
+def _polynomials(p: int, low: float, tolerance: float) -> tuple[Polynomial, ...]:
     x0, steps = low ** (1 / p), []
     while True:
         c = _best(p, max(x0, CUSHION))
@@ -57,9 +57,9 @@ def _polynomials(p: int, low: float, tolerance: float) -> tuple[Step, ...]:
         x0 = factor * least
 
 
-def _written(c: list[float], late: bool) -> Step:
+def _written(c: list[float], late: bool) -> Polynomial:
     c0, c1, c2 = c
-    return Step((c0, c1, c2) if late else (c0 + c1 + c2, -c1 - 2 * c2, c2), late)
+    return Polynomial((c0, c1, c2) if late else (c0 + c1 + c2, -c1 - 2 * c2, c2), late)
 
 
 def _grid(low: float) -> Tensor:

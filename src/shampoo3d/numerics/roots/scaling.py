@@ -13,7 +13,7 @@ PROBES = 8
 SQUARINGS = 4
 
 
-class Found(NamedTuple):
+class RootResult(NamedTuple):
     """Roots (n, d, d) of ``A + ridge I``, ridge (n, 1, 1), and (n,) whether the method says that they are."""
 
     roots: Tensor
