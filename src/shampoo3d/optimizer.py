@@ -10,23 +10,23 @@ from torch import Tensor, nn
 
 from shampoo3d.checkpoint import slices
 from shampoo3d.checkpoint import state as checkpoint
-from shampoo3d.checkpoint.saving import Checkpointed
+from shampoo3d.checkpoint.saving import Checkpointed, Pending
 from shampoo3d.checkpoint.state import ParamState
 from shampoo3d.distributed.collectives import all_gather_object, first_error
 from shampoo3d.distributed.errors import during
 from shampoo3d.distributed.topology import Claims, ParallelGroups, Topology
-from shampoo3d.engines import deepspeed, native
+from shampoo3d.engines import native
+from shampoo3d.engines.engine import GroupContent
 from shampoo3d.engines.parameters import Embeddings, ParameterRegistry, collected
-from shampoo3d.engines.reading import locate, unwrapped
+from shampoo3d.engines.reading import contents, engine, locate
 from shampoo3d.engines.splits import Splits, copied
 from shampoo3d.planning.plan import Plan
 from shampoo3d.runtime.agreement import StepRefusedError, Verdict, agree
-from shampoo3d.runtime.assemble import assemble, check_shapes, flat_groups, is_trainable
+from shampoo3d.runtime.assemble import Bound, assemble, check_shapes, flat_groups, is_trainable
 from shampoo3d.runtime.bindings import GroupTensor
-from shampoo3d.runtime.exchange import Exchange
 from shampoo3d.runtime.report import Report
 from shampoo3d.runtime.step import join_background_roots, take_step
-from shampoo3d.runtime.team import Team, state_bytes
+from shampoo3d.runtime.team import state_bytes
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.groups import check_group
 from shampoo3d.settings.hyperparams import ShampooHyperParams
@@ -92,14 +92,9 @@ class Shampoo(Checkpointed):
             self._claims.check_ranks(dist.get_rank(), dist.get_world_size(), "torch.distributed")
         given, models = collected(embeddings), [] if model is None else [model]
         self._registry = ParameterRegistry(hyperparams, given=given, splits=copied(splits), models=models)
-        self._parallel: ParallelGroups | None = None
-        self._teams: list[Team] = []
-        self._exchanges: list[Exchange] = []
-        self._group_tensors: dict[Tensor, GroupTensor] = {}
+        self._bound: Bound | None = None
+        self._pending = Pending()
         self._groups: list[dict[str, Any]] = []  # engines show one at a time in param_groups
-        self._saved: dict[Tensor, ParamState] = {}  # loaded state that waits until its parameter is bound
-        self._saved_own: dict[str, Any] | None = None  # the same of flat slices
-        self._known: dict[str, Any] = {}  # the matrices, as they were bound last
         self._learn_model(params)
         if momentum is None:
             momentum = 0.0 if hyperparams.averaged else 0.9
@@ -162,7 +157,7 @@ class Shampoo(Checkpointed):
             check_kind("closure", closure, Callable, "a function")  # type: ignore[arg-type]
             with torch.enable_grad():
                 loss = closure()
-        if self._parallel is None and self._is_trial():
+        if self._bound is None and engine().is_trial_step(self._contents()):
             return loss
         with during(lambda: f"before step {self._steps_taken() + 1}"):
             verdict = self._verdict()
@@ -174,18 +169,15 @@ class Shampoo(Checkpointed):
         return loss
 
     def _step(self) -> None:
-        steps = {
-            group_tensor: self._count(group_tensor)
-            for group_tensor in self._present()
-            if group_tensor.gradient is not None
-        }
+        assert self._bound is not None
+        steps = {tensor: self._count(tensor) for tensor in self._present() if tensor.gradient is not None}
         self._unfinished = max(steps.values(), default=0)
-        take_step(self._teams, self._exchanges, self._groups, self.hyperparams, steps)
+        take_step(self._bound.teams, self._bound.exchanges, self._groups, self.hyperparams, steps)
         self._unfinished = 0
 
     def _verdict(self) -> Verdict:
         """What all ranks do next, once their parameters are bound."""
-        parallel = self._parallel or locate(self._claims)
+        parallel = self._located()
         verdict = self._agree(parallel, self._unusable(), self._has_unbound())
         if verdict is Verdict.BIND:
             verdict = self._agree(parallel, self._bind(parallel) or self._unusable(), unbound=False)
@@ -195,14 +187,11 @@ class Shampoo(Checkpointed):
         hp, present = self.hyperparams, self._present()
         return agree(parallel, self._teams, present, hp, self._groups, error, unbound)
 
-    def _is_trial(self) -> bool:
-        """Whether an engine's wrapper is trying the optimizer out with zero gradients, which must change nothing."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        trial = not flat_groups(self._registry) and deepspeed.is_trial_step(params, self._registry.names)
-        if trial:
-            for group, originals in zip(self._groups, self._registry.originals, strict=True):
-                unwrapped(group["params"], originals)  # refuses a wrapper that it does not know at once
-        return trial
+    def _located(self) -> ParallelGroups:
+        return self._bound.parallel if self._bound else locate(self._claims)
+
+    def _contents(self) -> list[GroupContent]:
+        return contents(self._groups, self._registry.originals, self._registry.names)
 
     def _steps_taken(self) -> int:
         """Those of the parameter that has taken most."""
@@ -214,8 +203,8 @@ class Shampoo(Checkpointed):
 
     def _unusable(self) -> str:
         """What this step is given that it cannot use, or what has failed too often; empty if nothing."""
-        if self._parallel is not None and self._parallel.source != deepspeed.NAME and deepspeed.is_running():
-            return "the ranks were found before DeepSpeed was started: bind or load after deepspeed.initialize"
+        if self._bound and not engine().placed(self._bound.parallel):
+            return f"the ranks were found before {engine().name} was started: bind or load after {engine().set_up}"
         most = self.hyperparams.computation.max_root_failures
         if most is not None and self.root_failures > most:
             return f"{self.root_failures} roots could not be computed or used, more than max_root_failures={most}"
@@ -237,29 +226,26 @@ class Shampoo(Checkpointed):
 
     def _present(self) -> set[GroupTensor]:
         """The places that the groups show now."""
-        return {
-            self._group_tensors[p] for group in self.param_groups for p in group["params"] if p in self._group_tensors
-        }
+        bound = self._group_tensors
+        return {bound[param] for group in self.param_groups for param in group["params"] if param in bound}
 
     def _has_unbound(self) -> bool:
         """Whether a parameter has joined, has been unfrozen or has gone since parameters were bound."""
-        if self._parallel is None:
+        if self._bound is None:
             return True
-        group_tensors = self._group_tensors
-        shown = {p: number for number, group in enumerate(self._groups) for p in group["params"]}
-        if any(
-            is_trainable(p) and (p not in group_tensors or group_tensors[p].group != number)
-            for p, number in shown.items()
-        ):
+        bound = self._group_tensors
+        shown = {param: number for number, group in enumerate(self._groups) for param in group["params"]}
+        trainable = {param: number for param, number in shown.items() if is_trainable(param)}
+        if any(param not in bound or bound[param].group != number for param, number in trainable.items()):
             return True
-        return not flat_groups(self._registry) and not group_tensors.keys() <= shown.keys()
+        return not flat_groups(self._registry) and not bound.keys() <= shown.keys()
 
     def _bind(self, parallel: ParallelGroups) -> str:
         """Bind all parameters anew; those bound before keep state and owners. Returns why it can't be done, if so."""
         shown = {p for group in self._groups for p in group["params"]}
         owned = {tensor: self.state[tensor] for tensor in self._group_tensors if tensor in shown}
         try:
-            self._assemble(parallel, self._saved, self._saved_own, owned)
+            self._assemble(parallel, self._pending, owned)
         except ValueError as raised:  # perhaps on this rank only: all are told of it
             return str(raised)
         return ""
@@ -267,34 +253,29 @@ class Shampoo(Checkpointed):
     def _assemble(
         self,
         parallel: ParallelGroups,
-        saved: Mapping[Tensor, ParamState],
-        own: Mapping[str, Any] | None,
+        pending: Pending,
         owned: Mapping[Tensor, ParamState],
     ) -> None:
-        """Make teams with new stacks, with the state in them that was saved or is owned already.
+        """Make teams with new stacks, with the state in them that waits or is owned already.
 
         Raises ValueError if ranks differ or the saved state does not fit; then nothing has changed.
         """
         fixed = {b.id: b.owner for team in self._teams for b in team.plan.blocks} if owned else {}
         join_background_roots(self._teams)
         teams = assemble(self._groups, self._registry, parallel, self.distribution, owned.keys(), fixed)
-        saved = {tensor: state for tensor, state in saved.items() if state != {"step": 0}}  # those have not begun
+        saved = {tensor: state for tensor, state in pending.saved.items() if state != {"step": 0}}  # not begun
         live = checkpoint.live_state(teams)
-        if own is not None:
-            slices.check_own(teams, live, own, saved)
-            slices.load_own(teams, live, own, saved)
+        if pending.own is not None:
+            slices.check_own(teams, live, pending.own, saved)
+            slices.load_own(teams, live, pending.own, saved)
         else:
             for binding in (binding for team in teams for binding in team.bindings):
                 if binding.group_tensor.tensor in saved:
                     checkpoint.check_loadable(binding, saved[binding.group_tensor.tensor], self.hyperparams)
             checkpoint.load(teams, live, saved)
         checkpoint.carry(live, owned, self._teams, teams)
-        self._parallel, self._teams = parallel, teams
-        self._group_tensors = {
-            group_tensor.tensor: group_tensor for team in teams for group_tensor in team.group_tensors
-        }
-        self._exchanges = [Exchange(team, parallel, self.distribution.update_precision) for team in teams]
-        self._saved, self._saved_own = {p: state for p, state in saved.items() if p not in live}, None
+        self._bound = Bound.of(parallel, teams, self.distribution)
+        self._pending = Pending({param: state for param, state in saved.items() if param not in live})
         self.state.clear()
         self.state.update(live)
 
@@ -307,7 +288,7 @@ class Shampoo(Checkpointed):
         Raises:
             StepRefusedError: on every rank, as from :meth:`step`.
         """
-        parallel = self._parallel or locate(self._claims)
+        parallel = self._located()
         if any(all_gather_object(parallel.world, self._has_unbound())) and (
             why := first_error(parallel, self._bind(parallel))
         ):
@@ -325,7 +306,7 @@ class Shampoo(Checkpointed):
 
     def received_bytes(self) -> dict[str, int]:
         """Bytes that came from other ranks so far, by what they were; the agreement before each step not counted."""
-        return dict(sum((exchange.received for exchange in self._exchanges), Counter()))
+        return dict(sum((exchange.received for exchange in (self._bound.exchanges if self._bound else [])), Counter()))
 
     @property
     def root_failures(self) -> int:

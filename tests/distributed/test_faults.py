@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo3d.engines import native
+from shampoo3d.engines.native import Torch
 
 from . import faults
 from .faults import LAYOUTS, LOST, Outcome, attempted, failing_storage, odd, with_faults
@@ -214,7 +214,7 @@ def test_a_rank_that_hangs_while_others_save(layout: str, tmp_path: Path) -> Non
 
 
 def _timeouts() -> list[timedelta]:
-    parallel = native.locate(None)
+    parallel = Torch().locate(None)
     groups = [parallel.group((0, 1, 2)), parallel.group((0, 1) if parallel.rank < 2 else (2,))]
     handles: list[Any] = [group.handle for group in groups if group.handle is not None]
     return [handle._get_backend(torch.device("cpu")).options._timeout for handle in handles]

@@ -114,9 +114,9 @@ def test_blocks_are_cut_from_the_logical_matrix(sharding: Sharding, hp: ShampooH
 def test_blocks_that_are_grafted_only_are_each_stored_in_one_place(sharding: Sharding, hp: ShampooHyperParams) -> None:
     matrix = describe(replace(sharding, excluded="embedding"), hp, WORLD)
     if sharding.sharded:  # updated where they are, with no blocks
-        assert (matrix.blocks, list(matrix.cells())) == ((), [])
+        assert (matrix.blocks, list(matrix.fragments())) == ((), [])
         return
-    assert sorted(cell.block for cell in matrix.cells()) == list(range(len(matrix.blocks)))
+    assert sorted(fragment.block for fragment in matrix.fragments()) == list(range(len(matrix.blocks)))
     numbers = [number for block in matrix.blocks for number in numbers_of(matrix)[block.slices].flat]
     assert sorted(numbers) == list(range(math.prod(sharding.shape)))
 
@@ -233,14 +233,14 @@ def test_cells_make_every_block_whole_in_every_cover(sharding: Sharding, hp: Sha
     written = {
         (shard_group, i): np.full(b.shape, -1) for shard_group in shard_groups for i, b in enumerate(matrix.blocks)
     }
-    for cell in matrix.cells():
-        assert (cell.shard_group, cell.ranks) in replica_groups
-        into = written[cell.shard_group, cell.block][cell.piece.box.within(matrix.blocks[cell.block])]
+    for fragment in matrix.fragments():
+        assert (fragment.shard_group, fragment.ranks) in replica_groups
+        into = written[fragment.shard_group, fragment.block][fragment.box.within(matrix.blocks[fragment.block])]
         assert (into == -1).all()
-        places = positions(cell.piece)
+        places = positions(fragment.piece)
         assert places.min() >= 0
-        into[...] = held[cell.ranks[0]][places]
-        assert all((held[rank][places] == into).all() for rank in cell.ranks)
+        into[...] = held[fragment.ranks[0]][places]
+        assert all((held[rank][places] == into).all() for rank in fragment.ranks)
     for (_, number), block in written.items():
         assert (block == numbers_of(matrix)[matrix.blocks[number].slices]).all()
 

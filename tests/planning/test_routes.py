@@ -21,7 +21,8 @@ import shampoo3d
 from common import RANDOM, Numbers, a_storage, a_team, replicated, some_hyperparams, stored
 from shampoo3d.planning.layout import ITEM_BYTES, Holder, Matrix, Shard, Sharding, describe
 from shampoo3d.planning.plan import Plan, make_plan
-from shampoo3d.planning.routes import Transfer, Transfers, buckets, rounds, traffic, travels, width
+from shampoo3d.planning.routes import Transfer, Transfers, buckets, rounds, travels, width
+from shampoo3d.planning.share import RankShare, traffic
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.variant import Variant
@@ -68,7 +69,7 @@ def painted(case: Case, transfers: list[Transfer], number: int) -> Numbers:
     count = np.zeros(case.matrices[number].merged, dtype=int)
     for transfer in transfers:
         assert transfer.matrix == number
-        count[transfer.cell.piece.box.slices] += 1
+        count[transfer.box.slices] += 1
     return count
 
 
@@ -152,7 +153,7 @@ def test_new_weights_reach_every_replica_once(case: Case) -> None:
         for rank, here in storing(matrix).items():
             arriving = painted(
                 case,
-                [transfer for transfer in transfers if rank in transfer.cell.ranks and transfer.home != rank],
+                [transfer for transfer in transfers if rank in transfer.ranks and transfer.home != rank],
                 number,
             )
             assert (arriving + home[rank] == here).all()
@@ -162,26 +163,18 @@ def test_new_weights_reach_every_replica_once(case: Case) -> None:
 @given(case=CASES)
 def test_a_rank_sees_what_it_stores_and_the_blocks_that_it_keeps_in_the_order_of_all(case: Case) -> None:
     def shown(transfer: Transfer) -> tuple[object, ...]:
-        return (
-            transfer.slot,
-            transfer.matrix,
-            transfer.home,
-            transfer.keeper,
-            transfer.gathered,
-            *vars(transfer.cell).values(),
-        )
+        return tuple(vars(transfer).values())
 
-    all_gather_object = case.routes
-    assert [transfer.slot for transfer in all_gather_object.transfers] == sorted(
-        transfer.slot for transfer in all_gather_object.transfers
+    everything = case.routes
+    assert [transfer.slot for transfer in everything.transfers] == sorted(
+        transfer.slot for transfer in everything.transfers
     )
     for rank in case.ranks:
         concerned = [
-            rank in (*case.plan.blocks[transfer.slot].keepers, *transfer.cell.ranks)
-            for transfer in all_gather_object.transfers
+            rank in (*case.plan.blocks[transfer.slot].keepers, *transfer.ranks) for transfer in everything.transfers
         ]
         seen = Transfers.of(case.plan, case.matrices, rank).transfers
-        assert list(map(shown, seen)) == list(map(shown, itertools.compress(all_gather_object.transfers, concerned)))
+        assert list(map(shown, seen)) == list(map(shown, itertools.compress(everything.transfers, concerned)))
 
 
 # ---- bytes ----
@@ -223,7 +216,7 @@ def test_bytes_are_those_of_the_elements_that_are_not_where_they_are_needed(case
             each = (len(ranks) - 1) * ITEM_BYTES[dtype]
             expected[rank]["weights"] += max(counts.values()) * each  # each rank's share padded to the largest
     for rank in case.ranks:
-        found = traffic(case.plan, case.matrices, rank, ShampooHyperParams(), distribution)
+        found = traffic(RankShare(case.plan, case.matrices, rank), ShampooHyperParams(), distribution)
         assert found.keys() >= {"gradients", "updates", "weights", "roots"}
         assert Counter(found) == expected[rank]
     away = any(found["gradients"] or found["updates"] for found in expected.values())
@@ -239,7 +232,7 @@ def test_other_keepers_are_told_the_second_moments_in_an_eigenbasis() -> None:
     matrices = [describe(replicated("w", (8, 3), range(2)).with_shard_groups(2), hp, 2)]
     plan = make_plan(matrices, range(2), hp)
     for rank in range(2):
-        assert traffic(plan, matrices, rank, hp, Distribution(root_copies=2))["roots"] == 4 * (16 + 9 + 12)
+        assert traffic(RankShare(plan, matrices, rank), hp, Distribution(root_copies=2))["roots"] == 4 * (16 + 9 + 12)
 
 
 def replicas_of_two_shards(blocks: int) -> tuple[list[Matrix], Plan]:
@@ -262,7 +255,7 @@ def test_under_data_parallelism_nothing_travels_but_new_weights() -> None:
     plan = make_plan(matrices, range(3), ShampooHyperParams(block_size=2))
     assert not travels(plan, matrices)
     for rank in range(3):
-        found = traffic(plan, matrices, rank, ShampooHyperParams(), Distribution())
+        found = traffic(RankShare(plan, matrices, rank), ShampooHyperParams(), Distribution())
         assert found == {"gradients": 0, "updates": 0, "weights": 2 * 16 * 4, "roots": 0}
 
 

@@ -27,8 +27,8 @@ def members_by_shape(shapes: list[tuple[int, ...]], block_size: int) -> Rows:
     for number, shape in enumerate(shapes):
         matrix = describe(replicated(f"w{number}", shape), hp, 1)
         binding = bound(matrix, number)
-        for slot, cell in enumerate(matrix.cells(0)):
-            kinds.setdefault(cell.piece.box.shape, []).append(Member(slot, binding, cell))
+        for fragment in matrix.fragments(0):
+            kinds.setdefault(fragment.box.shape, []).append((binding, fragment))
     return list(kinds.values())
 
 
@@ -43,7 +43,7 @@ def test_patches_hold_the_elements_of_their_members_in_order(
     for members in members_by_shape(shapes, block_size):
         if shuffled:
             chance.shuffle(members)  # type: ignore[attr-defined]
-        stack = torch.stack([m.binding.view(m.binding.group_tensor.flat, m.cell.piece) for m in members])
+        stack = torch.stack([of.view(of.group_tensor.flat, fragment.piece) for of, fragment in members])
         first = 0
         for patch in patches(members):
             assert patch.first == first

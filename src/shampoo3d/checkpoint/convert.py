@@ -13,7 +13,7 @@ from shampoo3d.checkpoint.reading import load_tensors_only
 from shampoo3d.checkpoint.state import FLAT_NAMES
 from shampoo3d.checkpoint.tensors import WEIGHT, Held, among_equals_of, merge_chunks, stacked
 from shampoo3d.distributed.topology import ParallelGroups
-from shampoo3d.engines.deepspeed_files import RankState, checkpoint_of, rank_states
+from shampoo3d.engines.engine_files import RankState, checkpoint_of, rank_states
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import Block
 

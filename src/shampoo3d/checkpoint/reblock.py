@@ -20,8 +20,9 @@ from shampoo3d.checkpoint.tensors import Held, among_equals_of, merge_chunks, st
 from shampoo3d.numerics.symmetric import assembled
 from shampoo3d.numerics.tiles import Shape, tile_shapes
 from shampoo3d.planning.blocks import Block, Cuts
+from shampoo3d.planning.layout import Matrix
 from shampoo3d.runtime.bindings import Binding
-from shampoo3d.runtime.team import Batch, Kept, Team
+from shampoo3d.runtime.team import Batch, Team
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 Name = str
@@ -33,7 +34,7 @@ class _Old:
     """An old block with room for its statistics, by name."""
 
     block: Block
-    group_tensor: int
+    index: int
     count: int
     tiles: Tiles
 
@@ -54,22 +55,24 @@ class Reblocking:
     _old: dict[Name, dict[Block, _Old]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for _, member, name in self._new():
+        for _, _, binding, new, name in self._new():
             known = self._old.setdefault(name, {})
             equals = among_equals_of(self.saved[name].cuts)
-            for block in _reached(self.saved[name].cuts, member.block):
+            for block in _reached(self.saved[name].cuts, new):
                 if block not in known:
-                    known[block] = _Old(block, *equals[block], self._room(name, block, member))
+                    known[block] = _Old(block, *equals[block], self._room(name, block, binding.matrix))
 
-    def _new(self) -> Iterator[tuple[Batch, Kept, Name]]:
+    def _new(self) -> Iterator[tuple[Batch, int, Binding, Block, Name]]:
+        """The new blocks, each with its batch and row there."""
         for team in self.teams:
             for batch in (batch for batch in team.batches if not batch.guests):
-                for member in batch.members:
-                    if (name := self.called.get(member.binding, "")) in self.recut:
-                        yield batch, member, name
+                for row, slot in enumerate(batch.slots):
+                    binding, block = team.slots[slot]
+                    if (name := self.called.get(binding, "")) in self.recut:
+                        yield batch, row, binding, block, name
 
-    def _room(self, name: Name, block: Block, member: Kept) -> Tiles:
-        of, dtype = self.saved[name], getattr(torch, member.binding.matrix.sharding.state_dtype)
+    def _room(self, name: Name, block: Block, matrix: Matrix) -> Tiles:
+        of, dtype = self.saved[name], getattr(torch, matrix.sharding.state_dtype)
         shapes: dict[str, Shape] = {}
         for axis in of.axes:
             d = block.shape[axis]
@@ -83,21 +86,21 @@ class Reblocking:
         for name, blocks in self._old.items():
             for old in blocks.values():
                 for what, values in old.tiles.items():
-                    key, size, row, stack = stacked(old.block, what, values, old.group_tensor, old.count)
+                    key, size, row, stack = stacked(old.block, what, values, old.index, old.count)
                     found.setdefault((name, key), (size, []))[1].append((row, stack))
         return [Held(*key, size, tuple(merge_chunks(parts))) for key, (size, parts) in found.items()]
 
     def finish(self, hp: ShampooHyperParams) -> None:
         """Put the new statistics in their place, once the old ones are read, and compute their roots."""
         rows: dict[tuple[Batch, int], list[int]] = {}
-        for batch, member, name in self._new():
-            old = [self._old[name][block] for block in _reached(self.saved[name].cuts, member.block)]
+        for batch, row, _, new, name in self._new():
+            old = [self._old[name][block] for block in _reached(self.saved[name].cuts, new)]
             for group_tensor, axis in enumerate(batch.stack.axes):
                 of = batch.stack.statistics[group_tensor]
-                of.put(member.row, _statistics(member.block, axis, old, kl=hp.variant.statistics == "kl"))
-                same = hp.variant.statistics != "kl" and _is_exact(member.block, axis, old)
+                of.put(row, _statistics(new, axis, old, kl=hp.variant.statistics == "kl"))
+                same = hp.variant.statistics != "kl" and _is_exact(new, axis, old)
                 self.exact[name] = self.exact.get(name, True) and same
-            rows.setdefault((batch, self.saved[name].step), []).append(member.row)
+            rows.setdefault((batch, self.saved[name].step), []).append(row)
         for (batch, t), numbers in rows.items():
             if hp.statistics_count(t):
                 index = torch.tensor(numbers, device=batch.stack.device)

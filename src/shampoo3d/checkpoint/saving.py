@@ -4,7 +4,7 @@ import os
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,15 +18,28 @@ from shampoo3d.checkpoint.state import ParamState
 from shampoo3d.distributed.errors import during
 from shampoo3d.distributed.topology import Claims, ParallelGroups
 from shampoo3d.engines.parameters import ParameterRegistry
-from shampoo3d.engines.reading import locate
 from shampoo3d.runtime.agreement import StepRefusedError
-from shampoo3d.runtime.assemble import DisagreementError, flat_groups
+from shampoo3d.runtime.assemble import Bound, DisagreementError, flat_groups
 from shampoo3d.runtime.bindings import GroupTensor
 from shampoo3d.runtime.step import UnfinishedStepError, join_background_roots
 from shampoo3d.runtime.team import Team
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.validation import check_bool, check_path
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Loaded state that waits until its parameters are bound.
+
+    Attributes:
+        saved: by parameter; ``own``: what belongs to flat slices.
+        known: the matrices as they were described.
+    """
+
+    saved: dict[Tensor, ParamState] = field(default_factory=dict)
+    own: dict[str, Any] | None = None
+    known: dict[str, Any] = field(default_factory=dict)
 
 
 class Checkpointed(Optimizer):
@@ -37,13 +50,9 @@ class Checkpointed(Optimizer):
     skipped_steps: int
     _claims: Claims
     _registry: ParameterRegistry
-    _parallel: ParallelGroups | None
-    _teams: list[Team]
-    _group_tensors: dict[Tensor, GroupTensor]
+    _bound: Bound | None
+    _pending: "Pending"
     _groups: list[dict[str, Any]]
-    _saved: dict[Tensor, ParamState]
-    _saved_own: dict[str, Any] | None
-    _known: dict[str, Any]
     _unfinished: int = 0  # the step that is under way, or ended in its middle
 
     @abstractmethod
@@ -54,11 +63,22 @@ class Checkpointed(Optimizer):
     def _assemble(
         self,
         parallel: ParallelGroups,
-        saved: Mapping[Tensor, ParamState],
-        own: Mapping[str, Any] | None,
+        pending: "Pending",
         owned: Mapping[Tensor, ParamState],
     ) -> None:
-        """Make teams with new stacks, with the state in them that was saved or is owned already."""
+        """Make teams with new stacks, with the state in them that waits or is owned already."""
+
+    @abstractmethod
+    def _located(self) -> ParallelGroups:
+        """Find this process's place among the ranks, unless it is known."""
+
+    @property
+    def _teams(self) -> list[Team]:
+        return self._bound.teams if self._bound else []
+
+    @property
+    def _group_tensors(self) -> dict[Tensor, GroupTensor]:
+        return self._bound.group_tensors if self._bound else {}
 
     def _must_be_whole(self) -> None:
         if self._unfinished:
@@ -73,10 +93,10 @@ class Checkpointed(Optimizer):
 
     def _complete_state(self) -> dict[Tensor, ParamState]:
         """The state of every parameter, whoever keeps it; of flat slices, what this rank keeps of them."""
-        if self._parallel is None:
-            return dict(self._saved)
+        begun = dict(self._pending.saved)
+        if self._bound is None:
+            return begun
         join_background_roots(self._teams)
-        begun: dict[Tensor, ParamState] = dict(self._saved)
         for team in self._teams:
             if flat_groups(self._registry):
                 begun |= {
@@ -88,7 +108,7 @@ class Checkpointed(Optimizer):
 
     def _parameters(self) -> dict[str, Any]:
         """The matrices that take part in steps, in plain data; of a copy those that were bound in the original."""
-        return checkpoint.parameters_of(self._teams, self._steps) if self._parallel is not None else self._known
+        return checkpoint.parameters_of(self._teams, self._steps) if self._bound else self._pending.known
 
     @during("in state_dict()")
     def state_dict(self) -> dict[str, Any]:
@@ -108,7 +128,7 @@ class Checkpointed(Optimizer):
         if not flat_groups(self._registry):
             originals = (param for group in self._registry.originals for param in group)
             whole["shampoo"]["names"] = [self._registry.names[param] for param in originals]
-        elif self._parallel is not None:
+        elif self._bound is not None:
             numbers = {param: number for number, param in enumerate(params)}
             whole["shampoo"] |= slices.own_state(self._teams, numbers)
         return whole
@@ -134,11 +154,12 @@ class Checkpointed(Optimizer):
                 "state that was saved under ZeRO loads into the same layout only, and no other state does there"
             )
         distributed = dist.is_available() and dist.is_initialized()
-        if self._parallel is None and distributed:
-            self._saved, self._saved_own, self._known = saved, own, described.get("parameters", {})
+        pending = Pending(saved, own, described.get("parameters", {}))
+        if self._bound is None and distributed:
+            self._pending = pending
         else:
             try:
-                self._assemble(self._parallel or locate(self._claims), saved, own, {})
+                self._assemble(self._located(), pending, {})
             except DisagreementError as error:
                 raise StepRefusedError(str(error)) from None
         checkpoint.replace_settings(self.param_groups, groups)
@@ -148,14 +169,20 @@ class Checkpointed(Optimizer):
             after(self)
 
     def _source(self) -> folder.Source:
-        parallel = self._parallel
-        assert parallel is not None
+        assert self._bound is not None
         join_background_roots(self._teams)
         bound = {binding.matrix.name for team in self._teams for binding in team.bindings}
         idle = tuple(name for name in self._registry.names.values() if name not in bound)
         models = {name: param for param, name in self._registry.names.items() if param not in self._group_tensors}
         return folder.Source(
-            parallel, self._teams, self._groups, self._steps, idle, models, self.hyperparams, self.skipped_steps
+            self._bound.parallel,
+            self._teams,
+            self._groups,
+            self._steps,
+            idle,
+            models,
+            self.hyperparams,
+            self.skipped_steps,
         )
 
     @torch.no_grad()
@@ -220,10 +247,8 @@ class Checkpointed(Optimizer):
             "distribution",
             "skipped_steps",
             "_claims",
-            "_saved_own",
             "_unfinished",
         )
-        fresh = {"state": defaultdict(dict), "_registry": registry, "_parallel": None, "_teams": [], "_exchanges": []}
-        fresh["_group_tensors"] = {}
-        same = {"_groups": self._groups, "_saved": self._complete_state(), "_known": self._parameters()}
-        return {name: getattr(self, name) for name in kept} | fresh | same
+        pending = Pending(self._complete_state(), self._pending.own, self._parameters())
+        fresh = {"state": defaultdict(dict), "_registry": registry, "_bound": None, "_pending": pending}
+        return {name: getattr(self, name) for name in kept} | fresh | {"_groups": self._groups}

@@ -21,7 +21,7 @@ def own_state(teams: Sequence[Team], numbers: Mapping[Tensor, int]) -> dict[str,
     """
     slices: dict[str, Any] = {}
     for team in teams:
-        for binding in (binding for binding in team.bindings if binding.matrix.sharding.sharded):
+        for binding in (binding for binding in team.bindings if binding.matrix.sharded):
             pieces = (p for part in parts_of(team, binding, everything=False) for p in binding.matrix.pieces(part))
             found = [(p.box.start, p.box.shape, binding.offset + p.offset, p.strides) for p in pieces]
             if found:

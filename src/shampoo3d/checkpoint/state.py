@@ -52,11 +52,11 @@ def live_state(teams: Sequence[Team]) -> dict[Tensor, ParamState]:
                 FLAT_NAMES[name]: tensor for name, tensor in bucket.momenta.tensors().items()
             }
         for stack in team.stacked_buckets:
-            for row, member in enumerate(stack.members):
+            for row, (binding, fragment) in enumerate(stack.members):
                 views = {name: tensor[row] for name, tensor in stack.momenta.tensors().items()}
-                state[member.binding.group_tensor.tensor].setdefault(member.cell.piece.box.key, {}).update(views)
+                state[binding.group_tensor.tensor].setdefault(fragment.box.key, {}).update(views)
         for binding, block, views, _ in factors_of(team):
-            if not binding.matrix.sharding.sharded:
+            if not binding.matrix.sharded:
                 state[binding.group_tensor.tensor].setdefault(block.key, {}).update(views)
     return state
 
@@ -66,7 +66,7 @@ def owned_factors(teams: Sequence[Team]) -> dict[str, dict[str, dict[str, Tensor
     found: defaultdict[str, dict[str, dict[str, Tensor]]] = defaultdict(dict)
     for team in teams:
         for binding, block, views, _ in factors_of(team):
-            if binding.matrix.sharding.sharded:
+            if binding.matrix.sharded:
                 found[binding.matrix.name][block.key] = views
     return dict(found)
 
@@ -75,9 +75,8 @@ def factors_of(team: Team) -> Iterator[tuple[Binding, Block, dict[str, Tensor], 
     """What is kept here of each block that has factors, in views; and whether another rank owns it."""
     for batch in team.batches:
         tensors = batch.stack.tensors()
-        for member in batch.members:
-            views = {name: tensor[member.row] for name, tensor in tensors.items()}
-            yield member.binding, member.block, views, batch.guests
+        for row, slot in enumerate(batch.slots):
+            yield *team.slots[slot], {name: tensor[row] for name, tensor in tensors.items()}, batch.guests
 
 
 def logical(matrix: Matrix, hp: ShampooHyperParams) -> Matrix:
@@ -113,25 +112,25 @@ def _whole_momenta(team: Team, communicator: Communicator) -> dict[int, dict[str
     names = [momenta_names(team.hp, binding.matrix.factored) for binding in team.bindings]
     items: list[tuple[int, int, Piece]] = []  # home, matrix, piece
     for binding in team.bindings:
-        if binding.matrix.sharding.sharded:
+        if binding.matrix.sharded:
             for holder in binding.matrix.sharding.holders:
                 items += ((holder.rank, binding.number, piece) for piece in binding.matrix.pieces(holder.shard))
     routes = Transfers.of(team.plan, [binding.matrix for binding in team.bindings])
     items += (
-        (transfer.home, transfer.matrix, transfer.cell.piece)
+        (transfer.home, transfer.matrix, transfer.piece)
         for transfer in routes.transfers
-        if not team.bindings[transfer.matrix].matrix.sharding.sharded
+        if not team.bindings[transfer.matrix].matrix.sharded
     )
     items = [item for item in items if names[item[1]]]  # Adam in eigenbases needs nothing at the homes
     kept = {}
     for bucket in team.stacked_buckets:
-        for row, member in enumerate(bucket.members):
-            kept[member.binding.number, member.cell.piece.box.key] = [t[row] for t in bucket.momenta.tensors().values()]
+        for row, (binding, fragment) in enumerate(bucket.members):
+            kept[binding.number, fragment.box.key] = [tensor[row] for tensor in bucket.momenta.tensors().values()]
 
     def mine(number: int) -> Tensor:
         _, matrix, piece = items[number]
         binding = team.bindings[matrix]
-        if binding.matrix.sharding.sharded:
+        if binding.matrix.sharded:
             tensors = team.flat_buckets[binding.group_tensor].momenta.tensors()
             return torch.stack([binding.view(tensors[name], piece) for name in names[matrix]])
         return torch.stack(kept[matrix, piece.box.key])
@@ -193,11 +192,11 @@ def _shared(
     for dtype in dict.fromkeys(dtypes):
         numbers = [n for n, of in enumerate(dtypes) if of == dtype]
 
-        def chosen(group_tensor: int, numbers: Sequence[int] = numbers) -> Tensor:
-            return mine(numbers[group_tensor])
+        def chosen(index: int, numbers: Sequence[int] = numbers) -> Tensor:
+            return mine(numbers[index])
 
         for arrived in communicator.all_gather("state", [sizes[n] for n in numbers], chosen, dtype, BUCKET_ELEMENTS):
-            yield from ((numbers[group_tensor], flat) for group_tensor, flat in arrived.items())
+            yield from ((numbers[index], flat) for index, flat in arrived.items())
 
 
 def check_loadable(binding: Binding, saved: ParamState, hp: ShampooHyperParams) -> None:
@@ -278,12 +277,12 @@ def _load_momenta(team: Team, saved: Mapping[Tensor, ParamState]) -> None:
                 for name, tensor in whole[binding.number].items():
                     tensor[block.slices] = state[block.key][name]
     for bucket in team.stacked_buckets:
-        for row, member in enumerate(bucket.members):
-            if member.binding.number in whole:
+        for row, (binding, fragment) in enumerate(bucket.members):
+            if binding.number in whole:
                 for name, tensor in bucket.momenta.tensors().items():
-                    tensor[row].copy_(whole[member.binding.number][name][member.cell.piece.box.slices])
+                    tensor[row].copy_(whole[binding.number][name][fragment.box.slices])
     for binding in team.bindings:
-        if binding.number in whole and binding.matrix.sharding.sharded:
+        if binding.number in whole and binding.matrix.sharded:
             flat = team.flat_buckets[binding.group_tensor]
             part = next(h.shard for h in binding.matrix.sharding.holders if h.rank == team.rank)
             for piece in binding.matrix.pieces(part):

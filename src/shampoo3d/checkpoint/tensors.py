@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from shampoo3d.checkpoint.slices import first_shard_group, parts_of
 from shampoo3d.checkpoint.state import factors_of
-from shampoo3d.engines import zero
+from shampoo3d.engines.reading import engine
 from shampoo3d.numerics.state_names import momenta_names, owned_names
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import Block, Cuts, grid
@@ -200,7 +200,7 @@ class Weights:
             for piece in binding.matrix.pieces(part):
                 yield piece, binding.view(self.flats[binding.group_tensor], piece)
             if binding.matrix.name in self.models:
-                for flat, there in zero.model_storage(self.models[binding.matrix.name], part):
+                for flat, there in engine().model_storage(self.models[binding.matrix.name], part):
                     for piece in binding.matrix.pieces(there):
                         start = flat.storage_offset() + piece.offset
                         yield piece, flat.as_strided(piece.box.shape, piece.strides, start)
@@ -254,13 +254,13 @@ def _rectangles(team: Team, weights: Weights | None, *, everything: bool) -> Ite
                 yield binding, *stacked(block, what, values, *equals[binding][block])
 
 
-def stacked(block: Block, what: str, values: Tensor, group_tensor: int, count: int) -> tuple[str, Shape, Block, Tensor]:
+def stacked(block: Block, what: str, values: Tensor, index: int, count: int) -> tuple[str, Shape, Block, Tensor]:
     """A factor as a row of those of all blocks of its shape: what these are called, their shape, the row, the values.
 
     Args:
-        place, count: see :func:`among_equals`.
+        index, count: see :func:`among_equals`.
     """
-    row = Block((group_tensor, *(0,) * values.dim()), (1, *values.shape))
+    row = Block((index, *(0,) * values.dim()), (1, *values.shape))
     return f"{block_name(block)}/{what}", (count, *values.shape), row, values[None]
 
 
@@ -289,11 +289,11 @@ def block_name(block: Block) -> str:
 def _momenta(team: Team, *, everything: bool) -> Iterator[Rectangle]:
     for stack in team.stacked_buckets:
         tensors = stack.momenta.tensors()
-        for row, member in enumerate(stack.members):
-            if everything or member.cell.shard_group == first_shard_group(member.binding):
+        for row, (binding, fragment) in enumerate(stack.members):
+            if everything or fragment.shard_group == first_shard_group(binding):
                 for what, values in tensors.items():
-                    yield member.binding, what, member.binding.matrix.merged, member.cell.piece.box, values[row]
-    for binding in (binding for binding in team.bindings if binding.matrix.sharding.sharded):
+                    yield binding, what, binding.matrix.merged, fragment.box, values[row]
+    for binding in (binding for binding in team.bindings if binding.matrix.sharded):
         tensors = team.flat_buckets[binding.group_tensor].momenta.tensors()
         for part in parts_of(team, binding, everything=everything):
             for piece, what in product(binding.matrix.pieces(part), momenta_names(team.hp, binding.matrix.factored)):
@@ -302,14 +302,11 @@ def _momenta(team: Team, *, everything: bool) -> Iterator[Rectangle]:
 
 def _at_home(team: Team, binding: Binding) -> Iterator[Piece]:
     """What of a matrix is at home here, in the first cover."""
-    if binding.matrix.sharding.sharded:
+    if binding.matrix.sharded:
         for part in parts_of(team, binding, everything=False):
             yield from binding.matrix.pieces(part)
         return
-    for transfer in team.transfers:
-        if (transfer.matrix, transfer.home, transfer.cell.shard_group) == (
-            binding.number,
-            team.rank,
-            first_shard_group(binding),
-        ):
-            yield transfer.cell.piece
+    here = binding.number, team.rank, first_shard_group(binding)
+    for transfer in team.share.transfers:
+        if (transfer.matrix, transfer.home, transfer.shard_group) == here:
+            yield transfer.piece

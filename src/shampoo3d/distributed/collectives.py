@@ -1,9 +1,9 @@
 """The collectives of a group of ranks: uneven swaps, bucketed sharing, sums; every byte that arrives is counted."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,18 +19,24 @@ T = TypeVar("T")
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class PendingAllToAll:
-    """An uneven all-to-all that may still be under way."""
+K = TypeVar("K", bound=Hashable)
 
-    def __init__(self, what: str, group: Group, pieces: Sequence[Tensor], work: Any) -> None:
-        self._what, self._group = what, group
-        self._pieces, self._work = pieces, work
 
-    def wait(self) -> Sequence[Tensor]:
-        """The flat pieces that arrived, in the order in which they were asked for; their buffer is used again."""
-        if self._work is not None:
-            with _exchanging(self._what, self._group):
-                self._work.wait()
+class PendingAllToAll(Generic[K]):
+    """Pieces on their way, by key: those that stay on this rank, and those of an all-to-all that may be under way."""
+
+    def __init__(
+        self,
+        here: Mapping[K, Tensor] | None = None,
+        arriving: Mapping[K, Tensor] | None = None,
+        finish: Callable[[], None] | None = None,
+    ) -> None:
+        self._pieces, self._finish = {**(here or {}), **(arriving or {})}, finish
+
+    def wait(self) -> Mapping[K, Tensor]:
+        """Return all pieces once they are here; those that travelled are flat, in a buffer that is used again."""
+        if self._finish is not None:
+            self._finish()
         return self._pieces
 
 
@@ -53,8 +59,9 @@ class Communicator:
         turn: int,
         dtype: torch.dtype,
         out: Sequence[tuple[int, Tensor]],
-        into: Sequence[tuple[int, int]],
-    ) -> PendingAllToAll:
+        into: Sequence[tuple[K, int, int]],
+        here: Mapping[K, Tensor] | None = None,
+    ) -> PendingAllToAll[K]:
         """Start to send pieces to other ranks and to receive pieces from them.
 
         Args:
@@ -62,12 +69,13 @@ class Communicator:
             turn: buffers are used again two turns later.
             dtype: in which they travel.
             out: (global rank, piece) each; to one rank in the order in which it asks for them.
-            into: (global rank, number of elements) each.
+            into: (key, global rank, number of elements) each.
+            here: pieces that stay on this rank.
         """
         sent = self._sorted([peer for peer, _ in out])
-        taken = self._sorted([peer for peer, _ in into])
+        taken = self._sorted([peer for _, peer, _ in into])
         counts_out = self._counts((peer, piece.numel()) for peer, piece in out)
-        counts_in = self._counts(into)
+        counts_in = self._counts((peer, elements) for _, peer, elements in into)
         send = self._buffer((what, "out", turn % 2), sum(counts_out), dtype)
         receive = self._buffer((what, "in", turn % 2), sum(counts_in), dtype)
         if out:
@@ -85,9 +93,14 @@ class Communicator:
                 async_op=True,
             )
         self.received[what] += receive.nbytes
-        arrived = receive.split_with_sizes([into[i][1] for i in taken]) if into else ()
-        places_of = dict(zip(taken, arrived, strict=True))
-        return PendingAllToAll(what, self.group, [places_of[i] for i in range(len(into))], work)
+        arrived = receive.split_with_sizes([into[i][2] for i in taken]) if into else ()
+        pieces_of = dict(zip(taken, arrived, strict=True))
+
+        def finish() -> None:
+            with _exchanging(what, self.group):
+                work.wait()
+
+        return PendingAllToAll(here, {key: pieces_of[i] for i, (key, _, _) in enumerate(into)}, finish)
 
     def all_gather(
         self, what: str, items: Sequence[tuple[int, int]], mine: Callable[[int], Tensor], dtype: torch.dtype, most: int
@@ -119,7 +132,7 @@ class Communicator:
                 arrived |= zip(bucket[peer], _split(row, [items[n][1] for n in bucket[peer]]), strict=True)
             yield arrived
 
-    def sum(self, what: str, values: Tensor) -> Tensor:
+    def all_reduce(self, what: str, values: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
         if self.group.size > 1:
             total = values.to(self.device)

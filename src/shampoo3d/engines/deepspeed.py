@@ -5,37 +5,25 @@ DeepSpeed is never imported here: it is read only where the user's script has im
 
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shampoo3d.distributed.topology import Group, ParallelGroups, Topology, group_of, world_group
-
-NAME = "DeepSpeed"
-"""The source of places that were found here."""
-
+from shampoo3d.engines import zero
+from shampoo3d.engines.engine import GroupContent, LocalShard, Ranks
+from shampoo3d.engines.native import Torch
+from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.layout import Shard
 
 _EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)")
 
 
-def is_running() -> bool:
-    """Whether DeepSpeed's communication has been started in this process."""
-    comm = sys.modules.get("deepspeed.comm")
-    return comm is not None and bool(comm.is_initialized())
-
-
 def _groups() -> Any:
     return sys.modules["deepspeed.utils.groups"]
-
-
-def locate() -> ParallelGroups:
-    """This process's place by the engine's groups; valid once ``deepspeed.initialize`` has run."""
-    world = world_group()
-    rank = torch.distributed.get_rank()
-    data = group_of(_groups()._get_sequence_data_parallel_group())
-    return ParallelGroups(rank, world, data, _model_group(rank), NAME)
 
 
 def _model_group(rank: int) -> Group:
@@ -72,64 +60,92 @@ def expert_names(names: Mapping[Tensor, str]) -> dict[Tensor, str]:
     return renamed
 
 
-def expert_replicas(param: Tensor) -> tuple[int, ...] | None:
-    """The ranks that store the same expert; None for a parameter of no expert."""
-    if not is_expert(param):
-        return None
-    return group_of(_groups()._get_expert_data_parallel_group(param.group_name)).ranks  # type: ignore[attr-defined]
+class DeepSpeed(Torch):
+    """DeepSpeed's engines: plain, pipeline, ZeRO, tensor and expert parallelism."""
 
+    name = "DeepSpeed"
+    set_up = "deepspeed.initialize"
 
-def meets_shards(param: Tensor) -> bool:
-    """Whether the tensor-parallel ranks have shards or replicas of it: those of a whole expert have other experts."""
-    return not is_expert(param) or int(_groups()._get_expert_model_parallel_world_size()) > 1
+    def is_running(self) -> bool:
+        """Return whether DeepSpeed's communication has been started in this process."""
+        comm = sys.modules.get("deepspeed.comm")
+        return comm is not None and bool(comm.is_initialized())
 
+    def locate(self, topology: Topology | None) -> ParallelGroups:
+        """Find this process's place by the engine's groups; valid once ``deepspeed.initialize`` has run."""
+        rank = torch.distributed.get_rank()
+        data = group_of(_groups()._get_sequence_data_parallel_group())
+        return ParallelGroups(rank, world_group(), data, _model_group(rank), self.name)
 
-def unwrap(params: Sequence[Tensor], originals: Sequence[Tensor]) -> list[Tensor]:
-    """The model's parameter behind each tensor of a group whose parameters a wrapper has replaced.
+    def placed(self, parallel: ParallelGroups) -> bool:
+        """Return whether they were found here: before DeepSpeed was started they were others."""
+        return parallel.source == self.name
 
-    DeepSpeed's bfloat16 wrapper at stage 0 puts float32 clones of the trainable parameters into the groups, in order.
+    def tied_holders(self, model: nn.Module) -> dict[Tensor, Ranks]:
+        """Find the ranks, of all stages, that hold each parameter that a PipelineModule ties across stages."""
+        comms: dict[str, dict[str, Any]] = getattr(model, "tied_comms", None) or {}
+        found: dict[Tensor, Ranks] = {}
+        for comm in comms.values():
+            topology = Topology.of(model.topology())  # type: ignore[operator]
+            holders = sorted({peer for rank in comm["ranks"] for peer in topology.peers(rank, "data")})
+            names = comm["weight_attr"]
+            for name in [names] if isinstance(names, str) else names:
+                weight = comm["module"]
+                for attribute in name.split("."):
+                    weight = getattr(weight, attribute)
+                found[weight] = tuple(holders)
+        return found
 
-    Raises:
-        RuntimeError: if the tensors are no such clones, or if the wrapper is the float16 one, which divides gradients
-            by a loss scale that was never applied to them.
-    """
-    trainable = [param for param in originals if param.requires_grad and param.numel() > 0]
-    if [p.shape for p in trainable] != [p.shape for p in params]:
-        raise RuntimeError(
-            f"the parameter group now holds {len(params)} tensors of shapes {[tuple(p.shape) for p in params][:4]}..., "
-            f"which are not the {len(trainable)} trainable parameters that the optimizer was made for: another library "
-            "has replaced them in a way that 3D-Shampoo does not know"
-        )
-    if any(param.dtype == torch.float16 for param in trainable):
-        raise RuntimeError(
-            "3D-Shampoo refuses DeepSpeed's fp16 at ZeRO stage 0: it divides gradients by a loss scale that was not "
-            'applied to the loss. Use "bf16": {"enabled": true}, float32, or ZeRO stage 1.'
-        )
-    return trainable
+    def untold_tie(self, param: Tensor) -> bool:
+        """Return whether a PipelineModule has marked it as the copy of a weight of an earlier stage."""
+        return bool(getattr(param, "ds_pipe_replicated", False))
 
+    def is_flat(self, originals: Sequence[Tensor]) -> bool:
+        return any(zero.is_partitioned(param) for param in originals)
 
-def is_trial_step(params: Sequence[Tensor], originals: Collection[Tensor]) -> bool:
-    """Whether this is the step with zero gradients that a wrapper makes at set-up, which must change nothing."""
-    clones = [param for param in params if param not in originals]
-    return bool(clones) and all(param.grad is None or not param.grad.any() for param in clones)
+    def local_shards(
+        self, group: GroupContent, parallel: ParallelGroups, tied: Mapping[Tensor, Ranks]
+    ) -> list[LocalShard]:
+        """Read the slices of flat tensors, or whole parameters and copies of them."""
+        if not self.is_flat(group.originals):
+            return super().local_shards(group, parallel, tied)
+        return [
+            replace(
+                local,
+                team=tuple(sorted({*local.holders, *tied.get(local.original, ())})),
+                meets_shards=self.meets_shards(local.original),
+            )
+            for local in zero.local_shards(group)
+        ]
 
+    def replicas_of(self, param: Tensor, parallel: ParallelGroups) -> Ranks:
+        """Return the data-parallel ranks or, of an expert, those that store the same one."""
+        if not is_expert(param):
+            return parallel.data.ranks
+        return group_of(_groups()._get_expert_data_parallel_group(param.group_name)).ranks  # type: ignore[attr-defined]
 
-def is_tied_copy(param: Tensor) -> bool:
-    """Whether a PipelineModule has marked it as the copy of a weight of an earlier stage."""
-    return bool(getattr(param, "ds_pipe_replicated", False))
+    def meets_shards(self, param: Tensor) -> bool:
+        """Return whether tensor-parallel ranks have shards or replicas of it: those of a whole expert have others."""
+        return not is_expert(param) or int(_groups()._get_expert_model_parallel_world_size()) > 1
 
+    def unwrapped(self, group: GroupContent) -> dict[Tensor, Tensor]:
+        """Match parameters with the float32 copies that the bfloat16 wrapper at stage 0 puts into the groups.
 
-def tied_holders(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
-    """For each parameter that a PipelineModule ties across stages: all ranks, of all those stages, that hold it."""
-    comms: dict[str, dict[str, Any]] = getattr(model, "tied_comms", None) or {}
-    found: dict[Tensor, tuple[int, ...]] = {}
-    for comm in comms.values():
-        topology = Topology.of(model.topology())  # type: ignore[operator]
-        holders = sorted({peer for rank in comm["ranks"] for peer in topology.peers(rank, "data")})
-        names = comm["weight_attr"]
-        for name in [names] if isinstance(names, str) else names:
-            weight = comm["module"]
-            for attribute in name.split("."):
-                weight = getattr(weight, attribute)
-            found[weight] = tuple(holders)
-    return found
+        Raises:
+            RuntimeError: as without DeepSpeed, and if the wrapper is the float16 one, which divides gradients by a loss
+                scale that was never applied to them.
+        """
+        found = super().unwrapped(group)
+        copied = any(param is not tensor for param, tensor in found.items())
+        if copied and any(param.dtype == torch.float16 for param in found):
+            raise RuntimeError(
+                "3D-Shampoo refuses DeepSpeed's fp16 at ZeRO stage 0: it divides gradients by a loss scale that was "
+                'not applied to the loss. Use "bf16": {"enabled": true}, float32, or ZeRO stage 1.'
+            )
+        return found
+
+    def shape_of(self, param: Tensor) -> Shape:
+        return zero.shape_of(param)
+
+    def model_storage(self, param: Tensor, shard: Shard) -> Iterator[tuple[Tensor, Shard]]:
+        return zero.model_storage(param, shard)

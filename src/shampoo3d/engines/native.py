@@ -1,26 +1,111 @@
-"""Plain PyTorch: one process, or the replicas of ``torch.distributed``; modules, their names and embeddings."""
+"""Plain PyTorch: one process, the replicas of ``torch.distributed``, ``DTensor``; modules and their embeddings."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shampoo3d.distributed.topology import ParallelGroups, Topology, groups_in, world_group
+from shampoo3d.engines import dtensor
+from shampoo3d.engines.engine import GroupContent, LocalShard, Ranks
+from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.layout import Shard
 
 
-def locate(topology: Topology | None) -> ParallelGroups:
-    """This process's place without an engine: in the given topology, else every rank is a replica of every other."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return ParallelGroups.alone()
-    world = world_group()
-    rank = dist.get_rank()
-    source = "torch.distributed"
-    if topology is not None and topology.world_size == world.size:
-        return groups_in(topology, rank, world, source)
-    return groups_in(Topology(("data",), (world.size,)), rank, world, source)
+class Torch:
+    """No engine, or one that leaves parameters and groups as PyTorch makes them."""
+
+    name = "torch.distributed"
+    set_up = "torch.distributed.init_process_group"
+
+    def is_running(self) -> bool:
+        return True
+
+    def locate(self, topology: Topology | None) -> ParallelGroups:
+        """Find this process's place in the given topology, else every rank is a replica of every other."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return ParallelGroups.alone()
+        world = world_group()
+        if topology is None or topology.world_size != world.size:
+            topology = Topology(("data",), (world.size,))
+        return groups_in(topology, dist.get_rank(), world, self.name)
+
+    def placed(self, parallel: ParallelGroups) -> bool:
+        return True
+
+    def tied_holders(self, model: nn.Module) -> dict[Tensor, Ranks]:
+        return {}
+
+    def untold_tie(self, param: Tensor) -> bool:
+        return False
+
+    def is_flat(self, originals: Sequence[Tensor]) -> bool:
+        return False
+
+    def local_shards(
+        self, group: GroupContent, parallel: ParallelGroups, tied: Mapping[Tensor, Ranks]
+    ) -> list[LocalShard]:
+        """Read parameters, or copies of them, that are whole on their holders or ``DTensor``."""
+        shards = []
+        for param, tensor in self.unwrapped(group).items():
+            shape, number = tuple(tensor.shape), group.number
+            if isinstance(tensor, DTensor):
+                ranks, shard = dtensor.team_of(tensor), dtensor.shard_of(tensor, group.names[param])
+                sharded = dtensor.is_sharded(tensor)
+                shards.append(LocalShard(param, tensor, number, 0, shape, shard, ranks, ranks, sharded=sharded))
+            else:
+                ranks = tied.get(param) or self.replicas_of(param, parallel)
+                meets = self.meets_shards(param)
+                whole = Shard.whole(shape)
+                shards.append(LocalShard(param, tensor, number, 0, shape, whole, ranks, ranks, meets_shards=meets))
+        return shards
+
+    def replicas_of(self, param: Tensor, parallel: ParallelGroups) -> Ranks:
+        """Return the ranks that store the same parameter."""
+        return parallel.data.ranks
+
+    def meets_shards(self, param: Tensor) -> bool:
+        """Return whether the tensor-parallel ranks have shards or replicas of it."""
+        return True
+
+    def unwrapped(self, group: GroupContent) -> dict[Tensor, Tensor]:
+        """Match each model's parameter of a group with the tensor of the same shape in the group's place of it.
+
+        Raises:
+            RuntimeError: if the group holds tensors that are neither the parameters nor copies of the trainable ones.
+        """
+        originals = set(group.originals)
+        if all(tensor in originals for tensor in group.tensors):
+            return {tensor: tensor for tensor in group.tensors}
+        trainable = [param for param in group.originals if param.requires_grad and param.numel() > 0]
+        if [p.shape for p in trainable] != [p.shape for p in group.tensors]:
+            raise RuntimeError(
+                f"the parameter group now holds {len(group.tensors)} tensors of shapes "
+                f"{[tuple(p.shape) for p in group.tensors][:4]}..., which are not the {len(trainable)} trainable "
+                "parameters that the optimizer was made for: another library has replaced them in a way that "
+                "3D-Shampoo does not know"
+            )
+        return dict(zip(trainable, group.tensors, strict=True))
+
+    def is_trial_step(self, groups: Sequence[GroupContent]) -> bool:
+        """Return whether the groups hold copies of parameters, whole ones, whose gradients are all zero."""
+        copies = [tensor for group in groups for tensor in group.tensors if tensor not in group.names]
+        if any(self.is_flat(group.originals) for group in groups) or not copies:
+            return False
+        trial = all(copy.grad is None or not copy.grad.any() for copy in copies)
+        for group in groups if trial else ():
+            self.unwrapped(group)  # refuses a wrapper that it does not know at once
+        return trial
+
+    def shape_of(self, param: Tensor) -> Shape:
+        return tuple(param.shape)
+
+    def model_storage(self, param: Tensor, shard: Shard) -> Iterator[tuple[Tensor, Shard]]:
+        """Yield the whole parameter."""
+        yield param.detach().reshape(-1), Shard.of(shard.spans)
 
 
 def model_behind(params: Iterable[Any]) -> nn.Module | None:
@@ -39,9 +124,3 @@ def embedding_weights(model: nn.Module) -> set[Tensor]:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or type(module).__name__ == "VocabParallelEmbedding"
         for weight in module.parameters(recurse=False)
     }
-
-
-def checksum(tensor: Tensor) -> tuple[float, float]:
-    """Sum and sum of magnitudes in float64: equal on replicas."""
-    values = tensor.detach().to(torch.float64)
-    return values.sum().item(), values.abs().sum().item()

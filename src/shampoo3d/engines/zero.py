@@ -1,31 +1,16 @@
 """DeepSpeed's ZeRO: which elements of which parameter lie where in the flat tensors that it puts into the groups."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shampoo3d.distributed.topology import group_of
+from shampoo3d.engines.engine import GroupContent, LocalShard, Ranks
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.layout import Shard
-
-
-@dataclass(frozen=True)
-class Slice:
-    """What this rank's flat tensor holds of a parameter: ``first <= element < last``, from ``offset`` on.
-
-    ``ranks`` hold the whole parameter (or this tensor-parallel shard of it) between them, ``shape`` is its shape.
-    """
-
-    flat: Tensor
-    offset: int
-    first: int
-    last: int
-    shape: Shape
-    ranks: tuple[int, ...]
 
 
 def shape_of(param: Tensor) -> Shape:
@@ -53,42 +38,51 @@ def model_storage(param: Any, part: Shard) -> Iterator[tuple[Tensor, Shard]]:
         yield param.detach().reshape(-1), Shard.of(part.spans)
 
 
-def slices(params: Sequence[Tensor], originals: Sequence[Tensor], names: Sequence[str]) -> dict[Tensor, Slice]:
-    """The slices of the trainable ``originals`` of one group, whose ``params`` ZeRO has replaced.
+def local_shards(group: GroupContent) -> list[LocalShard]:
+    """Read the slices of the trainable parameters of a group, in the flat tensors that ZeRO has put in their place.
 
     Raises:
         RuntimeError: naming the parameter whose place in the flat tensors can't be explained to the last element.
     """
-    found: dict[Tensor, Slice] = {}
-    for param, name in zip(originals, names, strict=True):
-        if not param.requires_grad or not is_partitioned(param):
-            continue
-        found[param] = part = _stage_3(param) if is_stage_3(param) else _stage_1_or_2(param, params, name)
-        _check_values(param, part, name)
-    _check_gaps(found, names[0] if names else "")
-    return found
+    shards: list[LocalShard] = []
+    for param in group.originals:
+        if param.requires_grad and is_partitioned(param):
+            shard = _stage_3(param, group) if is_stage_3(param) else _stage_1_or_2(param, group)
+            _check_values(shard, group.names[param])
+            shards.append(shard)
+    _check_overlaps(shards, group.names)
+    return shards
 
 
-def _stage_1_or_2(param: Tensor, params: Sequence[Tensor], name: str) -> Slice:
-    """By the parameter's own place in the buffer of all partitions, of which it is a view: exact in any order."""
-    group = group_of(param._dp_group)  # type: ignore[attr-defined]
-    flat = params[0]
-    size, place = flat.numel(), group.ranks.index(torch.distributed.get_rank())
-    buffer = param.untyped_storage().nbytes() // param.element_size()
-    if len(params) != 1 or flat.dim() != 1 or buffer != size * group.size or not param.is_contiguous():
-        raise RuntimeError(
-            f"can't explain where DeepSpeed keeps {name!r}: {len(params)} tensors of {size} elements in its group, "
-            f"{group.size} partitions, a buffer of {buffer} elements, element {param.storage_offset()} the first"
-        )
-    start = int(param.storage_offset())
-    first, last = (min(max(edge * size - start, 0), param.numel()) for edge in (place, place + 1))
-    return Slice(
-        flat, start + first - place * size if last > first else 0, first, last, tuple(param.shape), group.ranks
+def _slice(
+    param: Tensor, flat: Tensor, group: GroupContent, offset: int, ends: tuple[int, int], ranks: Ranks
+) -> LocalShard:
+    """Describe the elements from the first to before the last of ``ends``, which begin at ``offset`` in ``flat``."""
+    shape = shape_of(param)
+    return LocalShard(
+        param, flat, group.number, offset, shape, Shard.whole(shape).range(*ends), ranks, ranks, sharded=True
     )
 
 
-def _stage_3(param: Any) -> Slice:
-    """By the position that stage 3 gives the gradient's partition in the flat tensor of its sub-group."""
+def _stage_1_or_2(param: Tensor, group: GroupContent) -> LocalShard:
+    """Read the parameter's own place in the buffer of all partitions, of which it is a view: exact in any order."""
+    ranks = group_of(param._dp_group).ranks  # type: ignore[attr-defined]
+    flat = group.tensors[0]
+    size, position = flat.numel(), ranks.index(torch.distributed.get_rank())
+    buffer = param.untyped_storage().nbytes() // param.element_size()
+    if len(group.tensors) != 1 or flat.dim() != 1 or buffer != size * len(ranks) or not param.is_contiguous():
+        raise RuntimeError(
+            f"can't explain where DeepSpeed keeps {group.names[param]!r}: {len(group.tensors)} tensors of {size} "
+            f"elements in its group, {len(ranks)} partitions, a buffer of {buffer} elements, element "
+            f"{param.storage_offset()} the first"
+        )
+    start = int(param.storage_offset())
+    first, last = (min(max(edge * size - start, 0), param.numel()) for edge in (position, position + 1))
+    return _slice(param, flat, group, start + first - position * size if last > first else 0, (first, last), ranks)
+
+
+def _stage_3(param: Any, group: GroupContent) -> LocalShard:
+    """Read the position that stage 3 gives the gradient's partition in the flat tensor of its sub-group."""
     optimizer = param._z3_optimizer
     if optimizer.swap_optimizer:
         raise RuntimeError(
@@ -96,40 +90,41 @@ def _stage_3(param: Any) -> Slice:
             'memory. Set "offload_optimizer": {"device": "cpu"} or "none".'
         )
     sub_group, offset, size = optimizer.grad_position[optimizer.get_param_id(param)]
-    group = group_of(param.ds_process_group)
-    place = group.ranks.index(torch.distributed.get_rank())
-    first, last = (min(edge * size, param.ds_numel) for edge in (place, place + 1))
+    ranks = group_of(param.ds_process_group).ranks
+    position = ranks.index(torch.distributed.get_rank())
+    first, last = (min(edge * size, param.ds_numel) for edge in (position, position + 1))
     flat: Tensor = optimizer.fp32_partitioned_groups_flat[sub_group]
-    return Slice(flat, offset, first, last, shape_of(param), group.ranks)
+    return _slice(param, flat, group, offset, (first, last), ranks)
 
 
-def _check_values(param: Any, part: Slice, name: str) -> None:
+def _check_values(local: LocalShard, name: str) -> None:
     """Raise unless the slice holds the parameter's values, to the lower of both precisions: the mapping is right."""
-    count = part.last - part.first
+    param: Any = local.original
+    first, last, count = local.shard.first, local.shard.last, local.shard.elements
     if count == 0:
         return
     if is_stage_3(param):
         expected = param.ds_tensor.detach().reshape(-1)[:count]
     else:
-        expected = param.detach().reshape(-1)[part.first : part.last]
-    stored = part.flat.detach()[part.offset : part.offset + count].to(expected.device)
+        expected = param.detach().reshape(-1)[first:last]
+    stored = local.tensor.detach()[local.offset : local.offset + count].to(expected.device)
     coarser = min(param.dtype, stored.dtype, key=lambda dtype: dtype.itemsize)
     stored, expected = stored.to(coarser), expected.to(coarser)
     if not torch.equal(stored, expected):
         differing = int((stored != expected).sum())
         raise RuntimeError(
             f"the slice of {name!r} that DeepSpeed gave to the optimizer is not the parameter: {differing} of its "
-            f"elements {part.first} to {part.last} have other values"
+            f"elements {first} to {last} have other values"
         )
 
 
-def _check_gaps(found: dict[Tensor, Slice], name: str) -> None:
-    """Raise if two slices overlap in a flat tensor."""
-    by_flat: dict[Tensor, list[tuple[int, int]]] = {}
-    for part in found.values():
-        by_flat.setdefault(part.flat, []).append((part.offset, part.offset + part.last - part.first))
+def _check_overlaps(shards: Sequence[LocalShard], names: Mapping[Tensor, str]) -> None:
+    """Raise if two parameters share an element of a flat tensor."""
+    by_flat: dict[Tensor, list[tuple[int, int, str]]] = {}
+    for local in (local for local in shards if local.shard.elements):
+        ends = (local.offset, local.offset + local.shard.elements, names[local.original])
+        by_flat.setdefault(local.tensor, []).append(ends)
     for ranges in by_flat.values():
-        filled = sorted(ends for ends in ranges if ends[0] < ends[1])
-        for (_, stop), (start, _) in itertools.pairwise(filled):
+        for (_, stop, one), (start, _, other) in itertools.pairwise(sorted(ranges)):
             if start < stop:
-                raise RuntimeError(f"DeepSpeed's flat tensor of the group of {name!r} holds element {start} twice")
+                raise RuntimeError(f"{one!r} and {other!r} overlap at element {start} of DeepSpeed's flat tensor")

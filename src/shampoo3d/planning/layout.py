@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import (
@@ -156,6 +157,10 @@ class Sharding:
     def state_dtype(self) -> str:
         return state_dtype(self.dtype)
 
+    def update_dtype(self, precision: Literal["state", "parameter"]) -> str:
+        """The dtype in which directions travel home."""
+        return self.model_dtype if precision == "parameter" else self.state_dtype
+
     @cached_property
     def shard_groups(self) -> dict[int, tuple[int, ...]]:
         """The ranks of each cover."""
@@ -206,7 +211,7 @@ class Sharding:
 
 
 @dataclass(frozen=True, eq=False)
-class Cell:
+class Fragment:
     """What one class of replicas stores of one block.
 
     Attributes:
@@ -220,6 +225,15 @@ class Cell:
     shard_group: int
     ranks: tuple[int, ...]
     piece: Piece
+
+    @property
+    def box(self) -> Block:
+        """The rectangle of the merged matrix."""
+        return self.piece.box
+
+    @property
+    def elements(self) -> int:
+        return self.piece.box.elements
 
 
 @dataclass(frozen=True)
@@ -256,6 +270,15 @@ class Matrix:
         return self.sharding.shape
 
     @property
+    def dtype(self) -> str:
+        return self.sharding.dtype
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each element is stored, and so updated, on one rank of a shard group: ZeRO, FSDP."""
+        return self.sharding.sharded
+
+    @property
     def factored(self) -> bool:
         """Whether its blocks have factors."""
         return bool(self.axes)
@@ -277,7 +300,7 @@ class Matrix:
                 offset = sum(place * stride for (place, _, _), stride in zip(corner, strides, strict=True))
                 yield Piece(box, offset - shard.first, strides)
 
-    def cells(self, rank: int | None = None, blocks: Collection[int] = ()) -> Iterator[Cell]:
+    def fragments(self, rank: int | None = None, blocks: Collection[int] = ()) -> Iterator[Fragment]:
         """Which class of replicas stores what of which block: all, or what ``rank`` stores and all of ``blocks``."""
         for (shard_group, shard), ranks in self.sharding.replica_groups.items():
             everything = rank is None or rank in ranks
@@ -286,7 +309,7 @@ class Matrix:
                     if everything or number in blocks:
                         inside = piece.cut_to(self.blocks[number])
                         if inside is not None:
-                            yield Cell(number, shard_group, ranks, inside)
+                            yield Fragment(number, shard_group, ranks, inside)
 
     def _blocks_at(self, box: Block) -> Iterator[int]:
         """The numbers of the blocks that may meet the rectangle."""

@@ -130,7 +130,7 @@ def _slabs(shares: Sequence["_Share"]) -> list[Slab]:
                 share.block(transfer).kind[1:] if transfer.slot in share.local_blocks else ()
             )  # stacks are of one kind
             shape, dtype, factored = (
-                transfer.cell.piece.box.shape,
+                transfer.box.shape,
                 share.sharding(transfer).dtype,
                 bool(share.block(transfer).axes),
             )
@@ -262,8 +262,8 @@ class _Share:
         """Bytes of new weights for each class of replicas."""
         replica_groups: defaultdict[Any, list[Transfer]] = defaultdict(list)
         for transfer in self.transfers:
-            if len(transfer.cell.ranks) > 1 and self.rank in transfer.cell.ranks:
-                replica_groups[transfer.cell.ranks, self.sharding(transfer).dtype].append(transfer)
+            if len(transfer.ranks) > 1 and self.rank in transfer.ranks:
+                replica_groups[transfer.ranks, self.sharding(transfer).dtype].append(transfer)
         for (ranks, dtype), transfers in replica_groups.items():
             items = [(transfer.home, transfer.elements) for transfer in transfers]
             widest = max(width(bucket, items) for bucket in buckets(ranks, items, BUCKET_ELEMENTS))

@@ -324,10 +324,10 @@ def _storing(matrices: Sequence[Matrix], drafts: Sequence[PlannedBlock]) -> dict
     """How many elements of each block each rank stores."""
     found: dict[BlockId, Counter[int]] = {draft.id: Counter() for draft in drafts}
     for matrix in matrices:
-        for cell in matrix.cells():
-            counter = found[matrix.name, matrix.blocks[cell.block].key]
-            for rank in cell.ranks:
-                counter[rank] += cell.piece.box.elements
+        for fragment in matrix.fragments():
+            counter = found[matrix.name, matrix.blocks[fragment.block].key]
+            for rank in fragment.ranks:
+                counter[rank] += fragment.piece.box.elements
     return found
 
 

@@ -5,15 +5,13 @@ if it is stored once; else one of its replicas, the owner of its block if that i
 """
 
 import itertools
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from shampoo3d.planning.layout import ITEM_BYTES, STATE_BYTES, Cell, Matrix
+from shampoo3d.planning.layout import Fragment, Matrix
 from shampoo3d.planning.plan import Plan
-from shampoo3d.settings.distribution import Distribution
-from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 T = TypeVar("T")
 
@@ -25,27 +23,23 @@ CACHED_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True, eq=False)
-class Transfer:
-    """The way of a cell between its home and the keeper of its block's roots: the owner or, in its cover, another.
+class Transfer(Fragment):
+    """A fragment on its way between its home and the keeper of its block's roots.
+
+    The keeper is the block's owner or, in the fragment's shard group, another.
 
     Attributes:
         slot: the block's number in the plan.
         matrix: the matrix's number in the team.
-        cell: the elements.
         home, keeper: global ranks.
-        gathered: the keeper takes the gradient from this cell (of one cover, where there are several).
+        gathered: the keeper takes the gradient from this fragment (of one shard group, where there are several).
     """
 
     slot: int
     matrix: int
-    cell: Cell
     home: int
     keeper: int
     gathered: bool
-
-    @property
-    def elements(self) -> int:
-        return self.cell.piece.box.elements
 
 
 @dataclass(frozen=True)
@@ -82,15 +76,23 @@ def _transfers(plan: Plan, matrices: Sequence[Matrix], rank: int | None) -> Iter
         kept = {i for i, block in enumerate(planned) if rank in block.keepers}
         shard_groups = list(matrix.sharding.shard_groups)
         position = {rank: i for ranks in matrix.sharding.replica_groups.values() for i, rank in enumerate(ranks)}
-        cover_of = {holder.rank: holder.shard_group for holder in matrix.sharding.holders}
+        shard_group_of = {holder.rank: holder.shard_group for holder in matrix.sharding.holders}
         transfers = []
-        for cell in matrix.cells(rank, kept):
-            block = planned[cell.block]
-            keeper = block.owner if matrix.sharding.sharded else block.keepers[shard_groups.index(cell.shard_group)]
-            # The keeper, where it stores the cell; else replicas take turns as keepers do, so that they are balanced.
-            home = cell.ranks[position.get(keeper, 0) % len(cell.ranks)]
+        for fragment in matrix.fragments(rank, kept):
+            block = planned[fragment.block]
+            keeper = block.owner if matrix.sharding.sharded else block.keepers[shard_groups.index(fragment.shard_group)]
+            # The keeper, if it stores the fragment; else replicas take turns as keepers do, so that they are balanced.
+            home = fragment.ranks[position.get(keeper, 0) % len(fragment.ranks)]
+            gathered = fragment.shard_group == shard_group_of[keeper]
             transfers.append(
-                Transfer(slot + cell.block, number, cell, home, keeper, cell.shard_group == cover_of[keeper])
+                Transfer(
+                    **vars(fragment),
+                    slot=slot + fragment.block,
+                    matrix=number,
+                    home=home,
+                    keeper=keeper,
+                    gathered=gathered,
+                )
             )
         slot += len(matrix.blocks)
         yield sorted(transfers, key=lambda transfer: transfer.slot)
@@ -159,33 +161,3 @@ def buckets(ranks: Sequence[int], items: Sequence[tuple[int, int]], most: int) -
 def width(bucket: Mapping[int, Sequence[int]], items: Sequence[tuple[int, int]]) -> int:
     """What each rank contributes to the collective of a bucket: as much as the one that has most."""
     return max(sum(items[number][1] for number in numbers) for numbers in bucket.values())
-
-
-def traffic(
-    plan: Plan, matrices: Sequence[Matrix], rank: int, hp: ShampooHyperParams, distribution: Distribution
-) -> dict[str, int]:
-    """Bytes that a rank receives from others in a step in which all parameters have gradients, by what they are.
-
-    "gradients" on their way to the keepers of roots, "updates" on their way home, "weights" for replicas, and "roots",
-    these only in steps that refresh.
-    """
-    found: Counter[str] = Counter({"gradients": 0, "updates": 0, "weights": 0, "roots": 0})
-    copies: defaultdict[tuple[tuple[int, ...], str], list[tuple[int, int]]] = defaultdict(list)
-    for transfer in Transfers.of(plan, matrices, rank).transfers:
-        sharding = matrices[transfer.matrix].sharding
-        if transfer.home != transfer.keeper and plan.blocks[transfer.slot].axes:
-            named = sharding.model_dtype if distribution.update_precision == "parameter" else sharding.state_dtype
-            if transfer.gathered and transfer.keeper == rank:
-                found["gradients"] += transfer.elements * ITEM_BYTES[sharding.dtype]
-            if transfer.home == rank:
-                found["updates"] += transfer.elements * ITEM_BYTES[named]
-        if len(transfer.cell.ranks) > 1 and rank in transfer.cell.ranks:
-            copies[transfer.cell.ranks, sharding.dtype].append((transfer.home, transfer.elements))
-    for (ranks, dtype), items in copies.items():
-        padded = sum(width(bucket, items) for bucket in buckets(ranks, items, BUCKET_ELEMENTS))
-        found["weights"] += padded * (len(ranks) - 1) * ITEM_BYTES[dtype]
-    for block in plan.blocks:
-        if rank in block.keepers and rank != block.owner:
-            V = block.elements if block.axes and hp.variant.direction == "adam" else 0
-            found["roots"] += (block.root_numbers + V) * STATE_BYTES[block.dtype]
-    return dict(found)

@@ -40,13 +40,13 @@ def agree(
     error: str,
     unbound: bool,
 ) -> Verdict:
-    """What all ranks do next: this step, not this step, or bind parameters first.
+    """Decide on all ranks together: this step, not this step, or bind parameters first.
 
-    One all-gather of four numbers in each team and, where there are other ranks too, one all-reduce of three among
-    everyone, so that all ranks step, skip, bind or raise together.
+    One all-gather of four numbers in each team and, where there are other ranks too, one all-reduce of three in the
+    world, so that all ranks step, skip, bind or raise together.
 
     Args:
-        present: the places that this call of ``step()`` is about.
+        present: the group tensors that this call of ``step()`` is about.
         groups: the parameter groups, whose settings must be the same in a team.
         error: what this rank was given that it cannot use.
         unbound: whether this rank has parameters that are not bound yet.
@@ -58,33 +58,14 @@ def agree(
     """
     finite, differences = True, ""
     for team in teams:
-        group_tensors = [group_tensor for group_tensor in team.group_tensors if group_tensor in present]
-        norms = {} if hp.nonfinite_gradient == "ignore" else gradient_norms(group_tensors)
-        names = {group_tensor: names for group_tensor, names in team.names.items() if group_tensor in present}
-        most = {group_tensor: largest_norm(state_dtype(group_tensor.tensor.dtype), hp) for group_tensor in norms}
-        if bad := [
-            group_tensor for group_tensor, norm in norms.items() if not norm <= most[group_tensor]
-        ]:  # NaN is not
-            finite = False
-            if hp.nonfinite_gradient == "raise" and not error:
-                error = (
-                    f"the gradient of {names[bad[0]][0]!r} has a norm of {norms[bad[0]]:.3g}: it must be finite and at "
-                    f"most {most[bad[0]]:.3g}, so that no sum of its squares can overflow"
-                )
-        # A shared weight may be clipped by its own stage's norm, so that copies on two stages differ by a factor.
-        largest = 0.0 if team.tied else max(norms.values(), default=0.0)
-        if bad:  # on this replica only, perhaps: no number to compare, and what is done is decided among everyone
-            largest = math.nan
-        if team.group.size > 1 and group_tensors:
+        names = {tensor: names for tensor, names in team.names.items() if tensor in present}
+        largest, too_large = _gradient_health(team, names, hp)
+        finite = finite and not too_large
+        if hp.nonfinite_gradient == "raise":
+            error = error or too_large
+        if team.group.size > 1 and names:
             differences = _compare(team, names, groups, largest) or differences
-    verdict = [not finite, bool(error or differences), unbound]
-    if parallel.world.size > 1:
-        here = teams[0].device if teams else torch.device("cpu")  # a rank may have no parameters
-        votes = torch.tensor(verdict, dtype=torch.int32, device=communicating_device(parallel.world, here))
-        with awaiting("the agreement", parallel.world.ranks):
-            dist.all_reduce(votes, dist.ReduceOp.MAX, group=parallel.world.handle)
-        verdict = votes.bool().tolist()
-    nonfinite, refused, unbound = verdict
+    nonfinite, refused, unbound = _vote(parallel, teams, [not finite, bool(error or differences), unbound])
     if refused:
         # What one rank cannot use is often why it differs from others.
         why = first_error(parallel, error) or first_error(parallel, differences)
@@ -92,6 +73,32 @@ def agree(
     if unbound:
         return Verdict.BIND
     return Verdict.SKIP if nonfinite else Verdict.STEP
+
+
+def _gradient_health(team: Team, names: Mapping[GroupTensor, list[str]], hp: ShampooHyperParams) -> tuple[float, str]:
+    """Find the largest norm of a gradient, to be compared with that of replicas, and the error if one is too large."""
+    norms = {} if hp.nonfinite_gradient == "ignore" else gradient_norms(list(names))
+    for tensor, norm in norms.items():
+        most = largest_norm(state_dtype(tensor.tensor.dtype), hp)
+        if not norm <= most:  # NaN is not
+            # On this replica only, perhaps: no number to compare, and the world decides what is done.
+            return math.nan, (
+                f"the gradient of {names[tensor][0]!r} has a norm of {norm:.3g}: it must be finite and at most "
+                f"{most:.3g}, so that no sum of its squares can overflow"
+            )
+    # A shared weight may be clipped by its own stage's norm, so that copies on two stages differ by a factor.
+    return 0.0 if team.tied else max(norms.values(), default=0.0), ""
+
+
+def _vote(parallel: ParallelGroups, teams: Sequence[Team], flags: list[bool]) -> list[bool]:
+    """Return for each flag whether any rank of the world has it set."""
+    if parallel.world.size == 1:
+        return flags
+    here = teams[0].device if teams else torch.device("cpu")  # a rank may have no parameters
+    votes = torch.tensor(flags, dtype=torch.int32, device=communicating_device(parallel.world, here))
+    with awaiting("the agreement", parallel.world.ranks):
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=parallel.world.handle)
+    return [bool(vote) for vote in votes.tolist()]
 
 
 def largest_norm(dtype: torch.dtype, hp: ShampooHyperParams) -> float:

@@ -3,23 +3,25 @@
 import math
 from collections import ChainMap, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from shampoo3d.distributed.collectives import all_gather_object, first_error
 from shampoo3d.distributed.errors import during
 from shampoo3d.distributed.topology import ParallelGroups
-from shampoo3d.engines import deepspeed, dtensor, native, zero
+from shampoo3d.engines.engine import LocalShard
 from shampoo3d.engines.parameters import ParameterRegistry
-from shampoo3d.engines.reading import LocalShard, is_flat, read
+from shampoo3d.engines.reading import contents, engine, local, read
 from shampoo3d.numerics.schedule import BlockId
-from shampoo3d.planning.layout import Holder, Matrix, Sharding, describe
+from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding, describe
 from shampoo3d.planning.plan import Plan, in_order, make_plans
 from shampoo3d.planning.stagger import factored_blocks, refresh_offsets
 from shampoo3d.runtime.bindings import Binding, GroupTensor
 from shampoo3d.runtime.buckets import FlatBucket
+from shampoo3d.runtime.exchange import Exchange
 from shampoo3d.runtime.team import Team
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
@@ -82,12 +84,28 @@ def assemble(
             for i, (matrix, s) in enumerate(zip(matrices[plan.ranks], members, strict=True))
         ]
         beyond = bool(set(plan.ranks) - set(parallel.data.ranks)) and any(s.original in tied for s in members)
-        flat = {b.group_tensor: buckets[b.group_tensor] for b in bindings if b.matrix.sharding.sharded}
+        flat = {b.group_tensor: buckets[b.group_tensor] for b in bindings if b.matrix.sharded}
         for b in bindings:
             if b.group_tensor in flat and b.elements and not b.matrix.factored:
                 flat[b.group_tensor].unfactored.append(b)
         teams.append(Team(parallel.group(plan.ranks), parallel.rank, plan, bindings, hp, beyond, flat))
     return teams
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """What ranks and parameters were found to be: the groups of ranks, the teams, what travels in them."""
+
+    parallel: ParallelGroups
+    teams: list[Team]
+    exchanges: list[Exchange]
+    group_tensors: dict[Tensor, GroupTensor]
+
+    @classmethod
+    def of(cls, parallel: ParallelGroups, teams: list[Team], distribution: Distribution) -> "Bound":
+        exchanges = [Exchange(team, parallel, distribution.update_precision) for team in teams]
+        group_tensors = {of.tensor: of for team in teams for of in team.group_tensors}
+        return cls(parallel, teams, exchanges, group_tensors)
 
 
 def _refuse(parallel: ParallelGroups, error: str) -> None:
@@ -110,10 +128,11 @@ def _read(
         registry.learn_replaced()
         registry.count_experts()
         for model in registry.models:
-            tied |= deepspeed.tied_holders(model)
+            tied |= engine().tied_holders(model)
         exact = distribution.tensor_parallel == "exact"
-        found = read(groups, registry.originals, registry.names, parallel, tied, exact=exact)
-        taking_part = (s for s in found if is_flat([s.original]) or is_trainable(s.tensor) or s.tensor in known)
+        found = read(contents(groups, registry.originals, registry.names), parallel, tied, exact=exact)
+        flat = engine().is_flat
+        taking_part = (s for s in found if flat([s.original]) or is_trainable(s.tensor) or s.tensor in known)
         stored = [s for s in taking_part if math.prod(s.shape) > 0]
         error = _unknown_ties(stored, registry, tied)
     except (ValueError, RuntimeError) as raised:  # perhaps on this rank only: all are told of it
@@ -151,7 +170,7 @@ def _planned(
 
 def _unknown_ties(stored: Sequence[LocalShard], registry: ParameterRegistry, tied: Mapping[Tensor, Ranks]) -> str:
     for s in stored:
-        if deepspeed.is_tied_copy(s.original) and s.original not in tied:
+        if engine().untold_tie(s.original) and s.original not in tied:
             return (
                 f"{registry.names[s.original]!r} is tied to other pipeline stages, and only the model tells to "
                 "which: pass model.parameters() itself, or model="
@@ -178,6 +197,40 @@ def _teams(
     return dict(found)
 
 
+class RankRecord(NamedTuple):
+    """What one rank tells its team: its settings and, of each matrix, how it is stored, what of it is here, a checksum.
+
+    ``shards`` are with the number of their shard group.
+    """
+
+    settings: dict[str, Any]
+    shardings: list[Sharding]
+    shards: list[tuple[int, Shard]]
+    checksums: list[Checksum]
+
+
+def _record(
+    members: Sequence[tuple[LocalShard, int]],
+    groups: Sequence[Mapping[str, Any]],
+    registry: ParameterRegistry,
+    distribution: Distribution,
+) -> RankRecord:
+    settings = {field.name: getattr(of, field.name) for of in (registry.hp, distribution) for field in fields(of)}
+    record = RankRecord(settings, [], [], [])
+    for s, shard_group in members:
+        excluded = "embedding" if s.original in registry.embeddings else ""
+        if not groups[s.group]["precondition"]:
+            excluded = "its parameter group has precondition=False"
+        dtype, model_dtype = (str(tensor.dtype).removeprefix("torch.") for tensor in (s.tensor, s.original))
+        name, split = registry.names[s.original], registry.split.get(s.original, ())
+        sharding = Sharding(name, s.shape, dtype, (), s.sharded, s.divided, excluded, model_dtype, split)
+        record.shardings.append(sharding)
+        record.shards.append((shard_group, s.shard))
+        flat = local(s.tensor).reshape(-1)
+        record.checksums.append(checksum(flat[s.offset : s.offset + s.shard.elements]))
+    return record
+
+
 def _matrices(
     ranks: Ranks,
     members: Sequence[tuple[LocalShard, int]],
@@ -186,31 +239,17 @@ def _matrices(
     parallel: ParallelGroups,
     distribution: Distribution,
 ) -> tuple[list[Matrix], str]:
-    """The matrices of a team from what each of its ranks stores of them, or in what the ranks differ. Collective."""
-    storages, parts, values = [], [], []
-    for s, shard_group in members:
-        excluded = "embedding" if s.original in registry.embeddings else ""
-        if not groups[s.group]["precondition"]:
-            excluded = "its parameter group has precondition=False"
-        dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in (s.tensor, s.original)]
-        name = registry.names[s.original]
-        split = registry.split.get(s.original, ())
-        storages.append(Sharding(name, s.shape, dtypes[0], (), s.sharded, s.divided, excluded, dtypes[1], split))
-        parts.append((shard_group, s.shard))
-        flat = dtensor.local(s.tensor).reshape(-1)
-        values.append(native.checksum(flat[s.offset : s.offset + s.shard.elements]))
-    settings = {field.name: getattr(of, field.name) for of in (registry.hp, distribution) for field in fields(of)}
-    table = all_gather_object(parallel.group(ranks), (settings, storages, parts, values))
+    """Describe the matrices of a team by what each of its ranks stores of them, or in what they differ. Collective."""
+    record = _record(members, groups, registry, distribution)
+    table = all_gather_object(parallel.group(ranks), record)
     matrices: list[Matrix] = []
-    error = _differences(ranks, table)
-    if error:
+    if error := _differences(ranks, table):
         return matrices, error
-    for number, sharding in enumerate(storages):
-        holders = tuple(
-            Holder(rank, row[2][number][1], row[2][number][0]) for rank, row in zip(ranks, table, strict=True)
-        )
+    for number, sharding in enumerate(record.shardings):
+        shards = [row.shards[number] for row in table]
+        holders = (Holder(rank, shard, group) for rank, (group, shard) in zip(ranks, shards, strict=True))
         try:
-            stored = replace(sharding, holders=holders).with_shard_groups(distribution.root_copies)
+            stored = replace(sharding, holders=tuple(holders)).with_shard_groups(distribution.root_copies)
             matrix = describe(stored, registry.hp, parallel.world.size)
         except ValueError as raised:
             return matrices, str(raised)
@@ -220,33 +259,40 @@ def _matrices(
     return matrices, ""
 
 
-def _differences(ranks: Ranks, table: Sequence[tuple[dict[str, Any], list[Sharding], list[Any], list[Any]]]) -> str:
-    """In what ranks of a team differ: settings, parameters, or the values of what they store alike."""
-    settings, storages, _, _ = table[0]
-    for rank, (settings_, storages_, _, _) in zip(ranks, table, strict=True):
-        pairs: list[tuple[str, Any, Any]] = [(name, settings[name], settings_[name]) for name in settings]
-        pairs += ((f"parameter {i}", a, b) for i, (a, b) in enumerate(zip(storages, storages_, strict=False)))
-        pairs.append(("number of parameters", len(storages), len(storages_)))
-        for what, first, other in pairs:
-            if first != other:
-                return _differ(what, ranks[0], first, rank, other)
-    for number, sharding in enumerate(storages):
-        what = f"sum and magnitude of {sharding.name}"
-        first_of: dict[Any, tuple[int, Checksum]] = {}
-        totals: dict[int, tuple[int, Checksum]] = {}
-        for rank, (_, _, parts, values) in zip(ranks, table, strict=True):
-            found = values[number]
-            first_rank, first = first_of.setdefault(parts[number], (rank, found))
-            if repr(found) != repr(first):  # also where they are NaN
-                return _differ(what, first_rank, first, rank, found)
-            shard_group = parts[number][0]
-            start, (total, magnitude) = totals.get(shard_group, (rank, (0.0, 0.0)))
-            totals[shard_group] = start, (total + found[0], magnitude + found[1])
-        # Of a sharded matrix every cover has all; sums in another order differ by rounding.
-        first_rank, first = next(iter(totals.values()))
-        for rank, total_ in totals.values():
-            if sharding.sharded and abs(total_[1] - first[1]) > 1e-9 * first[1]:
-                return _differ(what, first_rank, first, rank, total_)
+def _differences(ranks: Ranks, table: Sequence[RankRecord]) -> str:
+    """Say in what ranks of a team differ: settings, parameters, or the values of what they store alike."""
+    first = table[0]
+    for rank, row in zip(ranks, table, strict=True):
+        pairs: list[tuple[str, Any, Any]] = [(name, first.settings[name], row.settings[name]) for name in row.settings]
+        shardings = enumerate(zip(first.shardings, row.shardings, strict=False))
+        pairs += ((f"parameter {number}", one, other) for number, (one, other) in shardings)
+        pairs.append(("number of parameters", len(first.shardings), len(row.shardings)))
+        for what, one, other in pairs:
+            if one != other:
+                return _differ(what, ranks[0], one, rank, other)
+    differing = (_other_values(ranks, table, number) for number in range(len(first.shardings)))
+    return next(filter(None, differing), "")
+
+
+def _other_values(ranks: Ranks, table: Sequence[RankRecord], number: int) -> str:
+    """Say which ranks store other values of the same elements of a matrix."""
+    sharding = table[0].shardings[number]
+    what = f"sum and magnitude of {sharding.name}"
+    first_of: dict[Any, tuple[int, Checksum]] = {}
+    totals: dict[int, tuple[int, Checksum]] = {}
+    for rank, row in zip(ranks, table, strict=True):
+        own, shard = row.checksums[number], row.shards[number]
+        first_rank, first = first_of.setdefault(shard, (rank, own))
+        if repr(own) != repr(first):  # also where they are NaN
+            return _differ(what, first_rank, first, rank, own)
+        group, _ = shard
+        start, (total, magnitude) = totals.get(group, (rank, (0.0, 0.0)))
+        totals[group] = start, (total + own[0], magnitude + own[1])
+    # Of a sharded matrix every shard group has all; sums in another order differ by rounding.
+    first_rank, first = next(iter(totals.values()))
+    for rank, total_ in totals.values():
+        if sharding.sharded and abs(total_[1] - first[1]) > 1e-9 * first[1]:
+            return _differ(what, first_rank, first, rank, total_)
     return ""
 
 
@@ -283,7 +329,7 @@ def _different_plans(plans: Sequence[Plan], parallel: ParallelGroups) -> str:
 
 def flat_groups(registry: ParameterRegistry) -> bool:
     """Whether an engine has put flat slices into the groups."""
-    return any(is_flat(params) for params in registry.originals)
+    return any(engine().is_flat(params) for params in registry.originals)
 
 
 def check_shapes(shapes: Sequence[Sequence[int]] | None, params: Sequence[Tensor]) -> None:
@@ -292,7 +338,7 @@ def check_shapes(shapes: Sequence[Sequence[int]] | None, params: Sequence[Tensor
         return
     if not isinstance(shapes, Sequence) or not all(isinstance(shape, Sequence) for shape in shapes):
         raise TypeError(f"shapes must be the shapes of the trainable parameters, got {shapes!r}")
-    found = [zero.shape_of(param) for param in params if param.requires_grad]
+    found = [engine().shape_of(param) for param in params if param.requires_grad]
     given = [tuple(shape) for shape in shapes]
     if given != found:
         group_tensor = next((i for i, (a, b) in enumerate(zip(given, found, strict=False)) if a != b), None)
@@ -302,3 +348,9 @@ def check_shapes(shapes: Sequence[Sequence[int]] | None, params: Sequence[Tensor
             else f": number {group_tensor} is {given[group_tensor]}, the parameter's is {found[group_tensor]}"
         )
         raise ValueError(f"shapes has {len(given)} entries for {len(found)} trainable parameters{detail}")
+
+
+def checksum(tensor: Tensor) -> tuple[float, float]:
+    """Sum and sum of magnitudes in float64: equal on replicas."""
+    values = tensor.detach().to(torch.float64)
+    return values.sum().item(), values.abs().sum().item()

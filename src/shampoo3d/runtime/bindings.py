@@ -1,14 +1,14 @@
 """What this rank stores: places in the parameter groups, and the parts of matrices in them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from shampoo3d.engines.dtensor import local
+from shampoo3d.engines.reading import local
 from shampoo3d.numerics.momenta import ALL, Rows
 from shampoo3d.planning.layout import Matrix, Piece
 
@@ -69,19 +69,37 @@ class Binding:
 
 
 StepCounts = Mapping[GroupTensor, int]
-"""The places that take part in a step, each with its t."""
-
+"""The group tensors that take part in a step, each with its t."""
 
 K = TypeVar("K")
+V = TypeVar("V")
+Phases = Mapping[GroupTensor, tuple[int, K]]
+"""For each group tensor that takes part: the number of its t among those of the step, and what that t is to it."""
 
 
-def alike(
-    group_tensors: Sequence[GroupTensor], steps: StepCounts, kind: Callable[[int], K]
-) -> tuple[tuple[int, K] | None, ...]:
-    """What tells places apart at a step: which of them have the same t, and what it is to them; None for no step."""
-    times = sorted({steps[group_tensor] for group_tensor in group_tensors if group_tensor in steps})
-    kinds = {t: (number, kind(t)) for number, t in enumerate(times)}
-    return tuple(kinds[steps[group_tensor]] if group_tensor in steps else None for group_tensor in group_tensors)
+class PhaseIndex(Generic[K, V]):
+    """What is made of group tensors that are in the same phase at a step; phases come again, so it is remembered.
+
+    Args:
+        kind: what a step t means.
+        make: what is made of the phases of a step.
+    """
+
+    def __init__(
+        self, group_tensors: Iterable[GroupTensor], kind: Callable[[int], K], make: Callable[[Phases[K]], V]
+    ) -> None:
+        self._group_tensors, self._kind, self._make = tuple(dict.fromkeys(group_tensors)), kind, make
+        self._made: dict[tuple[tuple[int, K] | None, ...], V] = {}
+
+    def at(self, steps: StepCounts) -> V:
+        """Return what is made of the phases of these steps."""
+        times = sorted({steps[tensor] for tensor in self._group_tensors if tensor in steps})
+        kinds = {t: (number, self._kind(t)) for number, t in enumerate(times)}
+        key = tuple(kinds[steps[tensor]] if tensor in steps else None for tensor in self._group_tensors)
+        if key not in self._made:
+            phases = zip(self._group_tensors, key, strict=True)
+            self._made[key] = self._make({tensor: phase for tensor, phase in phases if phase is not None})
+        return self._made[key]
 
 
 def rows_of(rows: Sequence[int], n: int, device: torch.device) -> Rows:

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +12,48 @@ from shampoo3d.numerics.momenta import Momenta, Rows, StepSettings
 from shampoo3d.numerics.preconditioner import squared_norms
 from shampoo3d.numerics.schedule import phase
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.layout import Cell, Piece
-from shampoo3d.runtime.bindings import Binding, GroupTensor, StepCounts, alike, index, rows_of, state_dtype
+from shampoo3d.planning.layout import Fragment, Piece
+from shampoo3d.runtime.bindings import (
+    Binding,
+    GroupTensor,
+    PhaseIndex,
+    Phases,
+    StepCounts,
+    index,
+    rows_of,
+    state_dtype,
+)
 from shampoo3d.settings.hyperparams import ShampooHyperParams
+
+
+class ElementBucket(Protocol):
+    """Elements that are at home here and are updated in one go. During a step S is their direction."""
+
+    momenta: Momenta
+
+    def steps(self, steps: StepCounts) -> bool:
+        """Return whether any of its elements step."""
+        ...
+
+    def begin(self, steps: StepCounts) -> bool:
+        """Take the gradients of what steps, if anything does; S is the gradient until directions arrive."""
+        ...
+
+    def direction(self, binding: Binding, fragment: Fragment) -> Tensor:
+        """Return the view of S into which the direction of a fragment goes."""
+        ...
+
+    def add_norms(self, norms: Tensor, bindings: Sequence[Binding]) -> None:
+        """Add the squared norms of S and D of these matrices to those of their team, (matrices, 2)."""
+        ...
+
+    def graft(self, scale: Tensor, bindings: Sequence[Binding]) -> None:
+        """Multiply S of these matrices by the scales of their team, (matrices,)."""
+        ...
+
+    def update(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Change the weights, with the settings of their groups."""
+        ...
 
 
 class FlatBucket:
@@ -54,9 +93,8 @@ class FlatBucket:
             torch._foreach_copy_(_parts(self.S, self.unfactored), _parts(self.D, self.unfactored))
         return True
 
-    def direction(self, binding: Binding, piece: Piece) -> Tensor:
-        """Where S of a piece goes."""
-        return binding.view(self.S, piece)
+    def direction(self, binding: Binding, fragment: Fragment) -> Tensor:
+        return binding.view(self.S, fragment.piece)
 
     def add_norms(self, norms: Tensor, bindings: Sequence[Binding]) -> None:
         """Add the squared norms of S and D of these matrices to those of their team, (matrices, 2)."""
@@ -91,13 +129,8 @@ def _parts(flat: Tensor, bindings: Sequence[Binding]) -> list[Tensor]:
     return [flat.narrow(0, binding.offset, binding.elements) for binding in bindings]
 
 
-@dataclass(frozen=True, eq=False)
-class Member:
-    """A cell that is updated here."""
-
-    slot: int
-    binding: Binding
-    cell: Cell
+Member = tuple[Binding, Fragment]
+"""A fragment that is updated here, of the matrix of a binding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,21 +159,21 @@ class Patch:
 
 
 def patches(members: Sequence[Member]) -> list[Patch]:
-    """All members in as few patches as the axes of a grid of blocks make."""
-    found = [
+    """Cover all members with as few patches as the axes of a grid of blocks make."""
+    merged = [
         Patch(
-            m.binding.group_tensor,
-            i,
+            binding.group_tensor,
+            number,
             1,
-            m.binding.offset + m.cell.piece.offset,
-            m.cell.piece.box.shape,
-            m.cell.piece.strides,
+            binding.offset + fragment.piece.offset,
+            fragment.box.shape,
+            fragment.piece.strides,
         )
-        for i, m in enumerate(members)
+        for number, (binding, fragment) in enumerate(members)
     ]
-    for _ in range(max(2, len(members[0].cell.piece.box.shape))):
-        found = _merge_patches(found)
-    return found
+    for _ in range(max(2, len(members[0][1].box.shape))):
+        merged = _merge_patches(merged)
+    return merged
 
 
 def _merge_patches(single: Sequence[Patch]) -> list[Patch]:
@@ -172,6 +205,7 @@ class Run:
 
     Attributes:
         rows: of the slab.
+        group_tensor: one of those that they belong to, all of one group and at one step.
         matrices: their numbers in the team.
         age: see :meth:`ShampooHyperParams.age`.
         D: the direction whose length is borrowed, its squared norms and, before the start step, itself.
@@ -180,7 +214,7 @@ class Run:
     rows: Rows
     count: int
     patches: list[Patch]
-    group: int
+    group_tensor: GroupTensor
     started: bool
     matrices: Tensor
     age: int = field(init=False)
@@ -196,15 +230,16 @@ class StackedBucket:
 
     def __init__(self, members: Sequence[Member], hp: ShampooHyperParams) -> None:
         self.members, self.hp = list(members), hp
-        self.rows = {member.cell: row for row, member in enumerate(members)}
-        flat = members[0].binding.group_tensor.flat
-        self.shape = members[0].cell.piece.box.shape
+        self.rows = {fragment: row for row, (_, fragment) in enumerate(members)}
+        binding, fragment = members[0]
+        flat = binding.group_tensor.flat
+        self.shape = fragment.box.shape
         self.device, self.dtype = flat.device, state_dtype(flat.dtype)
-        self.factored = members[0].binding.matrix.factored
+        self.factored = binding.matrix.factored
         shape = len(members), *self.shape
         self.momenta = Momenta(shape, hp, self.dtype, self.device, factored=self.factored)
-        self._group_tensors = list(dict.fromkeys(member.binding.group_tensor for member in members))
-        self._cached: dict[Any, list[tuple[Run, GroupTensor]]] = {}
+        self._group_tensors = list(dict.fromkeys(binding.group_tensor for binding, _ in members))
+        self._runs = PhaseIndex(self._group_tensors, lambda t: phase(t, hp).started, self._make_runs)
 
     def steps(self, steps: StepCounts) -> bool:
         """Whether any of its elements step."""
@@ -212,7 +247,9 @@ class StackedBucket:
 
     def begin(self, steps: StepCounts) -> bool:
         """Take the gradients of the members that step, if any do."""
-        self.runs = self._runs(steps)
+        self.runs = self._runs.at(steps)
+        for run in self.runs:
+            run.age = self.hp.weight_updates(steps[run.group_tensor])
         if not self.runs:
             return False
         self.S = torch.empty((len(self.members), *self.shape), dtype=self.dtype, device=self.device)
@@ -242,31 +279,24 @@ class StackedBucket:
             return self.S[run.rows]
         return self.S.new_empty(run.count, *self.shape)
 
-    def _runs(self, steps: StepCounts) -> list[Run]:
-        """The members that step, by group and schedule; what is the same as at another step is found once."""
-        key = alike(self._group_tensors, steps, lambda t: phase(t, self.hp).started)
-        if key not in self._cached:
-            now = dict(zip(self._group_tensors, key, strict=True))
-            kinds: defaultdict[Any, list[int]] = defaultdict(list)
-            for row, member in enumerate(self.members):
-                group_tensor = member.binding.group_tensor
-                if now[group_tensor] is not None:
-                    kinds[group_tensor.group, now[group_tensor]].append(row)
-            self._cached[key] = [
-                (self._run(rows, group, started), self.members[rows[0]].binding.group_tensor)
-                for (group, (_, started)), rows in kinds.items()
-            ]
-        for run, group_tensor in self._cached[key]:
-            run.age = self.hp.weight_updates(steps[group_tensor])
-        return [run for run, _ in self._cached[key]]
+    def _make_runs(self, phases: Phases[bool]) -> list[Run]:
+        """The members that step, by group and phase."""
+        kinds: defaultdict[Any, list[int]] = defaultdict(list)
+        for row, (binding, _) in enumerate(self.members):
+            group_tensor = binding.group_tensor
+            if group_tensor in phases:
+                kinds[group_tensor.group, phases[group_tensor]].append(row)
+        return [self._run(rows, started) for (_, (_, started)), rows in kinds.items()]
 
-    def _run(self, rows: list[int], group: int, started: bool) -> Run:
+    def _run(self, rows: list[int], started: bool) -> Run:
         members = [self.members[row] for row in rows]
-        numbers = index([member.binding.number for member in members], self.device)
-        return Run(rows_of(rows, len(self.members), self.device), len(rows), patches(members), group, started, numbers)
+        numbers = index([binding.number for binding, _ in members], self.device)
+        group_tensor = members[0][0].group_tensor
+        selected = rows_of(rows, len(self.members), self.device)
+        return Run(selected, len(rows), patches(members), group_tensor, started, numbers)
 
-    def direction(self, cell: Cell) -> Tensor:
-        return self.S[self.rows[cell]]
+    def direction(self, _: Binding, fragment: Fragment) -> Tensor:
+        return self.S[self.rows[fragment]]
 
     def add_norms(self, norms: Tensor, _: Sequence[Binding]) -> None:
         """Add the squared norms of S and D to those of their matrices, (matrices, 2); all are of one team."""
@@ -281,7 +311,7 @@ class StackedBucket:
     def update(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """The step itself, with the settings of each member's group."""
         for run in (run for run in self.runs if run.age):
-            settings, S = groups[run.group], self.S[run.rows]
+            settings, S = groups[run.group_tensor.group], self.S[run.rows]
             _turn(settings, S, run.D)
             views, flats = _views(run.patches, gradient=False)
             W = None

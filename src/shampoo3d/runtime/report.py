@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.routes import traffic
+from shampoo3d.planning.share import traffic
 from shampoo3d.runtime.team import Team, state_bytes
 from shampoo3d.settings.distribution import Distribution
 
@@ -57,8 +57,7 @@ class Report:
             found.setdefault(name, Row(name, tuple(param.shape), "not trained", idle, 0, ()))
         received: Counter[str] = Counter()
         for team in teams:
-            matrices = [binding.matrix for binding in team.bindings]
-            received.update(traffic(team.plan, matrices, team.rank, team.hp, distribution))
+            received.update(traffic(team.share, team.hp, distribution))
         rows = tuple(found[name] for name in names.values() if name in found)
         every = max((team.plan.every for team in teams), default=1)
         oldest = every - 1 + any(team.hp.computation.asynchronous for team in teams)

@@ -46,9 +46,10 @@ def take_step(
 
 def join_background_roots(teams: Sequence[Team], steps: StepCounts | None = None) -> None:
     """Put the roots that were computed in the background in their place: those of ``steps``, or all."""
-    for batch in (batch for team in teams for batch in team.batches):
-        if steps is None or any(member.binding.group_tensor in steps for member in batch.members):
-            batch.stack.join()
+    for team in teams:
+        for batch in team.batches:
+            if steps is None or any(team.slots[slot][0].group_tensor in steps for slot in batch.slots):
+                batch.stack.join()
 
 
 def _precondition_all(exchange: Exchange, steps: StepCounts, hp: ShampooHyperParams) -> None:
@@ -58,7 +59,7 @@ def _precondition_all(exchange: Exchange, steps: StepCounts, hp: ShampooHyperPar
 
 
 def _precondition(items: Sequence[WorkItem], due: Sequence[Due], hp: ShampooHyperParams) -> None:
-    """Turn the gradients of units into directions, with new roots of all rows that are due in one go.
+    """Turn the gradients of work items into directions, with new roots of all rows that are due in one go.
 
     Roots take in the gradient that they are applied to; eigenbases do so afterwards, as in their paper.
     """
@@ -75,12 +76,13 @@ def _precondition(items: Sequence[WorkItem], due: Sequence[Due], hp: ShampooHype
 
 def _direct(items: Sequence[WorkItem]) -> None:
     for item in items:
+        stack, bucket = item.batch.stack, item.batch.bucket
         if not item.started:
-            item.batch.stack.update_average(item.blocks, item.rows, item.t)
-        else:
-            item.batch.stack.precondition(item.blocks, item.rows, item.t, out=item.blocks)
-            if item.batch.bucket is not None and isinstance(item.rows, torch.Tensor):  # these are a copy
-                item.batch.bucket.S[item.rows] = item.blocks
+            stack.update_average(item.blocks, item.rows, item.t)
+            continue
+        stack.precondition(item.blocks, item.rows, item.t, out=item.blocks)
+        if bucket is not None and isinstance(item.rows, torch.Tensor):  # these are a copy
+            bucket.S[item.rows] = item.blocks
 
 
 def _graft(team: Team, exchange: Exchange, hp: ShampooHyperParams, steps: StepCounts) -> None:

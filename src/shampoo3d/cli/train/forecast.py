@@ -18,7 +18,7 @@ from shampoo3d.engines.tensor_parallel import shard_of
 from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding, describe
 from shampoo3d.planning.memory import Memory, memory
 from shampoo3d.planning.plan import Plan, make_plans
-from shampoo3d.planning.routes import traffic
+from shampoo3d.planning.share import RankShare, traffic
 from shampoo3d.settings.distribution import Distribution
 
 from . import gpt
@@ -55,7 +55,7 @@ def foresee(settings: Settings, vocabulary: int) -> Forecast:
     for rank in range(settings.world):
         teams = [(plan, matrices[plan.ranks]) for plan in plans if rank in plan.ranks]
         kept[rank] = memory(teams, rank, hp, distribution, device=device)
-        arriving = (traffic(plan, shared, rank, hp, distribution) for plan, shared in teams)
+        arriving = (traffic(RankShare(plan, shared, rank), hp, distribution) for plan, shared in teams)
         received[rank] = dict(sum(map(Counter, arriving), Counter()))
     return Forecast(sorted(plans, key=lambda plan: plan.ranks), kept, received)
 

@@ -1,0 +1,95 @@
+"""What one rank has to do with the plan of a team: found once, for the step and for the forecasts. Pure."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from shampoo3d.planning.layout import ITEM_BYTES, STATE_BYTES, Matrix, Sharding
+from shampoo3d.planning.plan import Plan
+from shampoo3d.planning.routes import (
+    BUCKET_ELEMENTS,
+    Transfer,
+    Transfers,
+    buckets,
+    local_blocks,
+    rounds,
+    travels,
+    width,
+)
+from shampoo3d.settings.distribution import Distribution
+from shampoo3d.settings.hyperparams import ShampooHyperParams
+
+
+@dataclass(frozen=True, eq=False)
+class RankShare:
+    """The part of one rank in the plan of a team.
+
+    Attributes:
+        matrices: those of the team, in the order of the plan.
+    """
+
+    plan: Plan
+    matrices: Sequence[Matrix]
+    rank: int
+
+    @cached_property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """What it stores, and all fragments of the blocks whose roots it keeps."""
+        return Transfers.of(self.plan, self.matrices, self.rank).transfers
+
+    @cached_property
+    def travels(self) -> bool:
+        """Whether gradients may have to travel to owners."""
+        return travels(self.plan, self.matrices)
+
+    @cached_property
+    def local_blocks(self) -> dict[int, Transfer]:
+        """The blocks, by slot, that it both preconditions and stores completely."""
+        return local_blocks(self.plan, self.matrices, self.transfers, self.rank)
+
+    @cached_property
+    def rounds(self) -> list[list[int]]:
+        """The slots that are worked on together."""
+        return rounds(self.plan, BUCKET_ELEMENTS if self.travels else math.inf)
+
+    @cached_property
+    def replica_copies(self) -> dict[tuple[tuple[int, ...], str], list[Transfer]]:
+        """The fragments whose new weights go to replicas, by the ranks that store them and the dtype; in one order."""
+        copies: defaultdict[tuple[tuple[int, ...], str], list[Transfer]] = defaultdict(list)
+        for transfer in self.transfers:
+            if len(transfer.ranks) > 1 and self.rank in transfer.ranks:
+                copies[transfer.ranks, self.sharding(transfer).dtype].append(transfer)
+        return {key: copies[key] for key in sorted(copies)}
+
+    def sharding(self, transfer: Transfer) -> Sharding:
+        """The storage of the matrix that a fragment belongs to."""
+        return self.matrices[transfer.matrix].sharding
+
+
+def traffic(share: RankShare, hp: ShampooHyperParams, distribution: Distribution) -> dict[str, int]:
+    """Count the bytes that a rank receives from others in a step with gradients for all parameters, by what they are.
+
+    "gradients" on their way to the keepers of roots, "updates" on their way home, "weights" for replicas, and "roots",
+    these only in steps that refresh.
+    """
+    plan, rank = share.plan, share.rank
+    received: Counter[str] = Counter({"gradients": 0, "updates": 0, "weights": 0, "roots": 0})
+    for transfer in share.transfers:
+        if transfer.home != transfer.keeper and plan.blocks[transfer.slot].axes:
+            sharding = share.sharding(transfer)
+            if transfer.gathered and transfer.keeper == rank:
+                received["gradients"] += transfer.elements * ITEM_BYTES[sharding.dtype]
+            if transfer.home == rank:
+                dtype = sharding.update_dtype(distribution.update_precision)
+                received["updates"] += transfer.elements * ITEM_BYTES[dtype]
+    for (ranks, dtype), transfers in share.replica_copies.items():
+        items = [(transfer.home, transfer.elements) for transfer in transfers]
+        padded = sum(width(bucket, items) for bucket in buckets(ranks, items, BUCKET_ELEMENTS))
+        received["weights"] += padded * (len(ranks) - 1) * ITEM_BYTES[dtype]
+    for block in plan.blocks:
+        if rank in block.keepers and rank != block.owner:
+            V = block.elements if block.axes and hp.variant.direction == "adam" else 0
+            received["roots"] += (block.root_numbers + V) * STATE_BYTES[block.dtype]
+    return dict(received)
