@@ -1,0 +1,119 @@
+"""Shampoo on one page: the update of `ShampooHyperParams.default()`, in the symbols of docs/update-rule.md.
+
+W weights, G gradient, t the number of the step, from 1. A matrix is cut into blocks. Each block keeps statistics L of
+its rows and of its columns, and their inverse roots P, which precondition the average of G; Adam lends the step length.
+
+Left out: several devices, low precision, gradients that are not finite, kernels with an axis longer than 16 (here all
+axes after the first are one), and names, by which the package lets equal blocks take turns (here as they come).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Shampoo(torch.optim.Optimizer):
+    """KL-Shampoo (Lin et al. 2025, arXiv 2509.03378) with Adam's step length (Agarwal et al. 2020, arXiv 2002.11803).
+
+    Args:
+        params: all parameters, or groups of them.
+        lr, weight_decay: as for AdamW.
+        betas: decay of the averages of G (beta1), of the statistics (beta2) and of G^2 (gamma).
+        eps: added to Adam's denominator; and the ridge of the roots, relative to the largest eigenvalue.
+        block_size: the longest side of a block.
+        every: each block has its turn to compute new roots once in so many steps,
+        fresh_steps: and at each step up to this one; at least `every`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float, float] = (0.9, 0.95, 0.95),
+        eps: tuple[float, float] = (1e-8, 1e-5),
+        block_size: int = 128,
+        every: int = 10,
+        fresh_steps: int = 10,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        (self.beta1, self.beta2, self.gamma), (self.eps_d, self.eps_m) = betas, eps
+        self.block_size, self.every, self.fresh_steps = block_size, every, fresh_steps
+        for W in (W for group in self.param_groups for W in group["params"]):
+            zeros, blocks = torch.zeros_like(as_matrix(W.detach())), []
+            for block in cut(zeros, block_size):
+                P = [torch.eye(d, dtype=W.dtype, device=W.device) for d in block.shape]
+                cost = sum(6.5 * d**3 + 2000 * d**2 for d in block.shape)  # of its roots
+                blocks.append({"L": [torch.zeros_like(P_i) for P_i in P], "P": P, "cost": cost})
+            self.state[W] = {"t": 0, "E": zeros, "A": zeros.clone(), "blocks": blocks}
+        # The costliest block first, to the turn that costs least so far: each step then has about as much to do.
+        turns = [0.0] * every
+        all_blocks = [block for state in self.state.values() for block in state["blocks"]]
+        for block in sorted(all_blocks, key=lambda block: -block["cost"]):
+            block["turn"] = turns.index(min(turns))
+            turns[block["turn"]] += block["cost"]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for W in group["params"]:
+                if W.grad is not None:
+                    S = self.direction(as_matrix(W.grad), self.state[W])
+                    W -= group["lr"] * (S.view_as(W) + group["weight_decay"] * W)
+        return loss
+
+    def direction(self, G: Tensor, state: dict[str, Any]) -> Tensor:
+        """S = P1 E P2, block by block, with the length of Adam's direction D; for a vector D itself."""
+        state["t"] += 1
+        t, E, A = state["t"], state["E"], state["A"]
+        E.mul_(self.beta1).add_((1 - self.beta1) * G)
+        A.mul_(self.gamma).add_((1 - self.gamma) * G**2)
+        E, A = E / (1 - self.beta1**t), A / (1 - self.gamma**t)  # averages that begin with 0 are too small at first
+        D: Tensor = E / (A.sqrt() + self.eps_d)
+        if not state["blocks"]:
+            return D
+        S = torch.empty_like(D)
+        for block, G_b, E_b, S_b in zip(state["blocks"], *(cut(X, self.block_size) for X in (G, E, S)), strict=True):
+            self.update_statistics(block, G_b, t)
+            if t <= self.fresh_steps or t % self.every == block["turn"]:
+                self.update_roots(block, t)
+            P1, P2 = block["P"]
+            S_b.copy_(P1 @ E_b @ P2)
+        return S.mul_(D.norm() / (S.norm() + 1e-16))
+
+    def update_statistics(self, block: dict[str, Any], G: Tensor, t: int) -> None:
+        """Average G G^T in L1, G^T G in L2, with G whitened on the other side: then L1 ⊗ L2 is the covariance of G."""
+        (m, n), (L1, L2), (P1, P2) = G.shape, block["L"], block["P"]
+        first = not L1.any()
+        U1, U2 = (G, G) if first else (G @ P2, P1 @ G)
+        L1.mul_(self.beta2).add_((1 - self.beta2) * U1 @ U1.T / n)
+        L2.mul_(self.beta2).add_((1 - self.beta2) * U2.T @ U2 / m)
+        if first and G.any():  # one gradient has few directions: the averages begin with c I, and share the scale c
+            c = (G**2).mean()
+            for L in (L1, L2):
+                L.diagonal().add_((1 - self.beta2**t) * c)
+                L.div_(c.sqrt())
+
+    def update_roots(self, block: dict[str, Any], t: int) -> None:
+        """P = (L + eps_m lambda_max(L) I)^(-1/2), L divided by the weight that the average has gathered."""
+        for L, P in zip(block["L"], block["P"], strict=True):
+            if L.any():
+                eigenvalues, Q = torch.linalg.eigh(L / (1 - self.beta2**t))
+                ridge = self.eps_m * eigenvalues.max()
+                P.copy_(Q * (eigenvalues.clamp(min=0) + ridge) ** -0.5 @ Q.T)
+
+
+def as_matrix(W: Tensor) -> Tensor:
+    """A convolution's weight with a row for each output; matrices, vectors and scalars as they are."""
+    return W.flatten(1) if W.dim() > 2 else W
+
+
+def cut(X: Tensor, block_size: int) -> list[Tensor]:
+    """Views of the blocks of a matrix, as equal as possible; a vector has none."""
+    if X.dim() < 2:
+        return []
+    rows, columns = (-(-length // block_size) for length in X.shape)
+    return [block for strip in X.tensor_split(rows, 0) for block in strip.tensor_split(columns, 1)]
