@@ -16,9 +16,9 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from shampoo3d import ShampooHyperParams
 from shampoo3d.cli.draw import FAINT, INK, PALETTE
 from shampoo3d.planning.blocks import Block
-from shampoo3d.planning.layout import Holder, Part, Storage, describe
+from shampoo3d.planning.layout import Holder, Shard, Sharding, describe
 from shampoo3d.planning.plan import make_plan
-from shampoo3d.planning.routes import Routes
+from shampoo3d.planning.routes import Transfers
 
 SHAPE, BIAS, RANKS, BLOCK_SIZE = (12, 8), 12, 3, 6
 """A linear layer of 12 outputs and 8 inputs: its weight, then its bias, in one flat buffer that ZeRO divides evenly."""
@@ -31,14 +31,14 @@ TINT = 0.45
 
 def planned() -> tuple[list[tuple[Block, int]], list[list[tuple[Block, int]]]]:
     """The blocks with their owners; and of each block the rectangles with their homes."""
-    shards = (Part.whole(SHAPE).range(rank * SHARD, (rank + 1) * SHARD) for rank in range(RANKS))
+    shards = (Shard.whole(SHAPE).range(rank * SHARD, (rank + 1) * SHARD) for rank in range(RANKS))
     holders = tuple(Holder(rank, part) for rank, part in enumerate(shards))
     hp = ShampooHyperParams.default(block_size=BLOCK_SIZE)
-    matrix = describe(Storage("weight", SHAPE, "float32", holders, sharded=True), hp, RANKS)
+    matrix = describe(Sharding("weight", SHAPE, "float32", holders, sharded=True), hp, RANKS)
     plan = make_plan([matrix], range(RANKS), hp)
     homes: list[list[tuple[Block, int]]] = [[] for _ in matrix.blocks]
-    for leg in Routes.of(plan, [matrix]).legs:
-        homes[leg.slot].append((leg.cell.piece.box, leg.home))
+    for transfer in Transfers.of(plan, [matrix]).transfers:
+        homes[transfer.slot].append((transfer.box, transfer.home))
     return [(block, of.owner) for block, of in zip(matrix.blocks, plan.blocks, strict=True)], homes
 
 

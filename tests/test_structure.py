@@ -45,6 +45,19 @@ def attributes(path: Path) -> set[str]:
     return {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
 
 
+def names(path: Path) -> set[str]:
+    return {node.id for node in ast.walk(tree(path)) if isinstance(node, ast.Name)} | attributes(path)
+
+
+def dotted(node: ast.AST) -> list[str]:
+    """``a.b.c`` as its names; empty for anything else."""
+    if isinstance(node, ast.Name):
+        return [node.id]
+    if isinstance(node, ast.Attribute) and (rest := dotted(node.value)):
+        return [*rest, node.attr]
+    return []
+
+
 def wing(room: str) -> str:
     return room.split(".")[0]
 
@@ -81,12 +94,30 @@ def test_linear_algebra_is_done_in_numerics_only() -> None:
 
 def test_two_files_alone_communicate_during_a_step() -> None:
     for room, path in LIBRARY.items():
-        assert room in COMMUNICATING or not attributes(path) & COLLECTIVES, room
+        called = {name[-1] for node in ast.walk(tree(path)) if (name := dotted(node)) and name[0] in ("dist", "torch")}
+        assert room in COMMUNICATING or not called & COLLECTIVES, room
 
 
 def test_deepspeed_is_never_imported_by_the_library() -> None:
     for room, path in LIBRARY.items():
         assert not any(name.split(".")[0] in ("deepspeed", "megatron") for name in imports(path)), room
+
+
+def test_frameworks_are_named_in_engines_only() -> None:
+    for room, path in LIBRARY.items():
+        if wing(room) != "engines":
+            named = {word for word in names(path) for part in ("deepspeed", "zero", "dtensor") if part == word.lower()}
+            named |= {word for word in imports(path) if {"deepspeed", "zero", "dtensor"} & {*word.lower().split(".")}}
+            assert not named, (room, named)
+
+
+def test_nothing_reaches_deep_into_others() -> None:
+    """Of an object whose inside is another's at most two dots are taken."""
+    for room, path in LIBRARY.items():
+        for node in ast.walk(tree(path)):
+            chain = dotted(node)
+            own = len(chain) > 1 and chain[0] in ("self", "cls", "torch", "dist")
+            assert len(chain) <= 3 + own, (room, ".".join(chain))
 
 
 def test_no_file_is_longer_than_400_lines() -> None:

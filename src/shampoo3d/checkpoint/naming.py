@@ -76,7 +76,7 @@ def _different(parallel: ParallelGroups, teams: Sequence[Team], shared: Mapping[
         for binding in team.bindings:
             if binding.matrix.name in shared:
                 here = binding.group_tensor.flat[binding.offset : binding.offset + binding.elements]
-                part = next(h.shard for h in binding.matrix.sharding.holders if h.rank == team.rank)
+                part = next(h.shard for h in binding.matrix.holders if h.rank == team.rank)
                 mine[binding.matrix.name, team.plan.ranks] = {part: checksum(here)}
     everywhere: dict[tuple[str, Ranks], dict[Shard, Sums]] = {}
     for told in all_gather_object(parallel.world, mine):

@@ -33,14 +33,14 @@ def own_state(teams: Sequence[Team], numbers: Mapping[Tensor, int]) -> dict[str,
 
 def parts_of(team: Team, binding: Binding, *, everything: bool) -> Iterator[Shard]:
     """What this rank stores of a matrix, unless only the first cover is wanted and it belongs to another."""
-    for holder in binding.matrix.sharding.holders:
+    for holder in binding.matrix.holders:
         if holder.rank == team.rank and (everything or holder.shard_group == first_shard_group(binding)):
             yield holder.shard
 
 
 def first_shard_group(binding: Binding) -> int:
     """The number of the first ranks that store the whole matrix between them."""
-    return min(binding.matrix.sharding.shard_groups)
+    return min(holder.shard_group for holder in binding.matrix.holders)
 
 
 def layout_of(teams: Sequence[Team]) -> list[str]:

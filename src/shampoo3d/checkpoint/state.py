@@ -113,7 +113,7 @@ def _whole_momenta(team: Team, communicator: Communicator) -> dict[int, dict[str
     items: list[tuple[int, int, Piece]] = []  # home, matrix, piece
     for binding in team.bindings:
         if binding.matrix.sharded:
-            for holder in binding.matrix.sharding.holders:
+            for holder in binding.matrix.holders:
                 items += ((holder.rank, binding.number, piece) for piece in binding.matrix.pieces(holder.shard))
     routes = Transfers.of(team.plan, [binding.matrix for binding in team.bindings])
     items += (
@@ -284,7 +284,7 @@ def _load_momenta(team: Team, saved: Mapping[Tensor, ParamState]) -> None:
     for binding in team.bindings:
         if binding.number in whole and binding.matrix.sharded:
             flat = team.flat_buckets[binding.group_tensor]
-            part = next(h.shard for h in binding.matrix.sharding.holders if h.rank == team.rank)
+            part = next(h.shard for h in binding.matrix.holders if h.rank == team.rank)
             for piece in binding.matrix.pieces(part):
                 for name, values in whole[binding.number].items():
                     binding.view(flat.momenta.tensors()[name], piece).copy_(values[piece.box.slices])

@@ -17,7 +17,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def team_of(param: DTensor) -> tuple[int, ...]:
     """The global ranks of its mesh."""
-    ranks: list[int] = param.device_mesh.mesh.flatten().tolist()
+    mesh = param.device_mesh.mesh
+    ranks: list[int] = mesh.flatten().tolist()
     return tuple(sorted(ranks))
 
 

@@ -270,6 +270,10 @@ class Matrix:
         return self.sharding.shape
 
     @property
+    def holders(self) -> tuple[Holder, ...]:
+        return self.sharding.holders
+
+    @property
     def dtype(self) -> str:
         return self.sharding.dtype
 

@@ -327,7 +327,7 @@ def _storing(matrices: Sequence[Matrix], drafts: Sequence[PlannedBlock]) -> dict
         for fragment in matrix.fragments():
             counter = found[matrix.name, matrix.blocks[fragment.block].key]
             for rank in fragment.ranks:
-                counter[rank] += fragment.piece.box.elements
+                counter[rank] += fragment.elements
     return found
 
 

@@ -75,7 +75,8 @@ def _transfers(plan: Plan, matrices: Sequence[Matrix], rank: int | None) -> Iter
         planned = plan.blocks[slot : slot + len(matrix.blocks)]
         kept = {i for i, block in enumerate(planned) if rank in block.keepers}
         shard_groups = list(matrix.sharding.shard_groups)
-        position = {rank: i for ranks in matrix.sharding.replica_groups.values() for i, rank in enumerate(ranks)}
+        sharding = matrix.sharding
+        position = {rank: i for ranks in sharding.replica_groups.values() for i, rank in enumerate(ranks)}
         shard_group_of = {holder.rank: holder.shard_group for holder in matrix.sharding.holders}
         transfers = []
         for fragment in matrix.fragments(rank, kept):

@@ -133,20 +133,21 @@ class Exchange:
         Those that were computed in the background are there before; those that are computed in a step come before its
         directions, or, where these do not use them yet, after them.
         """
-        if self.team.hp.computation.asynchronous:
+        hp = self.team.hp
+        if hp.computation.asynchronous:
             return "before"
-        return "between" if self.team.hp.variant.direction == "root" else "after"
+        return "between" if hp.variant.direction == "root" else "after"
 
     def _share_roots(self, moment: Moment, number: int, steps: StepCounts) -> None:
         """Bring new roots from the owners to the other keepers, if this is the moment."""
         if moment != self._sharing:
             return
-        team, planned = self.team, self.team.plan.blocks
-        late = int(team.hp.computation.asynchronous)
+        team, hp, planned = self.team, self.team.hp, self.team.plan.blocks
+        late = int(hp.computation.asynchronous)
 
         def renewed(slot: int) -> bool:
             t = steps.get(team.slots[slot][0].group_tensor, 0) - late
-            return t > 0 and phase(t, team.hp, planned[slot].offset).refresh
+            return t > 0 and phase(t, hp, planned[slot].offset).refresh
 
         due = [slot for slot in team.share.rounds[number] if len(planned[slot].keepers) > 1 and renewed(slot)]
         if not due:

@@ -60,7 +60,7 @@ class Report:
             received.update(traffic(team.share, team.hp, distribution))
         rows = tuple(found[name] for name in names.values() if name in found)
         every = max((team.plan.every for team in teams), default=1)
-        oldest = every - 1 + any(team.hp.computation.asynchronous for team in teams)
+        oldest = every - 1 + any(hp.computation.asynchronous for hp in (team.hp for team in teams))
         return cls(rows, skipped_steps, every, oldest, state_bytes(teams), dict(received))
 
     def __str__(self) -> str:

@@ -63,9 +63,9 @@ def _precondition(items: Sequence[WorkItem], due: Sequence[Due], hp: ShampooHype
 
     Roots take in the gradient that they are applied to; eigenbases do so afterwards, as in their paper.
     """
-    for item in items:
-        if item.accumulate:
-            item.batch.stack.accumulate(item.blocks, item.rows, item.t)
+    for item in (item for item in items if item.accumulate):
+        stack = item.batch.stack
+        stack.accumulate(item.blocks, item.rows, item.t)
     if hp.variant.direction == "adam":
         _direct(items)
     for stack, rows, t in due:

@@ -118,7 +118,7 @@ class Team:
             return set()
         ranks = set(self.group.ranks)
         for binding in self.bindings:
-            shards = {holder.rank: holder.shard for holder in binding.matrix.sharding.holders}
+            shards = {holder.rank: holder.shard for holder in binding.matrix.holders}
             ranks &= {rank for rank in ranks if shards.get(rank) == shards[self.rank]}
         return ranks
 
@@ -163,12 +163,13 @@ class Team:
                 group_tensor = self.slots[slot][0].group_tensor
                 if slot in wanted and group_tensor in phases:
                     same_phase[phases[group_tensor]].append(row)
-            cached = max(1, CACHED_ELEMENTS // math.prod(batch.stack.shape))
-            together = cached if batch.stack.device.type == "cpu" else batch.stack.n
+            stack = batch.stack
+            cached = max(1, CACHED_ELEMENTS // math.prod(stack.shape))
+            together = cached if stack.device.type == "cpu" else stack.n
             for (_, (accumulate, started)), in_phase in same_phase.items():
                 for rows in (in_phase[i : i + together] for i in range(0, len(in_phase), together)):
                     slots = [batch.slots[row] for row in rows]
-                    selected = rows_of(rows, batch.stack.n, batch.stack.device)
+                    selected = rows_of(rows, stack.n, stack.device)
                     group_tensor = self.slots[slots[0]][0].group_tensor
                     yield WorkItem(batch, slots, selected, group_tensor, accumulate and not batch.guests, started)
 
