@@ -220,7 +220,7 @@ TOGETHER: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "adam graft without average": (
         {"graft_type": "adam"},
         {"variant": AVERAGED},
-        r"graft_type ADAM .* needs variant\.beta1 > 0, got 0",
+        r"graft_type='adam' needs variant\.beta1 > 0, got 0; for variant\.beta1=0 take graft_type='rmsprop'",
     ),
     "adam that sums": (
         {"variant": ADAM},

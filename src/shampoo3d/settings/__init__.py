@@ -1,1 +1,1 @@
-"""What the user chose."""
+"""The settings that the user chose."""

@@ -1,4 +1,4 @@
-"""How the update is computed: settings that change rounding, freshness of roots, speed and memory, validated once."""
+"""Settings of how the update is computed: they change rounding, freshness of roots, speed and memory."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,23 +11,23 @@ Precision = Literal["state", "bfloat16"]
 
 @dataclass(frozen=True)
 class Computation:
-    """Settings of the computation; with the defaults nothing is traded for speed but the moment of each refresh.
+    """Settings of the computation, validated once. The defaults trade only the time of each refresh for speed.
 
     Args:
-        root_method: how inverse roots are computed, see ``docs/roots.md``; "auto" takes the fastest that is accurate,
-            by device, size and exponent.
+        root_method: the method of inverse roots, see ``docs/roots.md``; "auto" takes the fastest accurate one, by
+            device, size and exponent.
         refresh: "staggered": with ``preconditioning_compute_steps = k`` about 1/k of the roots is computed at each
             step; "together": all of them at every k-th step.
-        fresh_steps: up to this step all roots are computed at every step, while gradients still turn quickly; in turns
-            or together from there on.
-        asynchronous: roots are computed beside the next forward and backward, on a thread or a side stream, and used
-            one step later.
-        products: in which precision the operands of the products of statistics and of preconditioning enter: that of
-            the "state", or "bfloat16"; sums stay in the state's.
+        fresh_steps: up to this step all roots are computed at every step, while gradients still turn quickly; later
+            steps follow ``refresh``.
+        asynchronous: compute roots beside the next forward and backward, on a thread or a side stream, and use them one
+            step later.
+        products: the precision of the operands in the products of statistics and of preconditioning: that of the
+            "state", or "bfloat16"; sums stay in the precision of the state.
         root_storage, momentum_storage: the dtype in which roots and momenta are kept, that of the "state" or
             "bfloat16".
-        max_root_failures: how many roots may fail, so that the previous one was kept or a block was not moved, before a
-            step raises; None for any number.
+        max_root_failures: the number of failed roots (the previous one was kept, or a block was not moved) above which
+            a step raises; None for no limit.
 
     Raises:
         TypeError, ValueError: naming the setting, its value and its bound.
@@ -54,7 +54,7 @@ class Computation:
 
 
 def refusal(method: RootMethod, p: int, pseudo_inverse: bool = False) -> str | None:
-    """Why ``method`` cannot compute the root, or None."""
+    """Return the reason why ``method`` cannot compute the root, or None."""
     if pseudo_inverse and method not in ("auto", "eigh"):
         return "only 'eigh' (or 'auto') can leave directions out, as pseudo_inverse=True asks"
     if method == "minimax" and p > 1 and p % 2:
@@ -70,6 +70,6 @@ def check_method(method: RootMethod, p: int, pseudo_inverse: bool) -> None:
     """
     if p < 1:
         raise ValueError(f"the exponent p of L^(-1/p) must be >= 1, got {p}")
-    why = refusal(method, p, pseudo_inverse)
-    if why:
-        raise ValueError(f"root_method {method!r} cannot be used: {why}")
+    reason = refusal(method, p, pseudo_inverse)
+    if reason:
+        raise ValueError(f"root_method {method!r} cannot be used: {reason}")

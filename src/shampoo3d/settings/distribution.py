@@ -1,4 +1,4 @@
-"""How the work is shared: settings that change where things are kept and computed, validated once."""
+"""Settings of how the work is shared between ranks: they change where state is kept and where it is computed."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,13 +8,13 @@ from shampoo3d.settings.validation import check_choice, check_integer
 
 @dataclass(frozen=True)
 class Distribution:
-    """Settings of the distribution; with the defaults, the result is that of one process.
+    """Settings of the distribution, validated once. With the defaults, the result is that of one process.
 
     Args:
-        tensor_parallel: "exact": blocks are cut from the logical matrix, whatever the shards; "per_shard": each
+        tensor_parallel: "exact": blocks are cut from the logical matrix, however it is sharded; "per_shard": each
             tensor-parallel shard is a matrix of its own, as in the thesis.
-        root_copies: how many replicas keep each block's roots and momenta. 1: its owner only, least memory. More spare
-            traffic: new weights travel within 1 / root_copies of the replicas.
+        root_copies: the number of replicas that keep each block's roots and momenta. 1: its owner only, least memory.
+            More copies reduce traffic: new weights travel only among 1 / root_copies of the replicas.
         update_precision: the dtype in which updates travel home under ZeRO and FSDP: that of the "state", or that of
             the model's own "parameter", such as bfloat16.
         memory_bound: bytes of optimizer state that no rank may exceed; None for no bound.

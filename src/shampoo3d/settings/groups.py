@@ -1,4 +1,4 @@
-"""What a parameter group may hold."""
+"""Checks of the settings in a parameter group."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.validation import check_bool, check_number
 from shampoo3d.settings.variant import Variant
 
-# Settings of other optimizers that would be silently ignored, were they let into a parameter group.
+# Options that a parameter group would silently ignore: those of other optimizers, and our own that hold for all groups.
 _FOREIGN_OPTIONS = {
     *("alpha", "amsgrad", "betas", "capturable", "centered", "dampening", "differentiable", "eps", "etas", "foreach"),
     *("fused", "lambd", "lr_decay", "ns_steps", "rho", "t0"),
@@ -18,7 +18,7 @@ _FOREIGN_OPTIONS = {
 
 
 def check_group(group: Mapping[str, Any], hp: ShampooHyperParams) -> None:
-    """Raise unless the settings of a parameter group are valid and its own (foreign options are refused by name)."""
+    """Raise if a setting of a parameter group is invalid, or is one that groups do not have; the error names it."""
     foreign = sorted(_FOREIGN_OPTIONS.intersection(group))
     if foreign:
         raise ValueError(

@@ -10,7 +10,7 @@ from shampoo3d.settings.variant import Variant
 
 
 class LayerwiseGrafting(enum.IntEnum):
-    """Whose step length a preconditioned direction borrows (Agarwal et al. 2020, arXiv 2002.11803)."""
+    """The method whose step length a preconditioned direction borrows (Agarwal et al. 2020, arXiv 2002.11803)."""
 
     NONE = 0
     SGD = 1
@@ -34,7 +34,7 @@ _AVERAGED: dict[str, Any] = {
         decoupled_weight_decay=True,
     ),
 }
-"""What the presets of today have in common."""
+"""Settings that the presets ``default`` and ``soap`` share."""
 
 
 @dataclass(frozen=True)
@@ -43,27 +43,27 @@ class ShampooHyperParams:
 
     Args:
         beta2: decay of the statistics L; 1.0 sums them (AdaGrad-like), below 1 averages with weight ``1 - beta2``.
-        diagonal_eps: added to the square root in the AdaGrad graft; at least the root of the least normal number.
+        diagonal_eps: added to the square root in the AdaGrad graft; no less than the root of the least normal number.
         matrix_eps: L starts at ``matrix_eps * I`` and each root is taken of ``L + matrix_eps * lambda_max(L) * I``.
         weight_decay: the default of every parameter group; added to the direction as ``weight_decay * W``.
         inverse_exponent_override: p in ``L^(-1/p)``; 0 means twice the number of axes that have a factor.
         start_preconditioning_step: the first step t (counted from 1) that uses the preconditioned direction.
         preconditioning_compute_steps: the roots of a block are computed every so many steps; ``computation.refresh``
             says at which.
-        statistics_compute_steps: statistics are accumulated at each step t that it divides.
+        statistics_compute_steps: statistics are accumulated at each step t that is a multiple of this.
         block_size: the largest side of a block; 0 keeps every matrix whole.
         best_effort_shape_interpretation: merge adjacent dimensions while their product is at most ``block_size``.
         graft_type: the method whose step length is borrowed, a ``LayerwiseGrafting``, its number or its name.
         nesterov: Nesterov momentum.
         ignore_embedding_layer: leave embeddings without preconditioner (they are grafted only).
         fair_blocks: cut each tensor-parallel matrix along its partitioned axis into as many blocks as the run has
-            ranks, so that blocks are the same for every topology of that many ranks.
-        nonfinite_gradient: what a gradient on any rank that is NaN or infinite, or so large that sums of its squares
-            may be, does: "skip" the step on all ranks, or "raise"; "ignore" does not look, which spares the host to
-            wait for the GPU.
+            ranks, so that blocks are the same for every topology with that many ranks.
+        nonfinite_gradient: the reaction to a gradient, on any rank, that is NaN, infinite, or so large that sums of its
+            squares may be infinite: "skip" the step on all ranks, or "raise"; "ignore" does not check, so that the host
+            need not wait for the GPU.
         pseudo_inverse: leave out the directions in which L is zero up to rounding, instead of giving them the ridge.
-        variant: which Shampoo: choices beyond the thesis.
-        computation: how all this is computed.
+        variant: the variant of Shampoo: choices beyond the thesis.
+        computation: settings of how all this is computed.
 
     Raises:
         TypeError, ValueError: naming the setting, its value and its bound.
@@ -111,7 +111,7 @@ class ShampooHyperParams:
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {type(getattr(self, name)).__name__}")
         self._check_variant()
-        # How many axes have a factor is known with a parameter only: here those of a matrix.
+        # The number of axes with a factor is known per parameter only: check for a matrix.
         axes = 2 if self.variant.sides == "all" else 1
         check_method(self.computation.root_method, self.exponent(axes), self.pseudo_inverse)
 
@@ -119,11 +119,13 @@ class ShampooHyperParams:
         v = self.variant
         if v.kernels == "matrix" and self.best_effort_shape_interpretation:
             raise ValueError(
-                "variant.kernels='matrix' and best_effort_shape_interpretation=True both say which axes become one; "
+                "variant.kernels='matrix' and best_effort_shape_interpretation=True both decide which axes are merged; "
                 "take one of them"
             )
         if self.graft_type is LayerwiseGrafting.ADAM and not v.beta1:
-            raise ValueError("graft_type ADAM averages the gradient: it needs variant.beta1 > 0, got 0 (or is RMSPROP)")
+            raise ValueError(
+                "graft_type='adam' needs variant.beta1 > 0, got 0; for variant.beta1=0 take graft_type='rmsprop'"
+            )
         if v.direction == "root":
             if v.statistics == "kl" and self.inverse_exponent_override % 2:
                 raise ValueError(
@@ -133,29 +135,29 @@ class ShampooHyperParams:
             return
         if self.beta2 == 1.0:
             raise ValueError("variant.direction='adam' averages squares: it needs beta2 < 1, got 1.0")
-        only = {
+        required = {
             "start_preconditioning_step": (self.start_preconditioning_step, 1),  # the first step finds the eigenbasis
             "inverse_exponent_override": (self.inverse_exponent_override, 0),  # and there are no roots
             "pseudo_inverse": (self.pseudo_inverse, False),
             "root_method": (self.computation.root_method, "auto"),
         }
-        for name, (given, wanted) in only.items():
-            if given != wanted:
-                raise ValueError(f"{name}={given!r} has no meaning with variant.direction='adam'; take {wanted!r}")
+        for name, (value, neutral) in required.items():
+            if value != neutral:
+                raise ValueError(f"{name}={value!r} has no meaning with variant.direction='adam'; take {neutral!r}")
 
     @classmethod
     def classic(cls, **changes: Any) -> "ShampooHyperParams":
-        """The thesis's Shampoo: sums, roots at every step, whole matrices, the length of the gradient."""
+        """Return the thesis's Shampoo: sums, roots at every step, whole matrices, the length of the gradient."""
         return cls(**changes)
 
     @classmethod
     def default(cls, **changes: Any) -> "ShampooHyperParams":
-        """What has done best for its cost, see ``docs/variants.md``: KL-Shampoo with Adam's step length.
+        """Return the settings that did best for their cost: KL-Shampoo with Adam's step length, ``docs/variants.md``.
 
         Learning rates, warm-up and weight decay of an AdamW script carry over.
 
         Args:
-            changes: settings that are to be others.
+            changes: settings that replace the preset's.
         """
         variant = replace(_AVERAGED["variant"], statistics="kl")
         own: dict[str, Any] = {
@@ -168,64 +170,64 @@ class ShampooHyperParams:
 
     @classmethod
     def soap(cls, **changes: Any) -> "ShampooHyperParams":
-        """Adam in the eigenbases of the factors, with the settings of its paper (Vyas et al. 2024, arXiv 2409.11321).
+        """Return SOAP, Adam in the eigenbases of the factors, as in its paper (Vyas et al. 2024, arXiv 2409.11321).
 
         Args:
-            changes: settings that are to be others.
+            changes: settings that replace the preset's.
         """
         variant = replace(_AVERAGED["variant"], direction="adam", beta1=0.95)
         return replace(cls(**_AVERAGED | {"graft_type": LayerwiseGrafting.NONE, "variant": variant}), **changes)
 
     def exponent(self, axes: int) -> int:
-        """p in ``L^(-1/p)`` for blocks of which so many axes have a factor."""
+        """Return p in ``L^(-1/p)`` for blocks with a factor for this number of axes."""
         return self.inverse_exponent_override or 2 * axes
 
     @property
     def averaged(self) -> bool:
-        """Whether the gradient is averaged before it is preconditioned, which leaves no room for other momentum."""
+        """True if an average of the gradient is preconditioned, which leaves no room for other momentum."""
         return self.variant.beta1 > 0.0
 
     @property
     def initial_scale(self) -> float:
-        """c in ``L = c I`` before the first gradient: ``matrix_eps``, or 0 where L is nothing but gradients."""
+        """The scale c of ``L = c I`` before the first gradient: ``matrix_eps``, or 0 where L has gradients only."""
         v = self.variant
         return 0.0 if v.bias_correction or v.direction == "adam" or v.statistics == "kl" else self.matrix_eps
 
     def diagonal_method(self, factored: bool) -> LayerwiseGrafting:
-        """The method of the direction D, of matrices with or without factors."""
+        """Return the method that defines the direction D, for matrices with or without factors."""
         alone = not factored and self.variant.vectors == "diagonal" and self.graft_type is LayerwiseGrafting.NONE
         return LayerwiseGrafting.ADAM if alone else self.graft_type
 
     def correction(self, beta: float, t: int, method: LayerwiseGrafting = LayerwiseGrafting.NONE) -> float:
-        """By what an average of t terms is divided: the weight that it has gathered, if that is corrected for."""
+        """Return the divisor of an average of t terms: the weight that it has gathered if bias is corrected, else 1."""
         return 1.0 - beta**t if self.variant.bias_correction or method is LayerwiseGrafting.ADAM else 1.0
 
     @property
     def fresh_steps(self) -> int:
-        """Up to which step all roots are computed at every step.
+        """The step up to which all roots are computed at every step.
 
-        For "kl" at least up to the first gradient: the next ones are whitened by what it tells.
+        For "kl" it is at least the step of the first gradient, whose statistics whiten the next ones.
         """
         kl = self.variant.statistics == "kl" and self.variant.direction == "root"
         return max(self.computation.fresh_steps, self.statistics_compute_steps if kl else 0)
 
     @property
     def statistics_weight(self) -> float:
-        """The weight of a gradient in the statistics: of a sum 1, else of an average."""
+        """The weight of a gradient in the statistics: 1 in a sum, ``1 - beta2`` in an average."""
         return 1.0 if self.beta2 == 1.0 else 1.0 - self.beta2
 
     def statistics_count(self, t: int) -> int:
-        """How many gradients are in the statistics after step t."""
+        """Return the number of gradients in the statistics after step t."""
         every = self.statistics_compute_steps
         return 1 + (t - 1) // every if self.variant.direction == "adam" else t // every
 
     @property
     def moves_at_once(self) -> bool:
-        """Whether the first step moves the weights."""
+        """True if the first step moves the weights."""
         return self.weight_updates(1) > 0
 
     def weight_updates(self, t: int) -> int:
-        """How many steps up to step t have moved the weights: the first with ``direction="adam"`` does not."""
+        """Return the number of steps up to t that move the weights; with ``direction="adam"`` the first does not."""
         return t - 1 if self.variant.direction == "adam" else t
 
 

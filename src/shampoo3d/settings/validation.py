@@ -1,4 +1,4 @@
-"""Checks of single settings, which name the setting, its value and its bound."""
+"""Checks of single settings; their errors name the setting, its value and its bound."""
 
 import math
 import os
@@ -44,7 +44,7 @@ def check_bool(name: str, value: object) -> None:
 
 
 def check_kind(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
-    """Raise unless ``value`` is an instance of ``kind``, which is ``wanted``, in words."""
+    """Raise unless ``value`` is an instance of ``kind``; ``wanted`` describes the kind in the error."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {wanted}, got {value!r} of type {type(value).__name__}")
 

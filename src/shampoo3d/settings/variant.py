@@ -1,4 +1,4 @@
-"""Which Shampoo: the choices beyond the thesis that the field found to matter, validated once."""
+"""The variant of Shampoo: choices beyond the thesis that the field found to matter."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,12 +11,12 @@ Sides = Literal["all", "first", "last", "shortest"]
 LongAxes = Literal["none", "diagonal"]
 Kernels = Literal["axes", "matrix"]
 LONGEST_KERNEL = 16
-"""Longer axes are taken for something else: experts, positions."""
+"""The longest axis that counts as one of a convolution's kernel; longer ones are something else: experts, positions."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """With the defaults it is the thesis's Shampoo; the equations of every choice are in ``docs/variants.md``.
+    """Choices of the variant, validated once; the defaults are the thesis's Shampoo. Equations: ``docs/variants.md``.
 
     Args:
         direction: "root": ``G x_1 L_1^(-1/p) x_2 ...``; "adam": Adam in the eigenbasis of the factors (SOAP, Vyas et
@@ -25,26 +25,26 @@ class Variant:
             minimizes a Kullback-Leibler divergence (Lin et al. 2025, arXiv 2509.03378).
         sides: the axes that have a factor: "all", the "first" or "last" only, or the "shortest" of each matrix; with
             one side the exponent is -1/2 (one-sided Shampoo, Xie et al. 2025, arXiv 2503.10537).
-        largest_dimension: axes of blocks that are longer have no factor (Vyas et al. 2024), or a diagonal one; 0 for no
-            bound.
-        long_axes: what such axes have: no factor ("none"), or a "diagonal" one, a vector of sums of squares (Gupta et
-            al. 2018, arXiv 1802.09568, on a diagonal variant; Anil et al. 2020, arXiv 2002.09018, on large dimensions).
-            It counts in the exponent. Not for "adam": the eigenbasis of a diagonal matrix is I.
-        kernels: what the kernels of a convolution (out, in, height, width) are: all of their "axes" have a factor, or
-            they are the "matrix" (out, in height width) (Grosse and Martens 2016, arXiv 1602.01407). Axes from the
-            third on count as those of a kernel where they are at most 16 long.
-        beta1: decay of an average of the gradient that is preconditioned in its place, and whose length is grafted;
-            with it there is no other momentum. 0 for none.
+        largest_dimension: axes of blocks that are longer than this have no factor (Vyas et al. 2024), or a diagonal
+            one; 0 for no bound.
+        long_axes: the factor of such axes: "none", or a "diagonal" one, a vector of sums of squares (Gupta et al. 2018,
+            arXiv 1802.09568, on a diagonal variant; Anil et al. 2020, arXiv 2002.09018, on large dimensions). It counts
+            in the exponent. Not for "adam": the eigenbasis of a diagonal matrix is I.
+        kernels: the shape of a convolution's weight (out, in, height, width): each of its "axes" has a factor, or it is
+            the "matrix" (out, in height width) (Grosse and Martens 2016, arXiv 1602.01407). Axes from the third on
+            count as those of a kernel if they are at most 16 long.
+        beta1: decay of an average of the gradient, which is preconditioned and grafted in place of the gradient; there
+            is no other momentum then. 0 for none.
         graft_beta2: decay of the average of ``G^2`` for the RMSPROP and ADAM grafts and the diagonal direction.
-        bias_correction: averages are divided by the weight that they have gathered, ``1 - beta^t`` (Kingma and Ba
-            2014, arXiv 1412.6980).
-        vectors: what moves parameters without factors: "scaled": G with the length of the graft; "diagonal": the
-            direction of the graft itself, of Adam where nothing is grafted.
+        bias_correction: divide averages by the weight that they have gathered, ``1 - beta^t`` (Kingma and Ba 2014,
+            arXiv 1412.6980).
+        vectors: the direction of parameters without factors: "scaled": G with the length of the graft; "diagonal": that
+            of the graft itself, or of Adam where nothing is grafted.
         decoupled_weight_decay: ``W <- (1 - lr weight_decay) W`` beside the step, instead of decay in the direction
             (Loshchilov and Hutter 2017, arXiv 1711.05101).
-        refresh_tolerance: for "adam": an eigenbasis Q whose turn it is stays as long as the part of ``Q^T L Q`` off its
-            diagonal is at most this part of the whole, in Frobenius norms (Eschenhagen et al. 2025, arXiv 2506.03595);
-            0: never.
+        refresh_tolerance: for "adam": an eigenbasis Q that is due for a refresh stays as long as the off-diagonal part
+            of ``Q^T L Q`` is at most this fraction of the whole, in Frobenius norms (Eschenhagen et al. 2025, arXiv
+            2506.03595); 0: never.
 
     Raises:
         TypeError, ValueError: naming the setting, its value and its bound.
