@@ -1,4 +1,4 @@
-"""Work beside the main line, on a side stream of a GPU or on a thread of the host; and when the host need not wait."""
+"""Background work on a side stream of a GPU or a thread of the host, and a test of masks without waiting for a GPU."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @cache
 def _thread(threads: int) -> ThreadPoolExecutor:
-    """One worker, which computes with as many threads as the caller; work is done in the order in which it is given."""
+    """Return the one worker that computes with this many threads; it does its work in the order of submission."""
     return ThreadPoolExecutor(1, "shampoo3d", initializer=torch.set_num_threads, initargs=(threads,))
 
 
@@ -23,9 +23,9 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Background(Generic[T]):
-    """The result of ``work``, which runs beside what the caller does next.
+    """The result of ``work``, which runs while the caller goes on.
 
-    What ``work`` reads must not be changed, and what it returns not be used, before :meth:`result`.
+    Before :meth:`result` nothing that ``work`` reads may be changed, and nothing that it returns may be used.
     """
 
     def __init__(self, work: Callable[[], T], device: torch.device) -> None:
@@ -40,15 +40,15 @@ class Background(Generic[T]):
             self._done = _thread(torch.get_num_threads()).submit(torch.no_grad()(work))
 
     def result(self) -> T:
-        """Wait for it; on a GPU, the current stream waits and not the host. Raises what ``work`` raised."""
+        """Wait for the result; on a GPU, the current stream waits and not the host. Raises what ``work`` raised."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).wait_stream(_stream(self._device))
         return self._done.result()
 
 
 def any_or_unknown(mask: Tensor) -> bool:
-    """Whether any entry may be set: False if the host knows of none. For an accelerator's answer it does not wait.
+    """Return False only if it is known without waiting that no entry is set.
 
-    Nor does a graph that is being compiled.
+    On an accelerator, whose answer the host would have to wait for, and in a graph that is being compiled it is True.
     """
     return torch.compiler.is_compiling() or mask.device.type != "cpu" or bool(mask.any())

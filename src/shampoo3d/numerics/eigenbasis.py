@@ -1,9 +1,9 @@
 """Eigenbases of the statistics and gradients rotated into them, batched over a stack of blocks (n, d_1, ..., d_r).
 
-``L_i = Q_i diag(lambda_i) Q_i^T``, the columns of Q_i in descending order of lambda_i, for all axes i or some. In these
-bases SOAP runs Adam (Vyas et al. 2024, arXiv 2409.11321), and with them the statistics that minimize a Kullback-Leibler
-divergence are found (Lin et al. 2025, arXiv 2509.03378). The sign of a column, and within an eigenvalue that occurs
-several times the choice of columns, is nobody's promise: what is kept in a basis must not depend on signs.
+``L_i = Q_i diag(lambda_i) Q_i^T``, the columns of Q_i in descending order of lambda_i, for all axes i or some. SOAP
+runs Adam in these bases (Vyas et al. 2024, arXiv 2409.11321), and they give the statistics that minimize a
+Kullback-Leibler divergence (Lin et al. 2025, arXiv 2509.03378). The sign of a column is arbitrary, and so is the choice
+of columns for a repeated eigenvalue: state that is kept in a basis must not depend on signs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ from shampoo3d.numerics.roots.eigen import INDEFINITE, decompose
 from shampoo3d.numerics.roots.guard import largest_entry, scaled
 
 PerAxis = Mapping[int, Tensor]
-"""A matrix (n, d_i, d_i) for each axis i, from 0, that has one; of a diagonal one its diagonal (n, d_i)."""
+"""A matrix (n, d_i, d_i), or the diagonal (n, d_i) of a diagonal one, for each axis i that has one, counted from 0."""
 
 
 def multiply(P: Tensor, G: Tensor, axis: int, out: Tensor | None = None) -> Tensor:
-    """``G x_i P``: P (n, d_i, d_i) applied along axis i of a stack (n, d_1, ..., d_r); ``out`` is contiguous.
+    """Return ``G x_i P``: P (n, d_i, d_i) applied along axis i of a stack (n, d_1, ..., d_r).
 
-    Of a diagonal P it is the diagonal (n, d_i).
+    A diagonal P is given as its diagonal (n, d_i). ``out`` must be contiguous.
     """
     n, d = G.shape[0], G.shape[axis + 1]
     if P.dim() == 2:
@@ -37,14 +37,14 @@ def multiply(P: Tensor, G: Tensor, axis: int, out: Tensor | None = None) -> Tens
 
 
 def rotate(G: Tensor, bases: PerAxis) -> Tensor:
-    """``G x_1 Q_1^T x_2 Q_2^T ...``: the coordinates in the eigenbases; axes without a basis stay."""
+    """Return ``G x_1 Q_1^T x_2 Q_2^T ...``: the coordinates in the eigenbases; axes without a basis stay."""
     for axis, Q in bases.items():
         G = multiply(Q.mT, G, axis)
     return G
 
 
 def rotate_back(G: Tensor, bases: PerAxis) -> Tensor:
-    """``G x_1 Q_1 x_2 Q_2 ...``, the inverse of :func:`rotate`."""
+    """Return ``G x_1 Q_1 x_2 Q_2 ...``, the inverse of :func:`rotate`."""
     for axis, Q in bases.items():
         G = multiply(Q, G, axis)
     return G
@@ -54,11 +54,11 @@ def rotate_back(G: Tensor, bases: PerAxis) -> Tensor:
 
 
 def first_basis(L: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The eigenvectors of every L, by decomposition.
+    """Compute the eigenvectors of every L by decomposition.
 
-    After the first gradient many directions have no statistics yet. Which basis of them a decomposition returns is a
-    matter of rounding, and Adam would differ in it: :func:`_canonical_null_space` chooses one. A zero matrix has no
-    basis to prefer: its previous one stays, and that is no failure.
+    After the first gradient many directions have no statistics yet. The basis that a decomposition returns for them
+    depends on rounding, and Adam would depend on that basis: :func:`_canonical_null_space` chooses one. A zero matrix
+    prefers no basis: it keeps its previous one, and that is no failure.
 
     Args:
         L: (n, d, d), float32 or float64, symmetric and positive semi-definite up to rounding; only the lower triangle
@@ -66,22 +66,22 @@ def first_basis(L: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tens
         previous: (n, d, d), the bases that stay where no new one can be computed; None for I.
 
     Returns:
-        The bases (n, d, d), and (n,) bool, which failed: L not finite or without a positive entry on its diagonal,
-        or not converged.
+        The bases (n, d, d), and the failures (n,) bool: L not finite or without a positive entry on its diagonal, or
+        not converged.
     """
     if previous is None:
         previous = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
     A, _, sound, zero = scaled(L)
     ascending, Q, converged = decompose(A)
     Q, definite = _canonical_null_space(ascending, Q)
-    found = sound & converged & definite
-    return torch.where(found[:, None, None], Q.flip(-1), previous), ~(found | zero)
+    accepted = sound & converged & definite
+    return torch.where(accepted[:, None, None], Q.flip(-1), previous), ~(accepted | zero)
 
 
 def _canonical_null_space(ascending: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-    """Q with one definite basis N of the eigenspace of the smallest eigenvalue, and (n,) whether it could be computed.
+    """Return Q with one definite basis N of the eigenspace of the smallest eigenvalue, and (n,) bool, the successes.
 
-    It is the one with ``N^T diag(1, ..., d) N`` diagonal, which depends on the space alone.
+    N is the basis for which ``N^T diag(1, ..., d) N`` is diagonal: it depends on the space alone.
     """
     d = Q.shape[-1]
     steps = torch.arange(1, d + 1, dtype=Q.dtype, device=Q.device) / d
@@ -94,45 +94,45 @@ def _canonical_null_space(ascending: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]
 
 
 def next_basis(L: Tensor, Q: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of orthogonal iteration from Q, which follows a slowly changing L (Vyas et al. 2024, Algorithm 4).
+    """Take one step of orthogonal iteration from Q, to follow a slowly changing L (Vyas et al. 2024, Algorithm 4).
 
     The columns of Q are sorted by ``diag(Q^T L Q)``, multiplied with L, and made orthonormal by a QR decomposition.
 
     Args:
         L: as for :func:`first_basis`.
         Q: (n, d, d), orthogonal; stays where L is zero or no new basis can be computed.
-        eps: a ridge relative to the largest diagonal entry of L, 0 in the paper. Directions without statistics then
-            stay, where otherwise rounding decides where they turn to.
+        eps: a ridge relative to the largest diagonal entry of L, 0 in the paper. It keeps directions without statistics
+            in place; without it, rounding decides where they turn to.
 
     Returns:
-        The bases (n, d, d), (n, d) int64, of which column of Q each came, for :func:`reorder`, and (n,) bool, which
-        failed: L not as above, or the new basis not finite.
+        The bases (n, d, d); the column of Q from which each column came, (n, d) int64, for :func:`reorder`; and the
+        failures (n,) bool: L not as above, or the new basis not finite.
     """
     A, _, sound, zero = scaled(L)
     ridge = eps * A.diagonal(dim1=-2, dim2=-1).amax(-1)
     AQ = A @ Q + ridge[:, None, None] * Q
     order = (Q * AQ).sum(-2).argsort(dim=-1, descending=True, stable=True)
     new = torch.linalg.qr(reorder(AQ, order, 1))[0]
-    found = sound & largest_entry(new).isfinite()
+    accepted = sound & largest_entry(new).isfinite()
     unmoved = torch.arange(Q.shape[-1], device=Q.device)
     return (
-        torch.where(found[:, None, None], new, Q),
-        torch.where(found[:, None], order, unmoved),
-        ~(found | zero),
+        torch.where(accepted[:, None, None], new, Q),
+        torch.where(accepted[:, None], order, unmoved),
+        ~(accepted | zero),
     )
 
 
 def reorder(V: Tensor, order: Tensor, axis: int) -> Tensor:
-    """V (n, d_1, ..., d_r) with its entries along axis i in the order (n, d_i) of the columns of a new Q_i."""
+    """Return V (n, d_1, ..., d_r) with its entries along axis i in the order (n, d_i) of the columns of a new Q_i."""
     index = order.view(len(V), *(-1 if i == axis else 1 for i in range(V.dim() - 1)))
     return V.gather(axis + 1, index.expand_as(V))
 
 
 def turned(L: Tensor, Q: Tensor) -> Tensor:
-    """``||offdiag(Q^T L Q)||_F / ||Q^T L Q||_F``, (n,): how far Q is from diagonalizing L.
+    """Return ``||offdiag(Q^T L Q)||_F / ||Q^T L Q||_F``, (n,): the distance of Q from diagonalizing L.
 
-    Eschenhagen et al. 2025, arXiv 2506.03595. 0 for a zero matrix; infinite where L is none that has a basis, so that
-    computing it anew is tried and its failure seen.
+    Eschenhagen et al. 2025, arXiv 2506.03595. 0 for a zero matrix; infinite where no basis can be computed for L, so
+    that a new one is tried and its failure counted.
     """
     A, _, sound, zero = scaled(L)
     B = Q.mT @ A @ Q
@@ -143,7 +143,7 @@ def turned(L: Tensor, Q: Tensor) -> Tensor:
 
 
 def eigenvalues(L: Tensor, Q: Tensor) -> Tensor:
-    """``diag(Q^T L Q)``, (n, d): the eigenvalues of L where Q are its eigenvectors, and estimates of them elsewhere."""
+    """Return ``diag(Q^T L Q)``, (n, d): the eigenvalues of L if Q are its eigenvectors, otherwise estimates of them."""
     return (Q * (L @ Q)).sum(-2)
 
 
@@ -151,20 +151,20 @@ def eigenvalues(L: Tensor, Q: Tensor) -> Tensor:
 
 
 def whitener_of_root(P: Tensor, p: int) -> Tensor:
-    """W with ``W^T W = L^-1`` of a symmetric root ``P = L^(-1/p)``, (n, d, d), or of a diagonal one, (n, d).
+    """Return W with ``W^T W = L^-1`` from a symmetric root ``P = L^(-1/p)``, (n, d, d), or a diagonal one, (n, d).
 
     Raises:
         ValueError: p is odd.
     """
     if p % 2:
-        raise ValueError(f"the inverse is a square of a power of its root L^(-1/p) for even p only, got p={p}")
+        raise ValueError(f"the root L^(-1/p) gives L^(-1/2) by powers for even p only, got p={p}")
     if p == 2:
         return P
     return P.pow(p // 2) if P.dim() == 2 else torch.linalg.matrix_power(P, p // 2)
 
 
 def whitener_of_basis(Q: Tensor, lambdas: Tensor, eps: float) -> Tensor:
-    """W with ``W^T W = L^-1``: ``diag(lambda)^(-1/2) Q^T``, (n, d, d), for ``lambda`` of at least ``eps lambda_max``.
+    """Return W with ``W^T W = L^-1``: ``diag(lambda)^(-1/2) Q^T``, (n, d, d), lambda being at least ``eps lambda_max``.
 
     The bound is relative so that gradients of any scale are treated alike. Where L is zero, W is Q^T.
 
@@ -179,16 +179,16 @@ def whitener_of_basis(Q: Tensor, lambdas: Tensor, eps: float) -> Tensor:
 
 
 def whiten_others(G: Tensor, whiteners: PerAxis, axis: int) -> Tensor:
-    """``G x_j W_j`` over all axes j but i: U with ``U_(i) U_(i)^T = G_(i) (inverse of the other factors) G_(i)^T``.
+    """Return U with ``U_(i) U_(i)^T = G_(i) (inverse of the other factors) G_(i)^T``: ``G x_j W_j`` for all j but i.
 
-    With all W_j from before the step this and :func:`divergence_weight` are the statistics of Lin et al. 2025.
+    With all W_j from before the step, this and :func:`divergence_weight` give the statistics of Lin et al. 2025.
     """
     return rotate_back(G, {j: W for j, W in whiteners.items() if j != axis})
 
 
 def divergence_weight(shape: Sequence[int], axis: int) -> float:
-    """``1 / prod_(j != i) d_j``, by which ``U_(i) U_(i)^T`` is the covariance along axis i.
+    """Return ``1 / prod_(j != i) d_j``, the weight with which ``U_(i) U_(i)^T`` is the covariance along axis i.
 
-    It counts axes without a factor, too: they have the factor I in the product whose divergence is minimized.
+    Axes without a factor count, too: they have the factor I in the product whose divergence is minimized.
     """
     return shape[axis] / prod(shape)

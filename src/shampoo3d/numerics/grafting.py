@@ -9,12 +9,12 @@ from shampoo3d.settings.hyperparams import LayerwiseGrafting, ShampooHyperParams
 
 
 def graft_direction(G: Tensor, squares: Tensor | None, hp: ShampooHyperParams, correction: float = 1.0) -> Tensor:
-    """D, the direction whose length is borrowed: ``G``, or ``G / (sqrt(A / correction) + diagonal_eps)``.
+    """Return D, the direction whose length is borrowed: ``G``, or ``G / (sqrt(A / correction) + diagonal_eps)``.
 
     Args:
         G: the gradient or its average, any shape.
         squares: A, the sum or average of the squares of gradients up to and including this step, of G's shape; None
-            for the methods that do without.
+            for the methods that need none.
         hp: ``diagonal_eps`` is used.
         correction: the weight that the average has gathered.
 
@@ -28,12 +28,12 @@ def graft_direction(G: Tensor, squares: Tensor | None, hp: ShampooHyperParams, c
 
 
 def least_root(dtype: torch.dtype, hp: ShampooHyperParams) -> float:
-    """What is added to roots of squares: ``diagonal_eps``, or more where squares underflow and G / 0 threatens."""
+    """Return the number added to roots of squares: ``diagonal_eps``, or more to avoid G / 0 where squares underflow."""
     return max(hp.diagonal_eps, math.sqrt(torch.finfo(dtype).tiny))
 
 
 def graft_scale(squared_norms: Tensor, hp: ShampooHyperParams) -> Tensor:
-    """``|D| / (|S| + 1e-16)``, or 1 for NONE; 0 where there is no length to borrow, since it is not finite.
+    """Return ``|D| / (|S| + 1e-16)``, or 1 for NONE; 0 where a length is not finite, so that none can be borrowed.
 
     Args:
         squared_norms: float64, shape (parameters, 2): ``|S|^2`` and ``|D|^2`` over each whole parameter.

@@ -1,4 +1,4 @@
-"""In which precision the operands of matrix products enter, for as long as a context lasts."""
+"""Contexts that set the precision in which operands enter matrix products."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +9,11 @@ import torch
 
 @contextmanager
 def reduced_products() -> Iterator[None]:
-    """Operands of float32 products are rounded, to TF32 on CUDA, to bfloat16 on CPUs with AMX; sums stay float32.
+    """Round operands of float32 products, to TF32 on CUDA, to bfloat16 on CPUs with AMX; sums stay float32.
 
-    The switches are PyTorch's own, of the whole process; they are put back at the end.
+    The switches are PyTorch's own, for the whole process; they are put back at the end.
     """
-    # Without matrix units the CPU's switch changes nothing but the library, for a slower one.
+    # Without matrix units the CPU's switch does nothing but select a slower library.
     with _switched("bf16" if _has_amx() else None, "tf32"):
         yield
 
@@ -24,30 +24,30 @@ def _has_amx() -> bool:
 
 @contextmanager
 def full_products() -> Iterator[None]:
-    """Operands of float32 products enter as they are, whatever PyTorch's switches say."""
+    """Use operands of float32 products as they are, whatever PyTorch's switches say."""
     with _switched("ieee", "ieee"):
         yield
 
 
 def may_lose_digits(kind: str) -> bool:
-    """Whether PyTorch's switches let float32 products on this type of device give up digits."""
+    """Return whether PyTorch's switches let float32 products on this type of device lose digits."""
     if switch := _switches().get(kind):
         return bool(switch.fp32_precision not in ("none", "ieee"))
     return torch.get_float32_matmul_precision() != "highest"
 
 
 def _switches() -> dict[str, Any]:
-    """By type of device, where PyTorch has them, which is from 2.9 on."""
+    """Return PyTorch's switches by type of device; versions before 2.9 have none."""
     backends = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}
-    found = {kind: getattr(backend, "matmul", None) for kind, backend in backends.items()}
-    return {kind: switch for kind, switch in found.items() if hasattr(switch, "fp32_precision")}
+    switches = {kind: getattr(backend, "matmul", None) for kind, backend in backends.items()}
+    return {kind: switch for kind, switch in switches.items() if hasattr(switch, "fp32_precision")}
 
 
 @contextmanager
 def _switched(cpu: str | None, cuda: str) -> Iterator[None]:
-    found = _switches()
-    wanted = ((found.get("cpu"), cpu), (found.get("cuda"), cuda))
-    switches = [(switch, precision) for switch, precision in wanted if switch is not None and precision is not None]
+    by_device = _switches()
+    pairs = ((by_device.get("cpu"), cpu), (by_device.get("cuda"), cuda))
+    switches = [(switch, precision) for switch, precision in pairs if switch is not None and precision is not None]
     if not switches:  # before PyTorch 2.9 there is one switch for all devices
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest" if cpu == "ieee" else "medium")
@@ -67,7 +67,7 @@ def _switched(cpu: str | None, cuda: str) -> Iterator[None]:
 
 
 def _own(switch: Any) -> str:
-    """What the switch itself says: "none" where it follows the one above it."""
+    """Return the value of the switch itself: "none" if it inherits from the one above it."""
     value: str = switch.fp32_precision
     switch.fp32_precision = "none"
     inherited = switch.fp32_precision

@@ -11,13 +11,13 @@ from shampoo3d.numerics.state_names import AVERAGED_SQUARES, momenta_names, stor
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 Rows = slice | Tensor
-"""Which of the elements along the first axis: a slice, or a tensor of their numbers."""
+"""A selection along the first axis: a slice, or a tensor of indices."""
 
 ALL = slice(None)
 
 
 def kept_dtype(name: str, hp: ShampooHyperParams, state: torch.dtype) -> torch.dtype:
-    """In which dtype a part of the state is kept, by its name in a checkpoint; arithmetic is in ``state``."""
+    """Return the dtype in which state of this name in a checkpoint is kept; arithmetic is in ``state``."""
     return torch.bfloat16 if storage_of(name, hp) == "bfloat16" else state
 
 
@@ -31,13 +31,13 @@ class StepSettings:
 
 
 class Momenta:
-    """State of elements in a tensor of any shape, and what a step does to them, wherever they belong.
+    """State of elements in a tensor of any shape, and the arithmetic of a step on them, whatever matrix they are of.
 
     Attributes:
-        momentum: M, of the given shape; none with an average of gradients.
-        graft_momentum: N; only while the start step may still lie ahead.
-        gradient_average: the average of G, where D is made of it.
-        graft_accumulator: the sum or average of G^2, where D needs it.
+        momentum: M, of the given shape; None with an average of gradients.
+        graft_momentum: N; None where M is, and if the start step is the first.
+        gradient_average: the average of G; None if D is not made of it.
+        graft_accumulator: the sum or average of G^2; None if D does not need it.
     """
 
     def __init__(
@@ -49,26 +49,26 @@ class Momenta:
         *,
         factored: bool = True,
     ) -> None:
-        """``factored``: whether all elements belong to matrices with factors."""
+        """Allocate zeros; ``factored`` says whether all elements belong to matrices with factors."""
         self.hp, self.method = hp, hp.diagonal_method(factored)
-        self._kept = {
+        self._state = {
             name: torch.zeros(*shape, dtype=kept_dtype(name, hp, dtype), device=device)
             for name in momenta_names(hp, factored)
         }
-        self.momentum = self._kept.get("momentum")
-        self.graft_momentum = self._kept.get("graft_momentum")
-        self.gradient_average = self._kept.get("gradient_average")
-        self.graft_accumulator = self._kept.get("graft_accumulator")
+        self.momentum = self._state.get("momentum")
+        self.graft_momentum = self._state.get("graft_momentum")
+        self.gradient_average = self._state.get("gradient_average")
+        self.graft_accumulator = self._state.get("graft_accumulator")
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state by its name in a checkpoint."""
-        return dict(self._kept)
+        """Return the state by its name in a checkpoint."""
+        return dict(self._state)
 
     def direction(self, G: Tensor, rows: Rows = ALL, age: int = 1) -> tuple[Tensor, Tensor]:
-        """The gradient or its average, and D, the direction whose length is borrowed.
+        """Return the gradient or its average, and D, the direction whose length is borrowed.
 
-        Takes G into the averages, so once per step; ``age`` counts these steps. Either may be G itself, or both the
-        same tensor.
+        It updates the averages with G, so call it once per step; ``age`` counts these steps. Either result may be G
+        itself, or both the same tensor.
         """
         average, beta2 = self._average(G, rows, age), self.hp.variant.graft_beta2
         if self.graft_accumulator is None:
@@ -84,22 +84,22 @@ class Momenta:
         return average, graft_direction(average, total, self.hp, correction)
 
     def _average(self, G: Tensor, rows: Rows, age: int) -> Tensor:
-        """``E <- beta1 E + (1 - beta1) G``, corrected; G itself where there is no such average."""
+        """Update ``E <- beta1 E + (1 - beta1) G`` and return it corrected; return G itself if there is no average."""
         if self.gradient_average is None:
             return G
         correction = self.hp.correction(self.hp.variant.beta1, age, self.method)
         return average(self.gradient_average, G, rows, self.hp, correction)
 
     def update(self, W: Tensor | None, S: Tensor, D: Tensor | None, step: StepSettings, rows: Rows = ALL) -> Tensor:
-        """The direction u of ``W <- W - lr u`` from the grafted directions S and D; momenta advance.
+        """Return the direction u of ``W <- W - lr u`` from the grafted directions S and D, and advance the momenta.
 
         Nesterov's look-ahead ``momentum u + d`` is a temporary: M and N stay plain sums. Decoupled decay is part of u,
         so that weights of low precision are rounded once.
 
         Args:
             W: the weights, needed for weight decay only.
-            S: is used up.
-            D: used up, too; needed before the start step only.
+            S: may be overwritten.
+            D: may be overwritten, too; needed before the start step only.
         """
         decoupled = self.hp.variant.decoupled_weight_decay
         if step.weight_decay and not decoupled:
@@ -111,12 +111,12 @@ class Momenta:
         u = self._momentum(S, D, step, rows)
         if step.weight_decay and decoupled:
             assert W is not None
-            kept = self.momentum is not None and not self.hp.nesterov and self.momentum.dtype == u.dtype  # u is state
-            u = u.add(W, alpha=step.weight_decay) if kept else u.add_(W, alpha=step.weight_decay)
+            u_is_state = self.momentum is not None and not self.hp.nesterov and self.momentum.dtype == u.dtype
+            u = u.add(W, alpha=step.weight_decay) if u_is_state else u.add_(W, alpha=step.weight_decay)
         return u
 
     def _momentum(self, S: Tensor, D: Tensor | None, step: StepSettings, rows: Rows) -> Tensor:
-        """u without decoupled decay."""
+        """Advance the momenta and return u without decoupled decay."""
         if self.momentum is None:
             if step.started:
                 return S
@@ -131,24 +131,24 @@ class Momenta:
 
     @staticmethod
     def _advance(buffer: Tensor, direction: Tensor, rows: Rows, momentum: float) -> Tensor:
-        """``buffer <- momentum buffer + direction``, rounded to the buffer's dtype; returned as it was before that."""
+        """Update ``buffer <- momentum buffer + direction``, rounded to its dtype; return the sum before rounding."""
         if isinstance(rows, slice) and buffer.dtype == direction.dtype:
-            kept = buffer[rows]
-            return torch.add(direction, kept, alpha=momentum, out=kept)
+            view = buffer[rows]
+            return torch.add(direction, view, alpha=momentum, out=view)
         advanced = direction.add(buffer[rows], alpha=momentum)
         buffer[rows] = advanced.to(buffer.dtype)
         return advanced
 
 
 def average(buffer: Tensor, G: Tensor, rows: Rows, hp: ShampooHyperParams, correction: float) -> Tensor:
-    """``E <- beta1 E + (1 - beta1) G`` for some rows of a buffer; E divided by ``correction``, in a new tensor."""
+    """Update ``E <- beta1 E + (1 - beta1) G`` for some rows of a buffer; return E / ``correction`` in a new tensor."""
     beta1 = hp.variant.beta1
     if buffer.dtype != G.dtype:
         E = G.mul(1.0 - beta1).add_(buffer[rows], alpha=beta1)
         buffer[rows] = E.to(buffer.dtype)
         return E if correction == 1.0 else E.div_(correction)
     E = buffer[rows].lerp_(G, 1.0 - beta1)
-    if isinstance(rows, slice):  # that is the buffer's own
+    if isinstance(rows, slice):  # E is a view of the buffer
         return E.clone() if correction == 1.0 else E / correction
     buffer[rows] = E
     return E if correction == 1.0 else E.div_(correction)

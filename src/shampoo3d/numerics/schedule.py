@@ -1,4 +1,4 @@
-"""Which blocks refresh their roots at which step, and what else a step does. Pure: the same on every rank."""
+"""The schedule of a block: when its roots are refreshed, and what else a step does. Pure: the same on every rank."""
 
 import functools
 import heapq
@@ -13,7 +13,7 @@ BlockId = tuple[str, str]
 
 
 class Phase(NamedTuple):
-    """What step t does to a block: accumulate statistics, refresh roots, use the preconditioned direction."""
+    """The work of step t on a block: accumulate statistics, refresh roots, use the preconditioned direction."""
 
     accumulate: bool
     refresh: bool
@@ -21,11 +21,12 @@ class Phase(NamedTuple):
 
 
 def phase(t: int, hp: ShampooHyperParams, offset: int = 0) -> Phase:
-    """The phase of a block at step t of its parameter, counted from 1.
+    """Return the phase of a block at step t of its parameter, counted from 1.
 
-    All blocks are refreshed at one step first, so that a matrix, whose graft takes the norm of the whole, never has
-    roots for some of its blocks only. Then each has its turn, k steps apart, so roots in use are at most k - 1 steps
-    old. That first step is the last multiple of k up to the start, or k: nobody would see what is refreshed before.
+    The first refresh is at the same step for all blocks, so that a matrix, whose graft takes the norm of the whole,
+    never has roots for some of its blocks only. Then each has its turn, k steps apart, so roots in use are at most
+    k - 1 steps old. That first step is the last multiple of k up to the start step, or k: earlier roots would not be
+    used.
 
     Args:
         offset: the block's turn among the k steps, see :func:`offsets`; without effect if refreshes are "together".
@@ -40,7 +41,7 @@ def phase(t: int, hp: ShampooHyperParams, offset: int = 0) -> Phase:
 
 
 def equivalent_step(t: int, hp: ShampooHyperParams) -> int:
-    """The earliest step that refreshes the same blocks as step t does; 0 where that is none."""
+    """Return the earliest step that refreshes the same blocks as step t; 0 if step t refreshes none."""
     k, first, fresh = hp.preconditioning_compute_steps, _first_refresh(hp), hp.fresh_steps
     if t <= fresh:
         return 1
@@ -51,7 +52,7 @@ def equivalent_step(t: int, hp: ShampooHyperParams) -> int:
 
 
 def unconditional(t: int, hp: ShampooHyperParams) -> bool:
-    """Whether what is due at step t is computed even if it could stay: the first time, and up to ``fresh_steps``."""
+    """Return whether a basis due at step t is computed even if it could stay: the first, and up to ``fresh_steps``."""
     return t <= max(_first_refresh(hp), hp.fresh_steps)
 
 
@@ -63,9 +64,9 @@ def _first_refresh(hp: ShampooHyperParams) -> int:
 
 
 def offsets(blocks: Iterable[tuple[BlockId, float]], every: int) -> dict[BlockId, int]:
-    """A turn in 0..every-1 for each block, so that each step has about the same cost.
+    """Give each block a turn in 0..every-1, so that each step has about the same cost.
 
-    Greedy, the most expensive block first to the turn that has least to do (Graham 1969), ties to the earlier turn, so
+    Greedy: the most expensive block first, to the turn with the least work (Graham 1969), ties to the earlier turn. So
     no two turns differ by more than the cost of one block, and blocks of equal cost are dealt out one after the other.
     Neither the order of ``blocks`` nor ranks play a part: of equal costs, "layers.2" comes before "layers.10".
     """
@@ -81,5 +82,5 @@ def offsets(blocks: Iterable[tuple[BlockId, float]], every: int) -> dict[BlockId
 
 
 def _natural(name: str) -> list[str | int]:
-    """Its text and numbers in turn, to compare numbers as such."""
-    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
+    """Split a name into alternating text and numbers, so that numbers compare as numbers."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]

@@ -1,4 +1,4 @@
-"""The state that each setting keeps, by its names in a checkpoint. Pure."""
+"""The state that each setting keeps, by its name in a checkpoint. Pure."""
 
 from shampoo3d.settings.computation import Precision
 from shampoo3d.settings.hyperparams import LayerwiseGrafting, ShampooHyperParams
@@ -7,10 +7,10 @@ AVERAGED_SQUARES = (LayerwiseGrafting.RMSPROP, LayerwiseGrafting.ADAM)
 
 
 def momenta_names(hp: ShampooHyperParams, factored: bool) -> tuple[str, ...]:
-    """The state that is kept for each element where it lives, of matrices with or without factors.
+    """Return the names of the state kept for each element at its home, of matrices with or without factors.
 
-    M and, where the settings need them, N, the average of G, and the sum or average of G^2. What matrices with factors
-    have, those without have, too.
+    M, N, the average of G, and the sum or average of G^2, as far as the settings need them. Matrices without factors
+    have all state that those with factors have.
     """
     method = hp.diagonal_method(factored)
     borrows = not factored or method is not LayerwiseGrafting.NONE or hp.start_preconditioning_step > 1
@@ -23,15 +23,16 @@ def momenta_names(hp: ShampooHyperParams, factored: bool) -> tuple[str, ...]:
 
 
 def owned_names(hp: ShampooHyperParams) -> tuple[str, ...]:
-    """The state that the owner of a block with factors keeps for each of its elements."""
+    """Return the names of the state that the owner of a block with factors keeps for each of its elements."""
     return ("exp_avg",) * hp.averaged + ("exp_avg_sq",) * (hp.variant.direction == "adam")
 
 
 def storage_of(name: str, hp: ShampooHyperParams) -> Precision:
-    """In which dtype a part of the state is kept, by its name in a checkpoint."""
+    """Return the precision in which state of this name in a checkpoint is kept."""
     if name.startswith(("P", "Q")):
         return hp.computation.root_storage
-    # Sums of squares grow by less than bfloat16 resolves, and would stop; statistics lose their small eigenvalues.
+    # In bfloat16 sums of squares would stop growing (the terms are below its resolution), and statistics would lose
+    # their small eigenvalues.
     return hp.computation.momentum_storage if name in _MOMENTA else "state"
 
 

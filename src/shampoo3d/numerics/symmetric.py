@@ -1,4 +1,4 @@
-"""Stacks of symmetric matrices of which little is stored or computed twice, and of diagonal ones."""
+"""Stacks of symmetric matrices, large ones without their upper off-diagonal tile, and of diagonal matrices."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from shampoo3d.numerics.tiles import tile_shapes, tiles
 
 
 class Symmetric:
-    """n symmetric d x d matrices.
+    """A stack of n symmetric d x d matrices.
 
     Attributes:
-        tiles: (n, rows, columns) each, by name.
+        tiles: the stored tiles by name, each (n, rows, columns).
     """
 
     def __init__(self, n: int, d: int, scale: float, dtype: torch.dtype, device: torch.device) -> None:
-        """``scale * I``, n times."""
+        """Allocate ``scale * I``, n times."""
         self.d, self._spans = d, tiles(d)
         self.tiles = {
             name: torch.zeros(n, *shape, dtype=dtype, device=device) for name, shape in tile_shapes(d).items()
@@ -27,7 +27,7 @@ class Symmetric:
                 self.tiles[name].diagonal(dim1=1, dim2=2).fill_(scale)
 
     def accumulate(self, U: Tensor, rows: Rows, beta: float, weight: float) -> None:
-        """``A <- beta A + weight U U^T`` for the given rows, U (rows, d, any)."""
+        """Update ``A <- beta A + weight U U^T`` for the given rows, U (rows, d, any)."""
         for name, (i, j) in self._spans.items():
             advanced = self.tiles[name][rows].baddbmm_(U[:, i], U[:, j].mT, beta=beta, alpha=weight)
             if isinstance(rows, Tensor):  # that was a copy
@@ -38,36 +38,36 @@ class Symmetric:
         return [self.tiles[name].diagonal(dim1=1, dim2=2) for name, (i, j) in self._spans.items() if i == j]
 
     def mean(self, rows: Rows) -> Tensor:
-        """``trace A / d`` of the given rows, (rows,)."""
+        """Return ``trace A / d`` of the given rows, (rows,)."""
         first, *others = (diagonal[rows].sum(1) for diagonal in self._diagonals)
         return sum(others, first) / self.d
 
     def adjust(self, rows: Rows, added: Tensor, scale: Tensor) -> None:
-        """``A <- scale (A + added I)`` for the given rows, both (rows,)."""
+        """Set ``A <- scale (A + added I)`` for the given rows; ``added`` and ``scale`` are (rows,)."""
         for diagonal in self._diagonals:
             diagonal[rows] += added[:, None]
         for tile in self.tiles.values():
             tile[rows] *= scale[:, None, None]
 
     def clear(self, rows: Rows, which: Tensor) -> None:
-        """``A <- 0`` for those of the given rows that are chosen, (rows,)."""
+        """Set ``A <- 0`` for those of the given rows for which ``which``, (rows,) bool, is set."""
         for tile in self.tiles.values():
             cleared = tile[rows].masked_fill_(which[:, None, None], 0.0)
             if isinstance(rows, Tensor):  # that was a copy
                 tile[rows] = cleared
 
     def whole(self, rows: Rows) -> Tensor:
-        """The given matrices, (rows, d, d); a view where they are stored so."""
+        """Return the matrices of the given rows, (rows, d, d); a view if ``rows`` is a slice and there is one tile."""
         return assembled([tile[rows] for tile in self.tiles.values()])
 
     def put(self, row: int, A: Tensor) -> None:
-        """Another matrix (d, d) in the place of one."""
+        """Replace the matrix of one row by A (d, d)."""
         for name, (i, j) in self._spans.items():
             self.tiles[name][row] = A[i, j]
 
 
 def assembled(tiles: Sequence[Tensor]) -> Tensor:
-    """Symmetric matrices (..., d, d) from their stored tiles, in the order of :func:`~.numerics.tiles.tiles`."""
+    """Assemble symmetric matrices (..., d, d) from their tiles, in the order of :func:`~.numerics.tiles.tiles`."""
     if len(tiles) == 1:
         return tiles[0]
     A11, A21, A22 = tiles
@@ -75,37 +75,37 @@ def assembled(tiles: Sequence[Tensor]) -> Tensor:
 
 
 class Diagonal:
-    """n diagonal d x d matrices, with the interface of :class:`Symmetric`.
+    """A stack of n diagonal d x d matrices, with the interface of :class:`Symmetric`.
 
     Attributes:
-        tiles: their diagonals (n, d), by the name "".
+        tiles: the diagonals (n, d) under the name "".
     """
 
     def __init__(self, n: int, d: int, scale: float, dtype: torch.dtype, device: torch.device) -> None:
-        """``scale * I``, n times."""
+        """Allocate ``scale * I``, n times."""
         self.tiles = {"": torch.full((n, d), scale, dtype=dtype, device=device)}
 
     def accumulate(self, U: Tensor, rows: Rows, beta: float, weight: float) -> None:
-        """``A <- beta A + weight diag(U U^T)`` for the given rows, U (rows, d, any)."""
+        """Update ``A <- beta A + weight diag(U U^T)`` for the given rows, U (rows, d, any)."""
         squares = torch.linalg.vector_norm(U, dim=2).square_()
         self.tiles[""][rows] = squares.mul_(weight).add_(self.tiles[""][rows], alpha=beta)
 
     def mean(self, rows: Rows) -> Tensor:
-        """``trace A / d`` of the given rows, (rows,)."""
+        """Return ``trace A / d`` of the given rows, (rows,)."""
         return self.tiles[""][rows].mean(1)
 
     def adjust(self, rows: Rows, added: Tensor, scale: Tensor) -> None:
-        """``A <- scale (A + added I)`` for the given rows, both (rows,)."""
+        """Set ``A <- scale (A + added I)`` for the given rows; ``added`` and ``scale`` are (rows,)."""
         self.tiles[""][rows] = scale[:, None] * (self.tiles[""][rows] + added[:, None])
 
     def put(self, row: int, A: Tensor) -> None:
-        """Another diagonal (d,) in the place of one."""
+        """Replace the diagonal of one row by A (d,)."""
         self.tiles[""][row] = A
 
     def clear(self, rows: Rows, which: Tensor) -> None:
-        """``A <- 0`` for those of the given rows that are chosen, (rows,)."""
+        """Set ``A <- 0`` for those of the given rows for which ``which``, (rows,) bool, is set."""
         self.tiles[""][rows] = self.tiles[""][rows].masked_fill_(which[:, None], 0.0)
 
     def whole(self, rows: Rows) -> Tensor:
-        """The diagonals of the given matrices, (rows, d)."""
+        """Return the diagonals of the given rows, (rows, d)."""
         return self.tiles[""][rows]

@@ -1,4 +1,4 @@
-"""Which method computes a root. Pure: no tensors."""
+"""The choice of the method for a root. Pure: no tensors."""
 
 import math
 from typing import Literal
@@ -13,27 +13,27 @@ COST: dict[str, dict[str, dict[int, float]]] = {
         "minimax": {8: 77, 16: 110, 32: 86, 64: 72, 128: 50, 256: 37, 512: 32, 1024: 30},
     },
 }
-"""What a root costs by device and method, in products of two matrices of its size, float32, p = 4, a ridge of 1e-6.
+"""The cost of a root by device and method, in products of two matrices of its size: float32, p = 4, a ridge of 1e-6.
 
 Measured by ``benchmarks/roots.py``; other exponents and methods are in ``benchmarks/results/roots.json``. CUDA is not
 measured.
 """
 
 AT_ONCE = {"cpu": 2**18, "other": 2**24}
-"""Elements of the matrices whose roots are computed in one call, by type of device: many enough that what surrounds the
-products is not noticed, and few enough that temporaries stay small, on a CPU in its cache."""
+"""Elements of the matrices whose roots are computed in one call, by type of device: enough to hide the overhead around
+the products, and few enough that temporaries stay small, on a CPU in its cache."""
 
 
 def at_once(d: int, device: str) -> int:
-    """How many roots d x d are computed in one call."""
+    """Return the number of d x d roots that are computed in one call."""
     return max(1, AT_ONCE.get(device, AT_ONCE["other"]) // d**2)
 
 
 def choose(method: RootMethod, p: int, pseudo_inverse: bool, *, d: int, device: str, double: bool) -> Method:
-    """The method that "auto" stands for, for matrices (d, d) on a device of that type; any other is itself.
+    """Return the method that "auto" stands for, for matrices (d, d) on a device of that type, or any other as it is.
 
-    Decompositions, unless minimax can compute the root as accurately, which in double precision it can't, and at less
-    cost. On CUDA, where nothing has been measured here, it is taken to be cheaper.
+    "auto" is "eigh", unless minimax can compute the root as accurately, which it cannot in double precision, and at
+    less cost. On CUDA, where nothing has been measured here, minimax is taken to be cheaper.
     """
     check_method(method, p, pseudo_inverse)
     if method != "auto":

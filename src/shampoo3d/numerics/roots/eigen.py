@@ -6,19 +6,19 @@ from torch import Tensor
 from shampoo3d.numerics.roots.scaling import RootResult
 
 INDEFINITE = 512
-"""In units of u lambda_max: what the rounding of long sums of outer products may make of an eigenvalue 0."""
+"""The size, in units of u lambda_max, that an eigenvalue 0 may take by the rounding of long sums of outer products."""
 
 
 def eigh_roots(A: Tensor, p: int, eps: float, pseudo_inverse: bool = False) -> RootResult:
-    """``Q diag((max(lambda, u lambda_max) + eps lambda_max)^(-1/p)) Q^T`` of each ``A = Q diag(lambda) Q^T``.
+    """Return ``Q diag((max(lambda, u lambda_max) + eps lambda_max)^(-1/p)) Q^T`` for each ``A = Q diag(lambda) Q^T``.
 
-    With ``pseudo_inverse`` the eigenvalues up to ``d u lambda_max``, zeros up to rounding, have no part in it.
+    With ``pseudo_inverse`` the eigenvalues up to ``d u lambda_max``, zeros up to rounding, are left out.
 
     Args:
         A: (n, d, d), finite, its largest entry near 1.
 
     Returns:
-        Not converged where A is indefinite or LAPACK says so.
+        The roots, not converged where A is indefinite or LAPACK did not converge.
     """
     u = torch.finfo(A.dtype).eps
     eigenvalues, Q, converged = decompose(A)
@@ -32,12 +32,12 @@ def eigh_roots(A: Tensor, p: int, eps: float, pseudo_inverse: bool = False) -> R
 
 
 def decompose(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues (n, d) in ascending order, eigenvectors, and (n,) whether they could be computed."""
+    """Return eigenvalues (n, d) in ascending order, eigenvectors, and (n,) bool, the successes."""
     converged = torch.ones(len(A), dtype=torch.bool, device=A.device)
     try:
         return *torch.linalg.eigh(A), converged
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        # LAPACK's word on one matrix speaks for the whole stack; one by one it costs the others nothing.
+        # One matrix fails the whole stack; decomposed one by one, the others keep their results.
         if len(A) == 1:
             return torch.ones_like(A[..., 0]), torch.zeros_like(A), ~converged
         values, vectors, each = zip(*(decompose(matrix[None]) for matrix in A), strict=True)

@@ -1,4 +1,4 @@
-"""What all methods share: scaling, choice, precision, and the judgement whether a root is one."""
+"""The guard around all methods: scaling, choice, precision, and the test that a result is a root."""
 
 import math
 
@@ -13,7 +13,7 @@ from shampoo3d.numerics.roots.scaling import RootResult, probes
 from shampoo3d.settings.computation import RootMethod
 
 ACCEPTED = 0.3
-"""Largest damped residual of a root that is used."""
+"""The largest damped residual of a root that is used, see :func:`_is_root`."""
 
 
 def inverse_roots(
@@ -25,25 +25,25 @@ def inverse_roots(
     pseudo_inverse: bool = False,
     previous: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``P = (L + eps lambda_max(L) I)^(-1/p)`` of every matrix L of a stack, see ``docs/roots.md``.
+    """Compute ``P = (L + eps lambda_max(L) I)^(-1/p)`` for every matrix L of a stack, see ``docs/roots.md``.
 
-    A zero matrix has nothing to precondition: its previous root stays, and that is no failure.
+    A zero matrix has nothing to precondition: it keeps its previous root, and that is no failure.
 
     Args:
         stack: (n, d, d), float32 or float64, symmetric and positive semi-definite up to rounding; only the lower
             triangle is read.
         p: the exponent, at least 1.
         eps: relative ridge, above 0.
-        method: how; "auto" takes the fastest that is accurate.
-        pseudo_inverse: P is zero where L is zero up to rounding.
+        method: the method; "auto" takes the fastest that is accurate.
+        pseudo_inverse: make P zero where L is zero up to rounding.
         previous: (n, d, d), the roots that stay where no new one can be computed; None for I.
 
     Returns:
-        The roots (n, d, d), exactly symmetric, and (n,) bool, which failed: input or root not finite, indefinite, not
+        The roots (n, d, d), exactly symmetric, and the failures (n,) bool: input or root not finite, indefinite, not
         converged, or not close to a root.
 
     Raises:
-        ValueError: the method cannot do this.
+        ValueError: the method cannot compute such a root.
     """
     chosen = choose(
         method, p, pseudo_inverse, d=stack.shape[-1], device=stack.device.type, double=stack.dtype == torch.float64
@@ -52,14 +52,14 @@ def inverse_roots(
         previous = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device).expand_as(stack)
     A, exponent, sound, zero = scaled(stack)
     with products_for(A, eps, chosen):
-        found = _compute(chosen, A, p, eps, pseudo_inverse)
-        accepted = sound & found.converged
-        if chosen != "eigh":  # which is stable, whatever the exponent
-            accepted = accepted & _is_root(found.roots, A, p, found.ridge)
+        result = _compute(chosen, A, p, eps, pseudo_inverse)
+        accepted = sound & result.converged
+        if chosen != "eigh":  # eigh is stable, whatever the exponent
+            accepted = accepted & _is_root(result.roots, A, p, result.ridge)
         # 2^(-exponent/p), whole powers of two apart from the rest so that they are exact; halved for the sum.
         rest = torch.exp2(exponent.remainder(p).double() / -p - 1)
         factor = torch.ldexp(rest, -exponent.div(p, rounding_mode="floor")).to(A.dtype)
-        roots = (found.roots + found.roots.mT) * factor[:, None, None]
+        roots = (result.roots + result.roots.mT) * factor[:, None, None]
     accepted = accepted & largest_entry(roots).isfinite()
     return torch.where(accepted[:, None, None], roots, previous), ~(accepted | zero)
 
@@ -69,14 +69,15 @@ def _compute(method: Method, A: Tensor, p: int, eps: float, pseudo_inverse: bool
 
 
 def largest_entry(stack: Tensor) -> Tensor:
-    """The largest absolute value in each matrix, (n,); not finite if any entry is not."""
+    """Return the largest absolute value in each matrix, (n,); not finite if any entry is not."""
     return torch.maximum(stack.amax((-2, -1)), -stack.amin((-2, -1)))
 
 
 def scaled(stack: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``A = 2^-exponent L``, exact, with a largest diagonal entry near 1, and (n,) which L are sound, which zero.
+    """Return ``A = 2^-exponent L``, exact, with a largest diagonal entry near 1, its exponent, and sound and zero L.
 
     An unsound matrix, not finite or without a positive diagonal entry, is replaced by I: it must not disturb others.
+    All but A are (n,), the last two bool.
     """
     d = stack.shape[-1]
     row = torch.arange(d, device=stack.device)
@@ -84,7 +85,7 @@ def scaled(stack: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     diagonal = full.diagonal(dim1=-2, dim2=-1).amax(-1)
     entry = largest_entry(full)
     sound = entry.isfinite() & (diagonal > 0)
-    # Between the powers of two that are normal numbers: the largest entry comes to lie in [1/2, 1), or not far from it.
+    # The scale must be a normal number. The largest diagonal entry comes to lie in [1/2, 1), or not far from it.
     bound = round(-math.log2(torch.finfo(stack.dtype).tiny))
     exponent = torch.frexp(torch.where(sound, diagonal, 0.5)).exponent.clamp(-bound, bound)
     A = full * torch.ldexp(torch.ones_like(diagonal), -exponent)[:, None, None]
@@ -93,10 +94,10 @@ def scaled(stack: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _is_root(X: Tensor, A: Tensor, p: int, ridge: Tensor) -> Tensor:
-    """Whether ``||A (X^p (A + ridge I) - I) A V|| <= ACCEPTED ||A A V||`` for a few fixed vectors V.
+    """Return whether ``||A (X^p (A + ridge I) - I) A V|| <= ACCEPTED ||A A V||`` for a few fixed vectors V.
 
     A on both sides damps the directions of the smallest eigenvalues, where rounding alone makes any difference; a
-    diverged root or one of an indefinite matrix is large there and shows.
+    diverged root or one of an indefinite matrix is large there and shows all the same.
     """
     AV = A @ probes(A)
     AAV = A @ AV
@@ -110,13 +111,13 @@ def _is_root(X: Tensor, A: Tensor, p: int, ridge: Tensor) -> Tensor:
 def inverse_diagonal_roots(
     L: Tensor, p: int, eps: float, *, pseudo_inverse: bool, previous: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``(L + eps max(L))^(-1/p)`` of every diagonal L of a stack (n, d), judged as full matrices are.
+    """Compute ``(L + eps max(L))^(-1/p)`` for every diagonal L of a stack (n, d), judged as full matrices are.
 
-    Entries are sums of squares, each with a rounding error of its own: none counts as more than it is, and what
-    ``pseudo_inverse`` leaves out are entries that are 0.
+    Entries are sums of squares, each with a rounding error of its own: small ones are not raised as small eigenvalues
+    are, and ``pseudo_inverse`` leaves out those that are 0.
 
     Returns:
-        The roots (n, d), ``previous`` where there are none, and (n,) bool, which failed: input or root not finite. A
+        The roots (n, d), ``previous`` where there are none, and the failures (n,) bool: input or root not finite. A
         zero matrix keeps its previous root, and that is no failure.
     """
     largest = L.amax(-1, keepdim=True)

@@ -7,24 +7,25 @@ from shampoo3d.numerics.roots.remez import polynomials
 from shampoo3d.numerics.roots.scaling import RootResult, add_identity, bounded
 
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-9}
-"""Largest relative error of the root's eigenvalues in exact arithmetic."""
+"""The largest relative error of the root's eigenvalues in exact arithmetic."""
 
 
 def minimax_roots(A: Tensor, p: int, eps: float) -> RootResult:
-    """``(A + ridge I)^(-1/p)`` by polynomials q_k that are known beforehand.
+    """Compute ``(A + ridge I)^(-1/p)`` by polynomials q_k that are known beforehand.
 
         X_0 = I,  M_0 = (A + ridge I) / scale;   X <- X q_k(M),  M <- q_k(M)^(p/2) M q_k(M)^(p/2)
 
     M tends to I, X to the root. The interval that is known to hold all eigenvalues fixes the polynomials and their
-    number. What makes it accurate in low precision: only the part ``W`` of ``q = c I + W`` goes through a product, late
-    steps are written in ``I - M``, where W is small, and M is multiplied from both sides, so that it stays symmetric.
+    number. Three things make it accurate in low precision: only the part ``W`` of ``q = c I + W`` goes through a
+    product; late steps are written in ``I - M``, where W is small; M is multiplied from both sides, so that it stays
+    symmetric.
 
     Args:
         A: (n, d, d), finite, symmetric, its largest entry near 1.
         p: 1 or even.
 
     Returns:
-        Always converged: nothing is looked at here.
+        The roots, all marked as converged: the data are not looked at here.
     """
     M, square, scale, ridge, low = bounded(A, eps)
     steps = polynomials(p, low, TOLERANCE[A.dtype])
@@ -43,7 +44,7 @@ def minimax_roots(A: Tensor, p: int, eps: float) -> RootResult:
 
 
 def _both_sides(M: Tensor, c: float, W: Tensor, p: int) -> Tensor:
-    """``H M H`` with ``H = (c I + W)^(p/2)``; one-sided for p = 1."""
+    """Return ``H M H`` with ``H = (c I + W)^(p/2)``; one-sided for p = 1."""
     if p == 1:
         return torch.baddbmm(M, M, W, beta=c)
     h, V = _power(c, W, p // 2)
@@ -52,7 +53,7 @@ def _both_sides(M: Tensor, c: float, W: Tensor, p: int) -> Tensor:
 
 
 def _power(c: float, W: Tensor, exponent: int) -> tuple[float, Tensor]:
-    """h and V of ``h I + V = (c I + W)^exponent``, by repeated squaring."""
+    """Return h and V of ``h I + V = (c I + W)^exponent``, by repeated squaring."""
     h, V = c, W
     for bit in bin(exponent)[3:]:
         h, V = h * h, torch.baddbmm(V, V, V, beta=2 * h)

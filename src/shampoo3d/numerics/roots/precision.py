@@ -1,7 +1,7 @@
-"""When roots set aside the user's choice of how precisely float32 matrices are multiplied.
+"""The cases in which roots override the user's choice of how precisely float32 matrices are multiplied.
 
-PyTorch lets a user trade digits of float32 products for speed: TF32 on CUDA, TF32 or bfloat16 on CPU. Where the ridge
-is small these digits are the result.
+PyTorch lets a user trade digits of float32 products for speed: TF32 on CUDA, TF32 or bfloat16 on CPU. If the ridge is
+small, the result depends on these digits.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -13,16 +13,16 @@ from shampoo3d.numerics.matmul_precision import full_products, may_lose_digits
 from shampoo3d.numerics.roots.choice import Method
 
 TOLERANT = ("eigh", "minimax")
-"""The other methods iterate until a residual is as small as all digits can make it."""
+"""Methods that do without these digits if the ridge is large enough."""
 TOLERABLE = 1e-4
-"""From this relative ridge on, operands of 10 bits leave a useful root."""
+"""The smallest relative ridge with which operands of 10 bits leave a useful root."""
 
 
 def products_for(A: Tensor, eps: float, method: Method) -> AbstractContextManager[None]:
-    """A context in which products on A's device have all digits of its dtype, unless fewer do.
+    """Return a context in which products on A's device have all digits of its dtype, unless fewer suffice.
 
     Raises:
-        RuntimeError: in ``torch.compile``, which cannot change the switches, where they would have to be.
+        RuntimeError: in ``torch.compile``, which cannot change the switches, if they would have to be changed.
     """
     kind = A.device.type
     if method in TOLERANT and eps >= TOLERABLE:
@@ -37,7 +37,7 @@ def products_for(A: Tensor, eps: float, method: Method) -> AbstractContextManage
 
 
 def all_digits(A: Tensor) -> AbstractContextManager[None]:
-    """A context in which products on A's device have all digits of its dtype."""
+    """Return a context in which products on A's device have all digits of its dtype."""
     return full_products() if A.dtype == torch.float32 and _lowered(A.device.type) else nullcontext()
 
 

@@ -1,4 +1,4 @@
-"""Polynomials that carry an interval towards 1 as fast as any of their degree can: minimax, by Remez's exchange."""
+"""Minimax polynomials, found by Remez's exchange: they carry an interval towards 1 as fast as their degree allows."""
 
 import math
 from functools import lru_cache
@@ -13,13 +13,13 @@ DEGREE = 2
 CUSHION = 0.1
 """A polynomial is built for at most [CUSHION, 1]; smaller numbers grow by its slope at 0, without being aimed at."""
 LATE = 0.3
-"""From this lower end on ``I - M`` is the smaller matrix, and the polynomial is evaluated around I."""
+"""The lower end above which ``I - M`` is the smaller matrix, and the polynomial is evaluated around I."""
 POINTS = 2000
 EXCHANGES = 30
 
 
 class Polynomial(NamedTuple):
-    """``q(m) = c[0] + c[1] m + c[2] m^2``, or the same in ``1 - m`` if ``late``."""
+    """A polynomial ``q(m) = c[0] + c[1] m + c[2] m^2``, or the same in ``1 - m`` if ``late``."""
 
     c: tuple[float, float, float]
     late: bool
@@ -27,11 +27,11 @@ class Polynomial(NamedTuple):
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def polynomials(p: int, low: float, tolerance: float) -> tuple[Polynomial, ...]:
-    """Polynomials q_1, ..., q_K for which the product of ``m^(1/p) q_k(m_k)`` ends within ``tolerance`` of 1.
+    """Return polynomials q_1, ..., q_K for which the product of ``m^(1/p) q_k(m_k)`` ends within ``tolerance`` of 1.
 
-    With ``x = m^(1/p)`` a step is ``x <- x q(x^p)``. Each is the best for what the previous ones leave of the interval,
+    With ``x = m^(1/p)`` a step is ``x <- x q(x^p)``. Each is the best for the interval that the previous ones leave,
     which composes to the best there is (Amsel et al. 2025, arXiv 2505.16932, for p = 2), but for two safeguards:
-    CUSHION, and an image that keeps a distance from 1, MARGIN of the interval's length, where polynomials are steep.
+    CUSHION, and an image that keeps a distance from 1, where polynomials are steep: MARGIN of the interval's length.
 
     Args:
         p: the exponent, at least 1.
@@ -67,7 +67,7 @@ def _grid(low: float) -> Tensor:
 
 
 def _best(p: int, low: float) -> list[float]:
-    """The c that minimise ``max |1 - x sum_k c[k] (1 - x^p)^k|`` over [low, 1], with DEGREE + 2 equal peaks."""
+    """Return the c that minimise ``max |1 - x sum_k c[k] (1 - x^p)^k|`` over [low, 1], with DEGREE + 2 equal peaks."""
     x, n, width = _grid(low), DEGREE + 2, 1 - low**p
     powers = torch.arange(DEGREE + 1, dtype=torch.float64, device="cpu")
     basis = x[:, None] * ((1 - x**p) / width)[:, None] ** powers
@@ -77,16 +77,16 @@ def _best(p: int, low: float) -> list[float]:
     for _ in range(EXCHANGES):
         c = torch.linalg.solve(torch.cat([basis[peaks], signs], dim=1), ones)[:-1]
         error = 1 - basis @ c
-        found = _peaks(error, n)
-        if found == peaks or len(found) < n:  # fewer where all that is left of the error is rounding
+        new_peaks = _peaks(error, n)
+        if new_peaks == peaks or len(new_peaks) < n:  # fewer if all that is left of the error is rounding
             break
-        peaks = found
+        peaks = new_peaks
     best: list[float] = (c / width**powers).tolist()
     return best
 
 
 def _peaks(error: Tensor, n: int) -> list[int]:
-    """The place of the largest error between each two changes of sign; of too many the ends with the smaller go."""
+    """Return the index of the largest error between each two changes of sign; of too many, the smaller end goes."""
     changes = (error[1:].sign() != error[:-1].sign()).nonzero().flatten() + 1
     runs = torch.tensor_split(torch.arange(len(error), device="cpu"), changes)
     peaks = [int(run[error[run].abs().argmax()]) for run in runs]

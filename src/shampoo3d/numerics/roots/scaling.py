@@ -1,4 +1,4 @@
-"""What the methods share: their answer, and matrices scaled so that their eigenvalues lie in a known interval."""
+"""The result that all methods return, and matrices scaled so that their eigenvalues lie in a known interval."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 LEAST_RIDGE = 8
-"""In units of u: iterations need a ridge that rounding cannot make negative; a smaller one counts as this."""
+"""The smallest ridge of iterations, in units of u: rounding cannot make it negative. A smaller one counts as this."""
 MARGIN = 2.0**-10
-"""Distance from the upper end of the interval, in lengths of it, that rounding cannot cross."""
+"""The distance from the upper end of the interval, in lengths of it, that rounding cannot cross."""
 PROBES = 8
 SQUARINGS = 4
 
 
 class RootResult(NamedTuple):
-    """Roots (n, d, d) of ``A + ridge I``, ridge (n, 1, 1), and (n,) whether the method says that they are."""
+    """Roots (n, d, d) of ``A + ridge I``, the ridge (n, 1, 1), and (n,) bool, those that the method takes for roots."""
 
     roots: Tensor
     ridge: Tensor
@@ -22,7 +22,10 @@ class RootResult(NamedTuple):
 
 
 class Bounded(NamedTuple):
-    """``M = (A + ridge I) / scale`` with eigenvalues in ``[low, 1 - MARGIN]``, its square, and (n, 1, 1) for each A."""
+    """Matrices ``M = (A + ridge I) / scale`` with eigenvalues in ``[low, 1 - MARGIN]``, and their squares.
+
+    The scale and the ridge are (n, 1, 1).
+    """
 
     M: Tensor
     square: Tensor
@@ -46,7 +49,7 @@ def bounded(A: Tensor, eps: float) -> Bounded:
 
 
 def ridge_of(A: Tensor, square: Tensor, eps: float) -> tuple[Tensor, Tensor, float]:
-    """s of :func:`bounded` and the ridge, (n, 1, 1) for each A, and what part of lambda_max the ridge is."""
+    """Return s of :func:`bounded` and the ridge, (n, 1, 1) both, and the ridge as a fraction of lambda_max."""
     relative = max(eps, LEAST_RIDGE * torch.finfo(A.dtype).eps)
     s = torch.linalg.matrix_norm(square, keepdim=True).sqrt()
     largest = _largest_eigenvalue(A, square / s.square()).clamp(s / A.shape[-1] ** 0.25, s)
@@ -54,7 +57,7 @@ def ridge_of(A: Tensor, square: Tensor, eps: float) -> tuple[Tensor, Tensor, flo
 
 
 def _largest_eigenvalue(A: Tensor, square: Tensor) -> Tensor:
-    """A lower bound of lambda_max, within a few percent of it: powers of a multiple of A^2 on some fixed vectors."""
+    """Return a lower bound of lambda_max, within a few percent: powers of a multiple of A^2 on some fixed vectors."""
     V = probes(A)
     for _ in range(SQUARINGS):
         V = square @ V
@@ -64,13 +67,13 @@ def _largest_eigenvalue(A: Tensor, square: Tensor) -> Tensor:
 
 
 def probes(A: Tensor) -> Tensor:
-    """Vectors (n, d, PROBES), always the same, for A (n, d, d): fractional parts of sqrt(1/2) k^2, equidistributed."""
+    """Return vectors (n, d, PROBES), always the same, for A (n, d, d): equidistributed fractions of sqrt(1/2) k^2."""
     k = torch.arange(A.shape[-1] * PROBES, dtype=torch.float64, device=A.device)
     V: Tensor = (0.5**0.5 * k * k).frac() - 0.5
     return V.to(A.dtype).view(1, -1, PROBES).expand(len(A), -1, -1)
 
 
 def add_identity(A: Tensor, factor: float = 1.0) -> Tensor:
-    """``A + factor I``, in place."""
+    """Add ``factor I`` to A in place."""
     A.diagonal(dim1=-2, dim2=-1).add_(factor)
     return A
