@@ -281,15 +281,15 @@ def test_damaged_plans() -> None:
     data = a_plan()
     text = json.dumps(data)
     refused(lambda: Plan.from_json(3), "text must be what to_json() has written, got 3 of type int")  # type: ignore[arg-type]
-    refused(lambda: Plan.from_json(text[:50]), "text is no plan", repr(text[:50]))
-    refused(lambda: Plan.from_json("[]"), "text is no plan", "got '[]'")
+    refused(lambda: Plan.from_json(text[:50]), "text is not a plan", repr(text[:50]))
+    refused(lambda: Plan.from_json("[]"), "text is not a plan", "got '[]'")
     for name in data:
         refused(lambda n=name: Plan.from_json(json.dumps({k: v for k, v in data.items() if k != n})), f"no '{name}'")
     for name, value in (("ranks", ["0"]), ("ranks", 0), ("every", 0), ("every", NAN), ("blocks", 3), ("blocks", [3])):
-        refused(lambda n=name, v=value: Plan.from_json(json.dumps(data | {n: v})), "text is no plan", "got '{")
-    for name, value, why in (("owner", 7, "is not with the ranks (0,)"), ("colour", 1, "colour")):
+        refused(lambda n=name, v=value: Plan.from_json(json.dumps(data | {n: v})), "text is not a plan", "got '{")
+    for name, value, why in (("owner", 7, "is assigned to rank 7, which is not one of (0,)"), ("colour", 1, "colour")):
         block = {**data["blocks"][0], name: value}
-        refused(lambda b=block: Plan.from_json(json.dumps(data | {"blocks": [b]})), "text is no plan", why)
+        refused(lambda b=block: Plan.from_json(json.dumps(data | {"blocks": [b]})), "text is not a plan", why)
 
 
 # ---- the rest ----

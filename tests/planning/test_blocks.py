@@ -1,4 +1,4 @@
-"""Cutting: every element in exactly one block, sizes as equal as possible."""
+"""Cuts: every element in exactly one block, sizes as equal as possible."""
 
 import itertools
 import math

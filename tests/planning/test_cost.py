@@ -1,4 +1,4 @@
-"""The estimated work of a block: what it grows with, and what each variant adds."""
+"""Estimated work of a block: what it grows with, and what each variant adds."""
 
 import itertools
 from dataclasses import replace
@@ -26,7 +26,7 @@ def test_cost_grows_with_size_and_falls_with_the_refresh_interval() -> None:
 
 
 def test_cost_counts_the_products_of_each_variant() -> None:
-    """In multiply-adds of products along both axes, beside all that is the same; a basis costs less than a root."""
+    """Count the products along both axes beyond the plain variant's; a basis costs less than a root."""
     elements, factors = 512 * 256, (512, 256)
     product = elements * sum(factors)
     rare = ShampooHyperParams(beta2=0.9, preconditioning_compute_steps=10**9)

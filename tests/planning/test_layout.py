@@ -46,13 +46,13 @@ def starts(lengths: Sequence[int]) -> list[int]:
 
 
 def lengths_of(sharding: Sharding) -> list[list[int]]:
-    """How long the matrices in a parameter are, along each axis."""
+    """Return the lengths of the matrices in a parameter, along each axis."""
     told = [dict(sharding.split).get(axis, 1) for axis in range(len(sharding.shape))]
     return [[n // k] * k if isinstance(k, int) else list(k) for n, k in zip(sharding.shape, told, strict=True)]
 
 
 def groups_of(lengths: Sequence[Sequence[int]], limit: int, first: Collection[int]) -> list[list[int]]:
-    """The axes that become one, where no axis in ``first`` joins others."""
+    """Return the groups of merged axes, where no axis in ``first`` is merged with those before it."""
     groups: list[list[int]] = [[]]
     for axis, side in enumerate(lengths):
         joins = groups[-1] and axis not in first
@@ -63,7 +63,7 @@ def groups_of(lengths: Sequence[Sequence[int]], limit: int, first: Collection[in
 
 
 def parts_of(sharding: Sharding, shard_group: int) -> dict[Shard, list[int]]:
-    """What is stored in a cover, and by whom."""
+    """Return the shards of a shard group, with the ranks that store each."""
     found: dict[Shard, list[int]] = {}
     for holder in sharding.holders:
         if holder.shard_group == shard_group:
@@ -274,7 +274,7 @@ def test_parts(chance: Random) -> None:
 
 
 def shards(ranks: Sequence[int], model: int) -> Sharding:
-    """Rows divided among ``model`` ranks that are next to each other."""
+    """Divide rows among ``model`` ranks that are next to each other."""
     parts = [Shard.of([[(i, i + 1)], [(0, 2)]]) for i in range(model)]
     return Sharding("w", (model, 2), "float32", tuple(Holder(r, parts[i % model]) for i, r in enumerate(ranks)))
 
@@ -315,20 +315,20 @@ def test_copies_that_replicas_can_not_hold_are_refused() -> None:
 
 
 def fused_and_sliced() -> Sharding:
-    """A fused query, key and value of tensor-parallel size 2 (every second range of each), sliced by ZeRO over 2."""
+    """Shard fused query, key and value with tensor-parallel size 2 (every second range), sliced by ZeRO over 2."""
     shards = [Shard.of([[(a, a + 2), (a + 4, a + 6), (a + 8, a + 10)], [(0, 3)]]) for a in (0, 2)]
     sliced = [part.range(a, b) for a, b in ((0, 11), (11, 22)) for part in shards]
     return Sharding("w", (12, 3), "float32", tuple(Holder(i, part) for i, part in enumerate(sliced)), sharded=True)
 
 
 def rows_on_too_many() -> Sharding:
-    """FSDP: 5 rows on 4 ranks are 2, 2, 1 and none."""
+    """Shard as FSDP does: 5 rows on 4 ranks are 2, 2, 1 and none."""
     rows = [[(0, 2)], [(2, 4)], [(4, 5)], [(0, 0)]]
     return Sharding("w", (5, 3), "float32", tuple(Holder(i, Shard.of([r, [(0, 3)]])) for i, r in enumerate(rows)), True)
 
 
 def whole_twice() -> Sharding:
-    """Not divided under tensor-parallel size 2: each model rank's data ranks store it once between them."""
+    """Store a matrix that tensor-parallel size 2 does not divide once among the data ranks of each model rank."""
     whole = Shard.whole((3, 5))
     slices = [whole.range(0, 8), whole.range(0, 8), whole.range(8, 99), whole.range(8, 99)]
     return Sharding("w", (3, 5), "float32", tuple(Holder(i, part, i % 2) for i, part in enumerate(slices)), True)
@@ -366,7 +366,7 @@ def is_sound(sharding: Sharding) -> bool:
 
 
 def changed(sharding: Sharding, *parts: Shard) -> str:
-    """The gaps with other parts on the first ranks."""
+    """Return the gaps with other shards on the first ranks."""
     holders = [replace(holder, shard=part) for holder, part in zip(sharding.holders, parts, strict=False)]
     holders += sharding.holders[len(parts) :]
     return describe(replace(sharding, holders=tuple(holders)), ShampooHyperParams(), 4).gaps()

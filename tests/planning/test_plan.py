@@ -1,4 +1,4 @@
-"""The assignment of blocks to owners: deterministic, balanced, near to where blocks are stored, within its bounds."""
+"""Assignment of blocks to owners: deterministic, balanced, near to where blocks are stored, within its bounds."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ CASES = {  # (block size, ranks): at least 8 preconditioned blocks per rank
 
 
 def least_possible(costs: list[float], ranks: int) -> float:
-    """The load below which the fullest rank can't be: the mean; of k m + 1 blocks on m ranks, some rank has k + 1."""
+    """Bound the load of the fullest rank from below: the mean; of k m + 1 blocks on m ranks, some rank has k + 1."""
     costs = sorted(costs, reverse=True)
     pigeonholes = [sum(costs[k * (ranks - 1) : k * ranks + 1]) for k in range((len(costs) - 1) // ranks + 1)]
     return max(sum(costs) / ranks, *pigeonholes)
@@ -66,7 +66,7 @@ def least_possible(costs: list[float], ranks: int) -> float:
 
 @pytest.mark.parametrize(("model", "block_size", "ranks"), [(name, *case) for name in CASES for case in CASES[name]])
 def test_models_with_eight_blocks_per_rank_are_balanced(model: str, block_size: int, ranks: int) -> None:
-    """Max / mean of the estimated costs is at most 1.05, or else the least that any assignment has."""
+    """Require max / mean of the estimated costs of at most 1.05, or else the least that any assignment has."""
     hp = ShampooHyperParams(block_size=block_size, best_effort_shape_interpretation=True)
     found = [
         describe(replicated(f"w{i}", shape, range(ranks), excluded="embedding" * (shape[0] > 20000)), hp, ranks)
@@ -86,7 +86,7 @@ SIDES = st.tuples(st.integers(1, 600), st.integers(1, 600))
 @EXAMPLES
 @given(shapes=st.lists(SIDES, min_size=1, max_size=8), ranks=st.integers(1, 6))
 def test_the_fullest_rank_has_more_than_the_mean_by_its_cheapest_block_at_most(shapes: list[Shape], ranks: int) -> None:
-    """So max / mean <= 1.05 wherever no block costs more than 5 % of the mean load."""
+    """Bound max / mean by 1.05 wherever no block costs more than 5 % of the mean load."""
     plan = make_plan(matrices(shapes, range(ranks)), range(ranks), HP)
     costs, load = [block.cost for block in plan.blocks], plan.load()
     assert sum(load.values()) == pytest.approx(sum(costs))
@@ -146,7 +146,7 @@ def test_sets_of_ranks_are_balanced_on_top_of_those_that_contain_them() -> None:
 
 
 def sliced(shapes: list[Shape], ranks: int, hp: ShampooHyperParams) -> list[Matrix]:
-    """As ZeRO has them: one after the other in a buffer that is cut into equal partitions."""
+    """Shard as ZeRO does: one after the other in a buffer that is cut into equal partitions."""
     ends = list(itertools.accumulate((int(np.prod(shape)) for shape in shapes), initial=0))
     size = -(-ends[-1] // ranks)
     found = []
@@ -157,7 +157,7 @@ def sliced(shapes: list[Shape], ranks: int, hp: ShampooHyperParams) -> list[Matr
 
 
 def kept(plan: Plan, held: list[Matrix]) -> dict[tuple[str, str], dict[int, int]]:
-    """How many elements of each block each rank stores."""
+    """Count the elements of each block that each rank stores."""
     found: dict[tuple[str, str], dict[int, int]] = {}
     for matrix in held:
         for block in matrix.blocks:
@@ -170,13 +170,13 @@ def kept(plan: Plan, held: list[Matrix]) -> dict[tuple[str, str], dict[int, int]
 
 
 def at_home(plan: Plan, held: list[Matrix]) -> int:
-    """Elements that need not travel to the owners of their blocks."""
+    """Count the elements that need not travel to the owners of their blocks."""
     counts = kept(plan, held)
     return sum(counts[block.id][block.owner] for block in plan.blocks)
 
 
 def greedy(plan: Plan, held: list[Matrix]) -> int:
-    """The elements at home if, of all pairs of a block and a rank, those with most elements are taken first."""
+    """Count the elements at home if, of all pairs of a block and a rank, those with most elements are taken first."""
     counts, total = kept(plan, held), 0
     groups: dict[tuple[float, int, int], list[PlannedBlock]] = {}
     for block in plan.blocks:
@@ -213,7 +213,7 @@ def test_blocks_of_equal_cost_are_with_the_rank_that_stores_most(
 
 
 def halves(name: str, holders: Sequence[int]) -> Sharding:
-    """The upper eight rows on some ranks, the lower eight on the others."""
+    """Store the upper eight rows on some ranks, the lower eight on the others."""
     rows = [Shard.of([[(0, 8)], [(0, 4)]]), Shard.of([[(8, 16)], [(0, 4)]])]
     return Sharding(name, (16, 4), "float32", tuple(Holder(i, rows[row]) for i, row in enumerate(holders)), divided=0)
 
@@ -279,7 +279,7 @@ def test_owners_and_keepers(chance: Random) -> None:
 
 
 def bounded(held: list[Matrix], ranks: Sequence[int], hp: ShampooHyperParams, bound: int) -> Plan | str:
-    """The plan, or why there is none."""
+    """Return the plan, or why there is none."""
     try:
         return make_plan(held, ranks, hp, memory_bound=bound)
     except ValueError as error:

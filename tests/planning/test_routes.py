@@ -1,4 +1,4 @@
-"""Every element's way to the keepers of its block and home again, counted element by element; rounds and buckets."""
+"""Way of every element to the keepers of its block and home again, counted element by element; rounds and buckets."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Case:
         return Transfers.of(self.plan, self.matrices)
 
     def slots(self) -> list[tuple[int, int, int]]:
-        """The slot of each block of each matrix: (slot, matrix, block)."""
+        """Enumerate the blocks of each matrix: (slot, matrix, block)."""
         places = [(m, b) for m, matrix in enumerate(self.matrices) for b in range(len(matrix.blocks))]
         return [(slot, *place) for slot, place in enumerate(places)]
 
 
 def a_case(chance: Random) -> Case:
-    """Also with owners that no planner would choose: any rank may own a preconditioned block."""
+    """Draw also owners that no planner would choose: any rank may own a preconditioned block."""
     ranks, hp = a_team(chance), some_hyperparams(chance)
     copies = chance.choice([k for k in (1, 1, 1, 2, 3) if len(ranks) % k == 0])
     found = [a_storage(chance, ranks, f"w{i}", copies).with_shard_groups(copies) for i in range(chance.randint(1, 3))]
@@ -65,7 +65,7 @@ CASES = RANDOM.map(a_case)
 
 
 def painted(case: Case, transfers: list[Transfer], number: int) -> Numbers:
-    """How many of the legs each element of a matrix is on."""
+    """Count the transfers that each element of a matrix is on."""
     count = np.zeros(case.matrices[number].merged, dtype=int)
     for transfer in transfers:
         assert transfer.matrix == number
@@ -74,7 +74,7 @@ def painted(case: Case, transfers: list[Transfer], number: int) -> Numbers:
 
 
 def storing(matrix: Matrix) -> dict[int, Numbers]:
-    """For each rank, whether it stores each element of the merged matrix."""
+    """Return, for each rank, a mask of the elements of the merged matrix that it stores."""
     found = {}
     for holder in matrix.sharding.holders:
         here = np.zeros(matrix.shape, dtype=int)
@@ -84,7 +84,7 @@ def storing(matrix: Matrix) -> dict[int, Numbers]:
 
 
 def homes(case: Case, number: int) -> dict[int, Numbers]:
-    """For each rank, whether it is the home of each element of a matrix."""
+    """Return, for each rank, a mask of the elements of a matrix whose home it is."""
     transfers = [transfer for transfer in case.routes.transfers if transfer.matrix == number]
     return {
         rank: painted(case, [transfer for transfer in transfers if transfer.home == rank], number)
@@ -92,7 +92,7 @@ def homes(case: Case, number: int) -> dict[int, Numbers]:
     }
 
 
-# ---- legs ----
+# ---- transfers ----
 
 
 @EXAMPLES
@@ -115,7 +115,7 @@ def test_every_element_is_gathered_once_by_each_keeper(case: Case) -> None:
 
 def test_an_owner_that_stores_nothing_gathers_from_its_own_cover() -> None:
     whole = Shard.whole((2, 2))
-    parts = [(0, 4), (4, 4), (0, 4), (4, 4)]  # two covers: ranks 0 and 1, 2 and 3
+    parts = [(0, 4), (4, 4), (0, 4), (4, 4)]  # two shard groups: ranks 0 and 1, 2 and 3
     holders = tuple(Holder(rank, whole.range(*ends), rank // 2) for rank, ends in enumerate(parts))
     hp = ShampooHyperParams()
     matrix = describe(Sharding("w", (2, 2), "float32", holders, sharded=True), hp, 4)
@@ -227,7 +227,7 @@ def test_bytes_are_those_of_the_elements_that_are_not_where_they_are_needed(case
 
 
 def test_other_keepers_are_told_the_second_moments_in_an_eigenbasis() -> None:
-    """Two rectangles of 4 x 3: a basis of each axis, and 12 moments."""
+    """Count the bytes of two rectangles of 4 x 3: a basis of each axis, and 12 moments."""
     hp = ShampooHyperParams(beta2=0.9, block_size=4, variant=Variant(direction="adam"))
     matrices = [describe(replicated("w", (8, 3), range(2)).with_shard_groups(2), hp, 2)]
     plan = make_plan(matrices, range(2), hp)
@@ -236,7 +236,7 @@ def test_other_keepers_are_told_the_second_moments_in_an_eigenbasis() -> None:
 
 
 def replicas_of_two_shards(blocks: int) -> tuple[list[Matrix], Plan]:
-    """Rows divided in two, each half stored by four replicas; single blocks that both halves store in part."""
+    """Divide rows in two, each half stored by four replicas; single blocks are stored in part by both halves."""
     halves = [Shard.of([[(0, 3)], [(0, 4)]]), Shard.of([[(3, 6)], [(0, 4)]])]
     holders = tuple(Holder(rank, halves[rank % 2]) for rank in range(8))
     found = [Sharding(f"w{i}", (6, 4), "float32", holders, divided=0) for i in range(blocks)]
@@ -296,7 +296,7 @@ assert "torch" not in sys.modules
 
 
 def test_every_process_has_the_same_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever the order of its sets; and no process needs PyTorch to plan."""
+    """Plan alike in processes with other orders of their sets, and without PyTorch."""
     exec(PLANNING, {})
     expected = capsys.readouterr().out
     source = str(Path(shampoo3d.__file__).parent)

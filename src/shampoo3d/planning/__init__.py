@@ -1,1 +1,1 @@
-"""Who stores, owns and sends what: ranks, no tensors."""
+"""Sharding, ownership and transfers: ranks, no tensors."""

@@ -1,4 +1,4 @@
-"""Which rectangles a logical matrix is cut into. Pure shapes: the same on every rank."""
+"""Rectangles into which a logical matrix is cut. Pure shapes: the same on every rank."""
 
 import itertools
 import math
@@ -22,12 +22,12 @@ class Block:
 
     @property
     def key(self) -> str:
-        """Its place in the logical matrix, such as ``"0:128,256:384"``: the name of its state in a checkpoint."""
+        """Position in the logical matrix, such as ``"0:128,256:384"``: the name of its state in a checkpoint."""
         return ",".join(f"{a}:{a + n}" for a, n in zip(self.start, self.shape, strict=True))
 
     @classmethod
     def of_key(cls, key: str) -> "Block":
-        """The block of a :attr:`key`."""
+        """Make the block of a :attr:`key`."""
         edges = [tuple(map(int, side.split(":"))) for side in key.split(",")]
         return cls(tuple(a for a, _ in edges), tuple(b - a for a, b in edges))
 
@@ -44,22 +44,22 @@ class Block:
         return tuple(a + n for a, n in zip(self.start, self.shape, strict=True))
 
     def intersect(self, other: "Block") -> "Block | None":
-        """What both have in common, if anything."""
+        """Return the rectangle that both have in common; None if there is none."""
         low = tuple(map(max, self.start, other.start))
         lengths = tuple(b - a for a, b in zip(low, map(min, self.stop, other.stop), strict=True))
         return Block(low, lengths) if all(n > 0 for n in lengths) else None
 
     def within(self, other: "Block") -> tuple[slice, ...]:
-        """The slices of this rectangle in a tensor that holds ``other``."""
+        """Return the slices of this rectangle in a tensor that holds ``other``."""
         return tuple(slice(a - o, a - o + n) for a, o, n in zip(self.start, other.start, self.shape, strict=True))
 
 
 Split = tuple[tuple[int, int | Shape], ...]
-"""How a matrix is several matrices: by axis, how many of equal length or how long they are."""
+"""Several matrices in one: by axis, the number of equal ones, or their lengths."""
 
 
 def lengths_of(length: int, parts: int | Shape) -> Shape:
-    """How long the parts of an axis are, of which the number or the lengths are given.
+    """Return the lengths of the parts of an axis, given the number of equal parts or the lengths.
 
     Raises:
         ValueError: naming the numbers that do not fit.
@@ -77,7 +77,7 @@ def merge_dims(shape: Sequence[int], limit: int, first: Collection[int] = ()) ->
     """Group adjacent dimensions, left to right, while their product is at most ``limit``.
 
     Args:
-        first: axes that do not join the ones before them.
+        first: axes that are not merged with the ones before them.
 
     Returns the groups of axis numbers: ``merge_dims((3, 4, 100), 16) == ((0, 1), (2,))``.
     """
@@ -94,13 +94,13 @@ def merge_dims(shape: Sequence[int], limit: int, first: Collection[int] = ()) ->
 
 
 def cut(length: int, parts: int) -> Cuts:
-    """Boundaries of ``parts`` parts whose sizes differ by at most one, the larger ones first."""
+    """Return the boundaries of ``parts`` parts whose sizes differ by at most one, the larger ones first."""
     small, larger = divmod(length, parts)
     return tuple(i * small + min(i, larger) for i in range(parts + 1))
 
 
 def concatenate_cuts(cuts: Iterable[Cuts]) -> Cuts:
-    """The boundaries along an axis that is these axes one after the other."""
+    """Return the boundaries along an axis that consists of these axes one after the other."""
     edges = [0]
     for _, *inner in cuts:
         start = edges[-1]
@@ -109,12 +109,12 @@ def concatenate_cuts(cuts: Iterable[Cuts]) -> Cuts:
 
 
 def parts_at_most(length: int, block_size: int) -> int:
-    """The least number of parts of at most ``block_size`` each; 0 means whole."""
+    """Return the least number of parts of at most ``block_size`` each; ``block_size=0`` means one part."""
     return max(1, -(-length // block_size)) if block_size > 0 else 1
 
 
 def grid(cuts: Sequence[Cuts]) -> tuple[Block, ...]:
-    """All blocks between the boundaries of each axis, in row-major order."""
+    """Return all blocks between the boundaries of each axis, in row-major order."""
     sides = [list(itertools.pairwise(axis)) for axis in cuts]
     return tuple(
         Block(tuple(a for a, _ in corner), tuple(b - a for a, b in corner)) for corner in itertools.product(*sides)
@@ -122,7 +122,7 @@ def grid(cuts: Sequence[Cuts]) -> tuple[Block, ...]:
 
 
 def rectangles(shape: Sequence[int], first: int, last: int) -> Iterator[Block]:
-    """The elements ``first <= i < last`` of a row-major tensor as rectangles, in that order: at most 2 ndim - 1."""
+    """Yield the elements ``first <= i < last`` of a row-major tensor as at most 2 ndim - 1 rectangles, in order."""
     if first >= last:
         return
     if len(shape) <= 1:
@@ -146,12 +146,12 @@ def _in_row(shape: Sequence[int], row: int, first: int, last: int) -> Iterator[B
 
 
 def strides_of(shape: Sequence[int]) -> Shape:
-    """Of a row-major tensor."""
+    """Return the strides of a row-major tensor."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def merged_spans(spans: Sequence[Sequence[Span]], shape: Shape, group: Sequence[int]) -> list[Span]:
-    """The ranges of a merged axis that are stored, in the order of storage."""
+    """Return the stored ranges of a merged axis, in the order of storage."""
     merged = [(0, 1)]
     for axis in group:
         n = shape[axis]
@@ -169,18 +169,18 @@ def merged_spans(spans: Sequence[Sequence[Span]], shape: Shape, group: Sequence[
 
 
 def located(spans: Sequence[Span], low: int, high: int) -> list[tuple[int, int, int]]:
-    """Where the stored range [low, high) of an axis belongs: (place in storage, place in the matrix, length) each."""
-    found, place = [], 0
+    """Return the runs of the stored range [low, high): (position in storage, position on the axis, length) each."""
+    runs, position = [], 0
     for a, b in spans:
-        start, stop = max(low, place), min(high, place + b - a)
+        start, stop = max(low, position), min(high, position + b - a)
         if start < stop:
-            found.append((start, a + start - place, stop - start))
-        place += b - a
-    return found
+            runs.append((start, a + start - position, stop - start))
+        position += b - a
+    return runs
 
 
 def overlap(boxes: Sequence[Block]) -> bool:
-    """Whether two of these rectangles, sorted by their first corner, have an element in common."""
+    """Return True if any two of these rectangles, sorted by their first corner, have an element in common."""
     for i, box in enumerate(boxes):
         for other in itertools.islice(boxes, i + 1, None):
             if other.start and other.start[0] >= box.stop[0]:

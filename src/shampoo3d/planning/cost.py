@@ -1,4 +1,4 @@
-"""What a block costs: estimated work of a step, and bytes of state. Pure."""
+"""Costs of a block: estimated work of a step, and bytes of state. Pure."""
 
 import math
 from collections.abc import Iterable
@@ -10,11 +10,11 @@ from shampoo3d.planning.layout import STATE_BYTES
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 # Measured by benchmarks/cost_model.py (CPU, float32), in multiply-adds of a large matrix product: a root by
-# eigen-decomposition takes 6.5 d^3 + 2000 d^2, memory traffic and calls the rest.
+# eigen-decomposition takes 6.5 d^3 + 2000 d^2; memory traffic and the overhead of calls are the rest.
 _ROOT_CUBIC, _ROOT_SQUARE = 6.5, 2000.0
 _PER_ELEMENT, _PER_BLOCK = 250.0, 1.5e6
 _BASIS = 0.7
-"""A new eigenbasis, by a QR decomposition, in roots."""
+"""Cost of a new eigenbasis, by a QR decomposition, relative to a root."""
 
 
 class Factored(NamedTuple):
@@ -26,17 +26,17 @@ class Factored(NamedTuple):
 
 
 def root_cost(factors: Iterable[int]) -> float:
-    """Estimated work of computing the roots of full factors of these sizes, in multiply-adds."""
+    """Estimate the work of computing the roots of full factors of these sizes, in multiply-adds."""
     return sum(_ROOT_CUBIC * d**3 + _ROOT_SQUARE * d**2 for d in factors)
 
 
 def refresh_cost(factors: Iterable[int], hp: ShampooHyperParams) -> float:
-    """Estimated work of a refresh of roots or eigenbases, in multiply-adds."""
+    """Estimate the work of a refresh of roots or eigenbases, in multiply-adds."""
     return root_cost(factors) * (_BASIS if hp.variant.direction == "adam" else 1.0)
 
 
 def applied_cost(elements: int, factors: Iterable[int], hp: ShampooHyperParams) -> float:
-    """Estimated work of preconditioning with roots that are there, in multiply-adds.
+    """Estimate the work of preconditioning with existing roots, in multiply-adds.
 
     Eigenbases are applied two or three times: to the gradient, to its average if there is one, and back.
     """
@@ -45,10 +45,10 @@ def applied_cost(elements: int, factors: Iterable[int], hp: ShampooHyperParams) 
 
 
 def block_cost(elements: int, factors: Shape, hp: ShampooHyperParams, diagonals: Shape = ()) -> float:
-    """Estimated work of a step on a block with factors of these sizes, in multiply-adds, refreshes spread out.
+    """Estimate the work of a step on a block with these factors, in multiply-adds; refreshes count per step on average.
 
-    For "kl" each axis is preconditioned along all others, which takes as much as the statistics of those. Diagonal
-    factors are applied and accumulated among what each element costs anyway.
+    For "kl" the gradient is preconditioned along all axes but one for the statistics of that one, which costs as much
+    as the statistics of those others. The work on diagonal factors is part of the cost per element.
     """
     products = elements * sum(factors) * (len(factors) + len(diagonals) if hp.variant.statistics == "kl" else 1)
     roots = refresh_cost(factors, hp) / hp.preconditioning_compute_steps
@@ -56,32 +56,32 @@ def block_cost(elements: int, factors: Shape, hp: ShampooHyperParams, diagonals:
 
 
 def bytes_of(name: str, hp: ShampooHyperParams, dtype: str) -> int:
-    """Of one number of a part of the state, by its name in a checkpoint, for a parameter of this dtype."""
+    """Return the bytes per element of a state tensor, by its name in a checkpoint, for a parameter of this dtype."""
     return 2 if storage_of(name, hp) == "bfloat16" else STATE_BYTES[dtype]
 
 
 def statistics_bytes(factors: Iterable[int], dtype: str, diagonals: Iterable[int] = ()) -> int:
-    """Of the statistics of factors of these sizes, of whose upper triangles little is stored."""
+    """Return the bytes of the statistics of factors of these sizes; most of the upper triangle is not stored."""
     full = sum(math.prod(tile) for d in factors for tile in tile_shapes(d).values())
     return (full + sum(diagonals)) * STATE_BYTES[dtype]
 
 
 def element_bytes(hp: ShampooHyperParams, dtype: str, *, factored: bool) -> int:
-    """Of the momenta of one element, in matrices with or without factors, where it lives."""
+    """Return the bytes of the momenta of one element at its home, in matrices with or without factors."""
     return sum(bytes_of(name, hp, dtype) for name in momenta_names(hp, factored))
 
 
 def owned_bytes(hp: ShampooHyperParams, dtype: str) -> int:
-    """Of what a keeper of a block with factors keeps for one of its elements."""
+    """Return the bytes that a keeper of a block with factors keeps per element, besides the factors."""
     return sum(bytes_of(name, hp, dtype) for name in owned_names(hp))
 
 
 def block_bytes(
     elements: int, factors: Shape, hp: ShampooHyperParams, dtype: str, diagonals: Shape = (), *, momenta: bool
 ) -> int:
-    """Bytes of state of a block with factors of these sizes: statistics, roots and, if asked, its momenta."""
+    """Return the bytes of state of a block with factors of these sizes: statistics, roots and, if asked, momenta."""
     factored = bool(factors or diagonals)
-    kept = (sum(d * d for d in factors) + sum(diagonals)) * bytes_of("P", hp, dtype)
-    kept += statistics_bytes(factors, dtype, diagonals)
-    kept += elements * owned_bytes(hp, dtype) if factored else 0
-    return kept + (elements * element_bytes(hp, dtype, factored=factored) if momenta else 0)
+    size = (sum(d * d for d in factors) + sum(diagonals)) * bytes_of("P", hp, dtype)
+    size += statistics_bytes(factors, dtype, diagonals)
+    size += elements * owned_bytes(hp, dtype) if factored else 0
+    return size + (elements * element_bytes(hp, dtype, factored=factored) if momenta else 0)

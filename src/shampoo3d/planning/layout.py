@@ -1,7 +1,7 @@
-"""Where each element of each logical matrix lives, and into which blocks the matrix is cut.
+"""Sharding of each logical matrix over the ranks, and the blocks into which it is cut.
 
-A reader (``engines/``) says what each rank stores of a parameter; :func:`describe` turns that into a :class:`Matrix`.
-Blocks are cut from the *logical* matrix, so they do not depend on how many ranks there are or how storage is sliced.
+A reader (``engines/``) finds each rank's shard of a parameter; :func:`describe` turns these into a :class:`Matrix`.
+Blocks are cut from the *logical* matrix, so they depend neither on the number of ranks nor on the sharding.
 """
 
 import bisect
@@ -40,11 +40,11 @@ GRAFTED_BLOCK = 2**18
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank stores of a logical matrix.
+    """Elements of a logical matrix that one rank stores.
 
     Attributes:
         spans: per axis, the ranges of it that are stored, one after the other.
-        first, last: of the elements in these ranges, in row-major order, those with ``first <= number < last``.
+        first, last: the elements of these ranges that are stored: ``first <= number < last`` in row-major order.
     """
 
     spans: tuple[tuple[Span, ...], ...]
@@ -53,7 +53,7 @@ class Shard:
 
     @classmethod
     def of(cls, spans: Sequence[Sequence[Span]]) -> "Shard":
-        """All elements in these ranges."""
+        """Make the shard of all elements in these ranges."""
         sides = tuple(tuple(axis) for axis in spans)
         return cls(sides, 0, math.prod(sum(b - a for a, b in axis) for axis in sides))
 
@@ -62,13 +62,13 @@ class Shard:
         return cls.of([((0, n),) for n in shape])
 
     def range(self, first: int, last: int) -> "Shard":
-        """Of these elements those from number ``first`` to ``last``, as far as there are so many."""
+        """Return the elements number ``first`` to ``last`` (exclusive) of this shard, as far as there are so many."""
         first, last = self.first + max(first, 0), min(self.first + last, self.last)
         return Shard(self.spans, first, max(first, last))
 
     @property
     def shape(self) -> Shape:
-        """Of the tensor that the ranges span."""
+        """Shape of the tensor that the ranges span."""
         return tuple(sum(b - a for a, b in axis) for axis in self.spans)
 
     @property
@@ -78,14 +78,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of the merged matrix, and where it lies in the row-major storage of a part."""
+    """A rectangle of the merged matrix, and its offset and strides in the row-major storage of a shard."""
 
     box: Block
     offset: int
     strides: Shape
 
     def cut_to(self, block: Block) -> "Piece | None":
-        """What of it lies in the block."""
+        """Return the part that lies in the block; None if there is none."""
         box = self.box.intersect(block)
         if box is None:
             return None
@@ -95,7 +95,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Holder:
-    """A rank that stores a part. The holders of one ``shard_group`` store the whole matrix between them."""
+    """A rank that stores a shard. The holders of one ``shard_group`` store the whole matrix between them."""
 
     rank: int
     shard: Shard
@@ -103,29 +103,29 @@ class Holder:
 
 
 def state_dtype(dtype: str) -> str:
-    """State and arithmetic are float64 for float64 parameters, float32 for all others."""
+    """Return the dtype of state and arithmetic: float64 for float64 parameters, float32 for all others."""
     return "float64" if dtype == "float64" else "float32"
 
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 STATE_BYTES = {dtype: ITEM_BYTES[state_dtype(dtype)] for dtype in ITEM_BYTES}
-"""Of an element of a parameter of each dtype, and of the state that belongs to it."""
+"""Bytes of an element of a parameter of each dtype, and of the state that belongs to it."""
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a parameter is stored, as its readers on all its holders found it.
+    """Sharding of a parameter over its holders, as the readers on all of them found it.
 
     Attributes:
         name: the parameter's name, the same on all its holders.
         shape: of the logical matrix.
-        dtype: of what is stored, such as ``"float32"``.
-        holders: who stores what.
-        sharded: each element is stored, and so updated, in one place of a cover: ZeRO, FSDP. Else ranks that store
-            the same part are replicas, which divide its elements and give each other the updates.
+        dtype: of the stored elements, such as ``"float32"``.
+        holders: the ranks that store it, with their shards.
+        sharded: each element is stored, and so updated, on one rank of a shard group: ZeRO, FSDP. Else ranks that
+            store the same shard are replicas, which divide its elements and send each other the updates.
         divided: the axis along which tensor parallelism divides it.
-        excluded: why it must not be preconditioned; empty if it may.
-        model_dtype: of the model's own parameter: lower than ``dtype`` where that is of a master copy.
+        excluded: the reason why it must not be preconditioned; empty if it may.
+        model_dtype: of the model's own parameter: lower than ``dtype`` where that is the one of a master copy.
         split: the axes along which it is several matrices in one; no block has elements of two of them.
     """
 
@@ -140,7 +140,7 @@ class Sharding:
     split: Split = ()
 
     def lengths(self, axis: int) -> Shape:
-        """How long the matrices are that it is made of along an axis.
+        """Return the lengths along an axis of the matrices that it consists of.
 
         Raises:
             ValueError: naming the parameter and the numbers, if the split does not fit its shape.
@@ -163,19 +163,19 @@ class Sharding:
 
     @cached_property
     def shard_groups(self) -> dict[int, tuple[int, ...]]:
-        """The ranks of each cover."""
+        """Ranks of each shard group."""
         numbers = sorted({holder.shard_group for holder in self.holders})
         return {number: tuple(h.rank for h in self.holders if h.shard_group == number) for number in numbers}
 
     def counterparts(self, rank: int) -> tuple[int, ...]:
-        """The ranks that have the same place in each cover of replicas; of sharded matrices the rank itself."""
+        """Return the ranks at the same index of each shard group of replicas; for sharded matrices the rank itself."""
         if self.sharded:
             return (rank,)
-        place = next(ranks.index(rank) for ranks in self.shard_groups.values() if rank in ranks)
-        return tuple(ranks[place] for ranks in self.shard_groups.values())
+        index = next(ranks.index(rank) for ranks in self.shard_groups.values() if rank in ranks)
+        return tuple(ranks[index] for ranks in self.shard_groups.values())
 
     def with_shard_groups(self, count: int) -> "Sharding":
-        """With the replicas of every part divided among ``count`` covers, neighbours together.
+        """Divide the replicas of every shard among ``count`` shard groups, neighbours together.
 
         Raises:
             ValueError: naming the parameter, if there are no replicas to divide or ``count`` does not divide them.
@@ -187,37 +187,37 @@ class Sharding:
                 f"root_copies={count} needs replicas, but each element of {self.name!r} is stored and updated on one "
                 "rank only (ZeRO, FSDP): its gradient must travel to the one owner of the block; take root_copies=1"
             )
-        by_part: dict[Shard, list[int]] = {}
+        by_shard: dict[Shard, list[int]] = {}
         for holder in self.holders:
-            by_part.setdefault(holder.shard, []).append(holder.rank)
+            by_shard.setdefault(holder.shard, []).append(holder.rank)
         shard_groups: dict[int, int] = {}
-        for ranks in by_part.values():
+        for ranks in by_shard.values():
             if len(ranks) % count:
                 raise ValueError(
                     f"root_copies={count} does not divide the {len(ranks)} replicas {ranks} of {self.name!r}"
                 )
-            shard_groups |= {rank: place * count // len(ranks) for place, rank in enumerate(ranks)}
+            shard_groups |= {rank: index * count // len(ranks) for index, rank in enumerate(ranks)}
         return replace(self, holders=tuple(replace(h, shard_group=shard_groups[h.rank]) for h in self.holders))
 
     @cached_property
     def replica_groups(self) -> dict[tuple[int, Shard], tuple[int, ...]]:
-        """The ranks that store the same part, for each cover and part that is not empty."""
-        found: dict[tuple[int, Shard], tuple[int, ...]] = {}
+        """Ranks that store the same shard, for each shard group and shard that is not empty."""
+        groups: dict[tuple[int, Shard], tuple[int, ...]] = {}
         for holder in self.holders:
             if holder.shard.elements:
                 key = holder.shard_group, holder.shard
-                found[key] = (*found.get(key, ()), holder.rank)
-        return found
+                groups[key] = (*groups.get(key, ()), holder.rank)
+        return groups
 
 
 @dataclass(frozen=True, eq=False)
 class Fragment:
-    """What one class of replicas stores of one block.
+    """Elements of one block that one replica group stores.
 
     Attributes:
         block: the block's number in its matrix.
-        cover: of these holders.
-        ranks: they store these elements at the same place.
+        shard_group: that of these ranks.
+        ranks: the replica group; each of them stores these elements at the same place.
         piece: the elements, and that place.
     """
 
@@ -241,15 +241,15 @@ class Matrix:
     """A logical matrix.
 
     Attributes:
-        storage: how it is stored.
-        groups: the axes that became one, for each axis of the merged matrix.
+        sharding: how the ranks store it.
+        groups: for each axis of the merged matrix, the axes that were merged into it.
         cuts: the boundaries of the blocks along each merged axis; empty for a matrix that is grafted only.
-        blocks: in coordinates of the merged matrix. None of a sharded matrix that is grafted only: its elements are
-            updated where they live.
-        axes: of the merged matrix, those that have a factor; none for a matrix that is grafted only.
+        blocks: in coordinates of the merged matrix. Empty for a sharded matrix that is grafted only: its elements are
+            updated where they are stored.
+        axes: the merged axes that have a factor; empty for a matrix that is grafted only.
         diagonal: those of them whose factor is diagonal.
         path: "preconditioned", "grafted only" or "excluded".
-        reason: why it took that path, where that is not plain, or which of its factors are diagonal.
+        reason: why it took that path, where that is not obvious, or which of its factors are diagonal.
     """
 
     sharding: Sharding
@@ -284,16 +284,16 @@ class Matrix:
 
     @property
     def factored(self) -> bool:
-        """Whether its blocks have factors."""
+        """True if its blocks have factors."""
         return bool(self.axes)
 
     @property
     def merged(self) -> Shape:
-        """The shape of the merged matrix."""
+        """Shape of the merged matrix."""
         return tuple(math.prod(self.shape[axis] for axis in group) for group in self.groups)
 
     def pieces(self, shard: Shard) -> Iterator[Piece]:
-        """The rectangles of the merged matrix that a part is made of."""
+        """Yield the rectangles of the merged matrix that a shard consists of."""
         spans = [merged_spans(shard.spans, self.shape, group) for group in self.groups]
         lengths = tuple(sum(b - a for a, b in axis) for axis in spans)
         strides = strides_of(lengths)
@@ -301,11 +301,14 @@ class Matrix:
             sides = (located(axis, a, a + n) for axis, a, n in zip(spans, stored.start, stored.shape, strict=True))
             for corner in itertools.product(*sides):
                 box = Block(tuple(a for _, a, _ in corner), tuple(n for _, _, n in corner))
-                offset = sum(place * stride for (place, _, _), stride in zip(corner, strides, strict=True))
+                offset = sum(position * stride for (position, _, _), stride in zip(corner, strides, strict=True))
                 yield Piece(box, offset - shard.first, strides)
 
     def fragments(self, rank: int | None = None, blocks: Collection[int] = ()) -> Iterator[Fragment]:
-        """Which class of replicas stores what of which block: all, or what ``rank`` stores and all of ``blocks``."""
+        """Yield the fragments of all blocks and replica groups.
+
+        If ``rank`` is given, only those that it stores, and all of ``blocks``.
+        """
         for (shard_group, shard), ranks in self.sharding.replica_groups.items():
             everything = rank is None or rank in ranks
             for piece in self.pieces(shard) if everything or blocks else ():
@@ -316,7 +319,7 @@ class Matrix:
                             yield Fragment(number, shard_group, ranks, inside)
 
     def _blocks_at(self, box: Block) -> Iterator[int]:
-        """The numbers of the blocks that may meet the rectangle."""
+        """Yield the numbers of the blocks that may intersect the rectangle."""
         if not self.cuts:
             yield from range(len(self.blocks))
             return
@@ -325,20 +328,20 @@ class Matrix:
             for edges, a, n in zip(self.cuts, box.start, box.shape, strict=True)
         )
         counts = [len(edges) - 1 for edges in self.cuts]
-        for place in itertools.product(*sides):
-            yield sum(i * stride for i, stride in zip(place, strides_of(counts), strict=True))
+        for indices in itertools.product(*sides):
+            yield sum(i * stride for i, stride in zip(indices, strides_of(counts), strict=True))
 
     def gaps(self) -> str:
-        """What is wrong if the holders of a cover don't store every element exactly once; empty if they do."""
+        """Return an error if the holders of a shard group don't store every element exactly once; empty if they do."""
         total = math.prod(self.shape)
         for shard_group in {holder.shard_group for holder in self.sharding.holders}:
-            parts = [shard for (place, shard) in self.sharding.replica_groups if place == shard_group]
-            for shard in parts:
+            shards = [shard for (number, shard) in self.sharding.replica_groups if number == shard_group]
+            for shard in shards:
                 for axis, (spans, n) in enumerate(zip(shard.spans, self.shape, strict=True)):
                     if any(not 0 <= a <= b <= n for a, b in spans):
                         return f"ranges {spans} of axis {axis}, which is {n} long"
-            stored = sum(shard.elements for shard in parts)
-            boxes = sorted((piece.box for shard in parts for piece in self.pieces(shard)), key=lambda box: box.start)
+            stored = sum(shard.elements for shard in shards)
+            boxes = sorted((piece.box for shard in shards for piece in self.pieces(shard)), key=lambda box: box.start)
             if stored != total or overlap(boxes):
                 return f"its holders store {stored} elements of {total}" + ", some twice" * (stored >= total)
         if self.sharding.sharded and any(len(ranks) > 1 for ranks in self.sharding.replica_groups.values()):
@@ -371,7 +374,7 @@ def describe(sharding: Sharding, hp: ShampooHyperParams, world_size: int) -> Mat
 
 
 def _merged_axes(shape: Shape, hp: ShampooHyperParams, split: Collection[int]) -> tuple[tuple[int, ...], ...]:
-    """Which axes become one; an axis that is split does not join the ones before it."""
+    """Return the groups of axes to merge; an axis that is split is not merged with the ones before it."""
     if hp.variant.kernels == "matrix":
         long = [axis for axis, length in enumerate(shape) if length > LONGEST_KERNEL]
         return merge_dims(shape, math.prod(shape), {1, *split, *long})
@@ -379,13 +382,13 @@ def _merged_axes(shape: Shape, hp: ShampooHyperParams, split: Collection[int]) -
 
 
 def _lengths(sharding: Sharding, group: Sequence[int]) -> list[int]:
-    """How long the matrices in a parameter are along a merged axis; only its first axis may be split."""
+    """Return the lengths along a merged axis of the matrices in a parameter; only its first axis may be split."""
     inner = math.prod(sharding.shape[axis] for axis in group[1:])
     return [length * inner for length in sharding.lengths(group[0])]
 
 
 def _cuts(sharding: Sharding, group: Sequence[int], hp: ShampooHyperParams, world_size: int) -> Cuts:
-    """The boundaries of the blocks along a merged axis: each matrix in it is cut like one of its own."""
+    """Return the boundaries of the blocks along a merged axis: each matrix in it is cut as if it stood alone."""
     fair = hp.fair_blocks and sharding.divided in group
     return concatenate_cuts(
         cut(length, min(world_size, length) if fair else parts_at_most(length, hp.block_size))
@@ -394,13 +397,13 @@ def _cuts(sharding: Sharding, group: Sequence[int], hp: ShampooHyperParams, worl
 
 
 def _without_factors(sharding: Sharding, path: str, reason: str) -> Matrix:
-    """A matrix that is grafted only."""
+    """Make a matrix without factors."""
     axes = tuple(range(len(sharding.shape)))
     rows_and_rest = tuple(group for group in (axes[:1], axes[1:]) if group) or ((),)
     matrix = Matrix(sharding, rows_and_rest, (), (), (), path, reason)
     if sharding.sharded:
         return matrix
-    # Nothing but the balance depends on these blocks. They do not cross shards, so that each has one class of holders.
+    # Nothing but the balance depends on these blocks. They do not cross shards, so that each has one replica group.
     pieces = [piece.box for _, shard in sharding.replica_groups for piece in matrix.pieces(shard)]
     return replace(matrix, blocks=tuple(block for box in dict.fromkeys(pieces) for block in _by_rows(box)))
 

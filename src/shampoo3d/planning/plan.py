@@ -1,4 +1,4 @@
-"""Who owns which block: plain data, computed alike on every rank without communication."""
+"""Assignment of blocks to owners: plain data, computed alike on every rank without communication."""
 
 import hashlib
 import heapq
@@ -26,17 +26,17 @@ class PlannedBlock:
     """One block and its owner.
 
     Attributes:
-        matrix, key: the parameter's name and the block's place in it, such as ``"0:128,0:64"``.
+        matrix, key: the parameter's name and the block's position in it, such as ``"0:128,0:64"``.
         dtype: of the parameter.
         shape, elements: of the block.
-        axes: those that have a Kronecker factor; none for a block that is grafted only.
-        bytes: of its state: statistics and roots and, where its holders are replicas, momenta.
+        axes: those that have a Kronecker factor; empty for a block that is grafted only.
+        bytes: of its state: statistics, roots and, where its holders are replicas, momenta.
         cost: estimated work of a step, in multiply-adds of a matrix product.
         owner: the global rank that keeps its statistics and computes its roots.
-        keepers: the ranks that keep its roots and precondition with them, the owner included; see ``root_copies``.
-        model_dtype: of the model's own parameter, where ``dtype`` is that of a master copy.
+        keepers: the ranks that have its roots and precondition with them, the owner included; see ``root_copies``.
+        model_dtype: of the model's own parameter, where ``dtype`` is the one of a master copy.
         offset: its turn to refresh its roots, see :func:`shampoo3d.numerics.schedule.phase`.
-        kept_cost: work of a keeper that is not the owner: it applies the roots only.
+        kept_cost: the work of a keeper that is not the owner: it only applies the roots.
         diagonal: of the axes, those whose factor is diagonal.
     """
 
@@ -61,37 +61,38 @@ class PlannedBlock:
 
     @property
     def factors(self) -> Shape:
-        """The sizes of its Kronecker factors that are not diagonal."""
+        """Sizes of its Kronecker factors that are not diagonal."""
         return sizes(self.shape, self.axes, self.diagonal)[0]
 
     @property
     def diagonals(self) -> Shape:
-        """The sizes of its diagonal factors."""
+        """Sizes of its diagonal factors."""
         return sizes(self.shape, self.axes, self.diagonal)[1]
 
     @property
     def root_numbers(self) -> int:
-        """How many numbers its roots are."""
+        """Number of elements of its roots."""
         return sum(d * d for d in self.factors) + sum(self.diagonals)
 
     @property
     def kind(self) -> tuple[Shape, tuple[int, ...], tuple[int, ...]]:
-        """Its shape and axes: blocks that have these in common can be in one stack."""
+        """Shape and axes: blocks that have these in common can be in one stack."""
         return self.shape, self.axes, self.diagonal
 
     @property
     def kept_bytes(self) -> int:
-        """State on a keeper that is not the owner: no statistics."""
+        """Bytes of state on a keeper that is not the owner: no statistics."""
         return self.bytes - statistics_bytes(self.factors, self.dtype, self.diagonals)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The blocks that one team of ranks shares, and their owners among them.
+    """Blocks that one team of ranks shares, and their owners among these ranks.
 
     Attributes:
-        resident: per rank, bytes of momenta that stay where their elements are stored (ZeRO, FSDP), whoever owns what.
-        every: steps between two refreshes of a root, so that roots in use are at most so many less one steps old.
+        resident: per rank, bytes of momenta that stay where their elements are stored (ZeRO, FSDP), whoever owns the
+            blocks.
+        every: steps between two refreshes of a root: roots in use are at most ``every - 1`` steps old.
     """
 
     ranks: tuple[int, ...]
@@ -103,7 +104,7 @@ class Plan:
         return tuple(block for block in self.blocks if block.owner == rank)
 
     def load(self) -> dict[int, float]:
-        """Estimated cost per rank."""
+        """Return the estimated cost per rank."""
         load = dict.fromkeys(self.ranks, 0.0)
         for block in self.blocks:
             for rank in block.keepers:
@@ -111,22 +112,22 @@ class Plan:
         return load
 
     def bytes(self) -> dict[int, int]:
-        """State on each rank: of the blocks that it owns or keeps the roots of, and what is resident."""
-        found = dict(zip(self.ranks, self.resident or [0] * len(self.ranks), strict=True))
+        """Return the bytes of state per rank: of blocks that it owns or has the roots of, and resident momenta."""
+        totals = dict(zip(self.ranks, self.resident or [0] * len(self.ranks), strict=True))
         for block in self.blocks:
             for rank in block.keepers:
-                found[rank] += block.bytes if rank == block.owner else block.kept_bytes
-        return found
+                totals[rank] += block.bytes if rank == block.owner else block.kept_bytes
+        return totals
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """What :meth:`to_json` has written.
+        """Read what :meth:`to_json` has written.
 
         Raises:
-            TypeError, ValueError: saying what makes it none.
+            TypeError, ValueError: saying why ``text`` is not a plan.
         """
         check_kind("text", text, (str, bytes), "what to_json() has written")
         lists = ("shape", "axes", "keepers", "diagonal")
@@ -137,16 +138,18 @@ class Plan:
             check_integer("every", plan.every, least=1)
             for rank in plan.ranks:
                 check_integer("a rank", rank, least=0)
-            if strange := [block for block in plan.blocks if not {block.owner, *block.keepers} <= {*plan.ranks}]:
-                raise ValueError(f"block {strange[0].key} of {strange[0].matrix!r} is not with the ranks {plan.ranks}")
+            for block in plan.blocks:
+                if foreign := {block.owner, *block.keepers} - {*plan.ranks}:
+                    where = f"rank {next(iter(foreign))}, which is not one of {plan.ranks}"
+                    raise ValueError(f"block {block.key} of {block.matrix!r} is assigned to {where}")
         except KeyError as error:
-            raise ValueError(f"text is no plan: it has no {error}; got {text[:60]!r}") from None
+            raise ValueError(f"text is not a plan: it has no {error}; got {text[:60]!r}") from None
         except (TypeError, ValueError) as error:
-            raise ValueError(f"text is no plan: {error}; got {text[:60]!r}") from None
+            raise ValueError(f"text is not a plan: {error}; got {text[:60]!r}") from None
         return plan
 
     def digest(self) -> str:
-        """A short fingerprint: equal on two ranks exactly if their plans are."""
+        """Return a short fingerprint: equal on two ranks exactly if their plans are."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
 
@@ -163,28 +166,28 @@ def make_plan(
 
     Greedy, the most expensive block first to the least loaded rank (Graham 1969: at most 4/3 of the optimum), ties to
     the one with less state. Blocks of equal cost are given in the order of their turns to refresh, so that each rank
-    has about as many at one turn as at another. Then blocks of equal cost and size change places, so that each is with
-    the rank that already stores most of it, as far as that goes: this spares traffic and changes no balance.
+    has about as many at one turn as at another. Then blocks of equal cost and size are exchanged, so that each is owned
+    by the rank that already stores most of it, as far as possible: this saves traffic and changes no balance.
 
     Args:
-        matrices: what these ranks store, in the same order on each of them.
+        matrices: those that these ranks store, in the same order on each of them.
         ranks: the global ranks that store them.
         hp: the costs depend on block sizes and refresh intervals.
-        fixed: blocks that already have an owner keep it.
-        load: what ranks have to do, and bytes that they keep, beside this plan.
+        fixed: the owners of blocks that already have one, which they keep.
+        load: the cost and the bytes of state that each rank has besides this plan.
         memory_bound: bytes of state that no rank may exceed.
-        offsets: of all blocks with factors, by :func:`refresh_offsets`; taken over ``matrices`` alone unless given.
+        offsets: of all blocks with factors, by :func:`refresh_offsets`; by default of those in ``matrices`` alone.
 
     Raises:
-        ValueError: naming the block, the bytes and the bound, if there is no rank left to take it.
+        ValueError: naming the block, the bytes and the bound, if no rank has room for it.
     """
     if offsets is None:
         offsets = refresh_offsets(factored_blocks(matrices), hp)
     drafts = [_draft(m, number, hp, fixed or {}, offsets) for m in matrices for number in range(len(m.blocks))]
     storing = _storing(matrices, drafts)
     counterparts = {matrix.name: matrix.sharding.counterparts for matrix in matrices}
-    stays = _resident(matrices, hp)
-    resident = tuple(stays[rank] for rank in ranks)
+    momenta_bytes = _resident(matrices, hp)
+    resident = tuple(momenta_bytes[rank] for rank in ranks)
     loads = _Loads(ranks, load or {}, resident, memory_bound)
     owners = _balanced(drafts, storing, counterparts, loads)
     owners |= _nearest([b for b in drafts if b.axes and b.owner < 0], counterparts, ranks, owners, storing)
@@ -201,7 +204,7 @@ def _balanced(
     counterparts: Mapping[str, Counterparts],
     loads: "_Loads",
 ) -> dict[BlockId, int]:
-    """An owner for each block that has none: the least loaded rank, or of those that store it if it has no factors."""
+    """Choose an owner for each block without one: the least loaded rank; without factors, of those that store it."""
     owners: dict[BlockId, int] = {}
     for block in sorted(drafts, key=lambda b: (b.owner < 0, -b.cost, -b.elements, b.offset)):
         owner, others = block.owner, counterparts[block.matrix]
@@ -219,7 +222,7 @@ def _balanced(
 
 
 class _Loads:
-    """What each rank has to do and to keep so far; ties go to the one with less state, then to the first in order."""
+    """Cost and bytes of state of each rank so far; ties go to the rank with less state, then to the first in order."""
 
     def __init__(
         self,
@@ -229,66 +232,66 @@ class _Loads:
         bound: int | None,
     ) -> None:
         self.resident, self.bound = resident, bound
-        self._taken: dict[int, tuple[float, int, int]] = {}
-        for place, (rank, stays) in enumerate(zip(ranks, resident, strict=True)):
+        self._totals: dict[int, tuple[float, int, int]] = {}
+        for position, (rank, momenta_bytes) in enumerate(zip(ranks, resident, strict=True)):
             cost, size = load.get(rank, (0.0, 0))
-            self._taken[rank] = cost, size + stays, place
-            if bound is not None and size + stays > bound:
+            self._totals[rank] = cost, size + momenta_bytes, position
+            if bound is not None and size + momenta_bytes > bound:
                 raise ValueError(
-                    f"memory_bound={bound} is less than the {size + stays} bytes of state that rank {rank} keeps "
-                    "without any block; take more ranks"
+                    f"memory_bound={bound} is less than the {size + momenta_bytes} bytes of state that rank {rank} "
+                    "keeps without any block; take more ranks"
                 )
-        self._heap = [(*taken, rank) for rank, taken in self._taken.items()]
+        self._heap = [(*total, rank) for rank, total in self._totals.items()]
         heapq.heapify(self._heap)
 
     def give(self, block: PlannedBlock, owner: int, others: Counterparts) -> None:
-        """The block and copies of its roots."""
+        """Add the block to its owner, and copies of its roots to its counterparts."""
         for rank in others(owner):
-            cost, size, place = self._taken[rank]
+            cost, size, position = self._totals[rank]
             mine = rank == owner
-            self._taken[rank] = (
+            self._totals[rank] = (
                 cost + (block.cost if mine else block.kept_cost),
                 size + (block.bytes if mine else block.kept_bytes),
-                place,
+                position,
             )
-            heapq.heappush(self._heap, (*self._taken[rank], rank))
-            if self.bound is not None and self._taken[rank][1] > self.bound:  # the owner was decided before
+            heapq.heappush(self._heap, (*self._totals[rank], rank))
+            if self.bound is not None and self._totals[rank][1] > self.bound:  # the owner was fixed before
                 raise ValueError(
-                    f"memory_bound={self.bound} is less than the {self._taken[rank][1]} bytes of state that rank "
+                    f"memory_bound={self.bound} is less than the {self._totals[rank][1]} bytes of state that rank "
                     f"{rank} keeps with block {block.key} of {block.matrix!r}, which it owns already; make a new "
                     "optimizer"
                 )
 
     def least(self, block: PlannedBlock, others: Counterparts, among: Iterable[int] | None) -> int:
-        """The least loaded rank that has room for the block, as have those that keep copies of its roots."""
+        """Return the least loaded rank with room for the block (its counterparts: for copies of its roots), or -1."""
 
         def fits(owner: int) -> bool:
             return self.bound is None or all(
-                self._taken[rank][1] + (block.bytes if rank == owner else block.kept_bytes) <= self.bound
+                self._totals[rank][1] + (block.bytes if rank == owner else block.kept_bytes) <= self.bound
                 for rank in others(owner)
             )
 
         if among is not None:
-            return min(filter(fits, among), key=lambda rank: self._taken[rank], default=-1)
-        seen, found = [], -1
-        while self._heap and found < 0:
-            *taken, rank = entry = heapq.heappop(self._heap)
-            if tuple(taken) == self._taken[rank]:  # not what it had before
+            return min(filter(fits, among), key=lambda rank: self._totals[rank], default=-1)
+        seen, chosen = [], -1
+        while self._heap and chosen < 0:
+            *total, rank = entry = heapq.heappop(self._heap)
+            if tuple(total) == self._totals[rank]:  # else an outdated entry
                 seen.append(entry)
-                found = rank if fits(rank) else -1
+                chosen = rank if fits(rank) else -1
         for entry in seen:
             heapq.heappush(self._heap, entry)
-        return found
+        return chosen
 
 
 def _resident(matrices: Sequence[Matrix], hp: ShampooHyperParams) -> Counter[int]:
-    """Bytes of momenta of what each rank stores of sharded matrices."""
-    found: Counter[int] = Counter()
+    """Count the bytes of momenta of the elements of sharded matrices that each rank stores."""
+    totals: Counter[int] = Counter()
     for sharding in (matrix.sharding for matrix in matrices if matrix.sharding.sharded):
-        size = element_bytes(hp, sharding.dtype, factored=False)  # a flat slice has room for both kinds
+        size = element_bytes(hp, sharding.dtype, factored=False)  # a flat slice has room for matrices of both kinds
         for holder in sharding.holders:
-            found[holder.rank] += holder.shard.elements * size
-    return found
+            totals[holder.rank] += holder.shard.elements * size
+    return totals
 
 
 def _draft(
@@ -298,7 +301,7 @@ def _draft(
     fixed: Mapping[BlockId, int],
     offsets: Mapping[BlockId, int],
 ) -> PlannedBlock:
-    """A block that has no owner yet (-1), unless it is fixed."""
+    """Describe a block, with owner -1 unless it is fixed."""
     block, dtype = matrix.blocks[number], matrix.sharding.dtype
     id_, (factors, diagonals) = (matrix.name, block.key), sizes(block.shape, matrix.axes, matrix.diagonal)
     size = block_bytes(block.elements, factors, hp, dtype, diagonals, momenta=not matrix.sharding.sharded)
@@ -321,14 +324,14 @@ def _draft(
 
 
 def _storing(matrices: Sequence[Matrix], drafts: Sequence[PlannedBlock]) -> dict[BlockId, Counter[int]]:
-    """How many elements of each block each rank stores."""
-    found: dict[BlockId, Counter[int]] = {draft.id: Counter() for draft in drafts}
+    """Count the elements of each block that each rank stores."""
+    counts: dict[BlockId, Counter[int]] = {draft.id: Counter() for draft in drafts}
     for matrix in matrices:
         for fragment in matrix.fragments():
-            counter = found[matrix.name, matrix.blocks[fragment.block].key]
+            counter = counts[matrix.name, matrix.blocks[fragment.block].key]
             for rank in fragment.ranks:
                 counter[rank] += fragment.elements
-    return found
+    return counts
 
 
 def _nearest(
@@ -338,20 +341,20 @@ def _nearest(
     owners: Mapping[BlockId, int],
     storing: Mapping[BlockId, Counter[int]],
 ) -> dict[BlockId, int]:
-    """The same owners, with blocks of equal cost exchanged so that most elements are where they are stored already."""
+    """Exchange the owners of blocks of equal cost so that most elements are owned where they are stored already."""
     alike: defaultdict[Any, list[BlockId]] = defaultdict(list)
     for block in blocks:
         if len(storing[block.id]) < len(ranks) or len(set(storing[block.id].values())) > 1:
-            kept = counterparts[block.matrix]
-            others = tuple(map(kept, ranks)) if len(kept(ranks[0])) > 1 else ()
+            others_of = counterparts[block.matrix]
+            others = tuple(map(others_of, ranks)) if len(others_of(ranks[0])) > 1 else ()
             alike[block.cost, block.bytes, block.elements, others].append(block.id)
     nearest: dict[BlockId, int] = {}
     for ids in alike.values():
         free = Counter(owners[id_] for id_ in ids)
-        wishes = ((-count, place, rank) for place, id_ in enumerate(ids) for rank, count in storing[id_].items())
-        for _, place, rank in sorted(wishes):
-            if free[rank] and ids[place] not in nearest:
-                nearest[ids[place]] = rank
+        wishes = ((-count, index, rank) for index, id_ in enumerate(ids) for rank, count in storing[id_].items())
+        for _, index, rank in sorted(wishes):
+            if free[rank] and ids[index] not in nearest:
+                nearest[ids[index]] = rank
                 free[rank] -= 1
         rest = (id_ for id_ in ids if id_ not in nearest)
         nearest |= zip(rest, free.elements(), strict=True)
@@ -365,11 +368,11 @@ def make_plans(
     memory_bound: int | None = None,
     offsets: Mapping[BlockId, int] | None = None,
 ) -> list[Plan]:
-    """A plan for each set of ranks that store the same matrices, the larger sets first.
+    """Make a plan for each set of ranks that store the same matrices, the larger sets first.
 
     A set is balanced on top of the plans of the sets that contain it, which all its ranks know. (Ranks that share a
     tied weight with another stage are such a set; all sets are in one order everywhere, so no two wait for each other.)
-    The ``offsets`` are taken over all matrices in ``held`` unless given.
+    By default the ``offsets`` are those of all blocks in ``held``.
     """
     plans: list[Plan] = []
     if offsets is None:
@@ -382,5 +385,5 @@ def make_plans(
 
 
 def in_order(teams: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Sets of ranks in the order in which all their members meet: the larger first."""
+    """Sort sets of ranks into the order in which all their members meet: the larger first."""
     return sorted(teams, key=lambda ranks: (-len(ranks), ranks))

@@ -1,7 +1,7 @@
-"""Which elements travel between which ranks: gradients to owners, updates home, new weights to replicas. Pure.
+"""Transfers of elements between ranks: gradients to owners, updates home, new weights to replicas. Pure.
 
-Every element of a cover has one **home**, the rank that keeps its momenta and changes its weight: where it is stored,
-if it is stored once; else one of its replicas, the owner of its block if that is one of them.
+Every element of a shard group has one **home**, the rank that keeps its momenta and updates its weight: the rank that
+stores it, if only one does; else one of its replicas, the owner of its block if that is one of them.
 """
 
 import itertools
@@ -19,7 +19,7 @@ BUCKET_ELEMENTS = 2**22
 """Elements that a rank receives in one collective: bounds the buffers, whatever the model's size."""
 
 CACHED_ELEMENTS = 2**18
-"""On a CPU so many elements are worked on together, from statistics to direction: as many as its cache holds."""
+"""Elements that a CPU works on together, from statistics to direction: as many as its cache holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,26 +44,26 @@ class Transfer(Fragment):
 
 @dataclass(frozen=True)
 class Transfers:
-    """All legs of a team, in one order on all its ranks."""
+    """All transfers of a team, in one order on all its ranks."""
 
     plan: Plan
     transfers: tuple[Transfer, ...]
 
     @classmethod
     def of(cls, plan: Plan, matrices: Sequence[Matrix], rank: int | None = None) -> "Transfers":
-        """All legs, or those that a rank has to do with: what it stores, and all of the blocks whose roots it keeps."""
+        """List all transfers, or those that concern a rank: of what it stores and of the blocks whose roots it has."""
         return cls(plan, tuple(itertools.chain.from_iterable(_transfers(plan, matrices, rank))))
 
     @property
     def travels(self) -> bool:
-        """Whether any preconditioned block's owner is not the home of all its elements."""
+        """True if any preconditioned block's keeper is not the home of all its elements."""
         return any(
             transfer.home != transfer.keeper and self.plan.blocks[transfer.slot].axes for transfer in self.transfers
         )
 
 
 def travels(plan: Plan, matrices: Sequence[Matrix]) -> bool:
-    """Whether gradients may have to travel; known to all ranks without looking at every leg of a sharded matrix."""
+    """Return True, on all ranks alike, if gradients may have to travel; sharded matrices need no list of transfers."""
     if any(matrix.axes and matrix.sharding.sharded and len(matrix.sharding.replica_groups) > 1 for matrix in matrices):
         return True
     return Transfers.of(plan, matrices).travels
@@ -102,7 +102,7 @@ def _transfers(plan: Plan, matrices: Sequence[Matrix], rank: int | None) -> Iter
 def local_blocks(
     plan: Plan, matrices: Sequence[Matrix], transfers: Iterable[Transfer], rank: int
 ) -> dict[int, Transfer]:
-    """The blocks kept by a rank of which all elements are at home there, so that nothing of them travels, by slot."""
+    """Return, by slot, the blocks that a rank preconditions and is the home of completely; they need not travel."""
     mine: defaultdict[int, list[Transfer]] = defaultdict(list)
     for transfer in transfers:
         if (
@@ -118,7 +118,7 @@ def local_blocks(
 
 
 def rounds(plan: Plan, most: float) -> list[list[int]]:
-    """The slots of preconditioned blocks in the rounds in which they are worked on: one collective each way per round.
+    """Divide the slots of preconditioned blocks into the rounds of a step: one collective each way per round.
 
     In a round each owner has at most ``most`` elements, or one block, of one dtype; blocks of one kind are together.
     """
@@ -135,7 +135,7 @@ def rounds(plan: Plan, most: float) -> list[list[int]]:
 
 
 def packed(items: Iterable[T], elements: Callable[[T], int], most: float) -> list[list[T]]:
-    """Consecutive items in groups of at most ``most`` elements; an item that has more is a group of its own."""
+    """Pack consecutive items into groups of at most ``most`` elements; a larger item is a group of its own."""
     groups: list[list[T]] = []
     filled = 0
     for item in items:
@@ -149,7 +149,7 @@ def packed(items: Iterable[T], elements: Callable[[T], int], most: float) -> lis
 
 
 def buckets(ranks: Sequence[int], items: Sequence[tuple[int, int]], most: int) -> Iterator[dict[int, list[int]]]:
-    """The numbers of the items, (rank that has it, elements) each, per rank, with about ``most`` elements at a time."""
+    """Yield buckets of about ``most`` elements: per rank, the numbers of its items (rank that has it, elements)."""
     quota = max(1, most // len(ranks))
     held: dict[int, list[int]] = {rank: [] for rank in ranks}
     for number, (rank, _) in enumerate(items):
@@ -160,5 +160,5 @@ def buckets(ranks: Sequence[int], items: Sequence[tuple[int, int]], most: int) -
 
 
 def width(bucket: Mapping[int, Sequence[int]], items: Sequence[tuple[int, int]]) -> int:
-    """What each rank contributes to the collective of a bucket: as much as the one that has most."""
+    """Return the elements that each rank contributes to the collective of a bucket: as many as the rank with most."""
     return max(sum(items[number][1] for number in numbers) for numbers in bucket.values())

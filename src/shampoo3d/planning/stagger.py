@@ -1,4 +1,4 @@
-"""Which blocks of a run have factors, and whose turn it is when to refresh their roots. Pure."""
+"""Blocks of a run that have factors, and their turns to refresh the roots. Pure."""
 
 from collections.abc import Iterable, Mapping
 
@@ -10,7 +10,7 @@ from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 
 def factored_blocks(matrices: Iterable[Matrix]) -> dict[BlockId, Factored]:
-    """The blocks that have factors."""
+    """Collect the blocks that have factors."""
     return {
         (matrix.name, block.key): Factored(block.elements, *sizes(block.shape, matrix.axes, matrix.diagonal))
         for matrix in matrices
@@ -20,12 +20,12 @@ def factored_blocks(matrices: Iterable[Matrix]) -> dict[BlockId, Factored]:
 
 
 def refresh_offsets(blocks: Mapping[BlockId, Factored], hp: ShampooHyperParams) -> dict[BlockId, int]:
-    """The turn of each block that has factors, so that every step refreshes about as much as any other.
+    """Give each block with factors a turn to refresh its roots, so that every step refreshes about as much.
 
-    Where refreshes are "together" there is one turn only.
+    If refreshes are "together" there is one turn only.
 
     Args:
-        blocks: all that a run preconditions, on every rank: turns must not depend on who stores what.
+        blocks: all blocks with factors of the run, over all ranks: turns must not depend on the sharding.
     """
     every = hp.preconditioning_compute_steps if hp.computation.refresh == "staggered" else 1
     return offsets({id_: root_cost(block.factors) for id_, block in blocks.items()}.items(), every)
