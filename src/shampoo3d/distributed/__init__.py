@@ -1,1 +1,1 @@
-"""Process groups and what travels in them."""
+"""Process groups and their collectives."""

@@ -1,4 +1,4 @@
-"""The collectives of a group of ranks: uneven swaps, bucketed sharing, sums; every byte that arrives is counted."""
+"""Collectives of a group of ranks: uneven all-to-all, bucketed all-gather, sum; every byte that arrives is counted."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from shampoo3d.planning.routes import buckets, width
 
 T = TypeVar("T")
 
-# Its newer name, where torch has it.
+# The newer name of all_gather_into_tensor, where torch has it.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -41,10 +41,10 @@ class PendingAllToAll(Generic[K]):
 
 
 class Communicator:
-    """A group's collectives, with buffers that are allocated once.
+    """Collectives of a group, with buffers that are allocated once.
 
     Attributes:
-        received: bytes that came from other ranks, by what they were.
+        received: bytes that came from other ranks, by kind.
     """
 
     def __init__(self, rank: int, group: Group, device: torch.device) -> None:
@@ -55,7 +55,7 @@ class Communicator:
 
     def all_to_all(
         self,
-        what: str,
+        kind: str,
         turn: int,
         dtype: torch.dtype,
         out: Sequence[tuple[int, Tensor]],
@@ -65,25 +65,25 @@ class Communicator:
         """Start to send pieces to other ranks and to receive pieces from them.
 
         Args:
-            what: what they are.
-            turn: buffers are used again two turns later.
+            kind: their kind, such as "gradients", for the count of bytes and for errors.
+            turn: a number; the buffers of a turn are reused two turns later.
             dtype: in which they travel.
             out: (global rank, piece) each; to one rank in the order in which it asks for them.
             into: (key, global rank, number of elements) each.
             here: pieces that stay on this rank.
         """
-        sent = self._sorted([peer for peer, _ in out])
-        taken = self._sorted([peer for _, peer, _ in into])
+        send_order = self._sorted([peer for peer, _ in out])
+        receive_order = self._sorted([peer for _, peer, _ in into])
         counts_out = self._counts((peer, piece.numel()) for peer, piece in out)
         counts_in = self._counts((peer, elements) for _, peer, elements in into)
-        send = self._buffer((what, "out", turn % 2), sum(counts_out), dtype)
-        receive = self._buffer((what, "in", turn % 2), sum(counts_in), dtype)
+        send = self._buffer((kind, "out", turn % 2), sum(counts_out), dtype)
+        receive = self._buffer((kind, "in", turn % 2), sum(counts_in), dtype)
         if out:
-            pieces = [out[i][1] for i in sent]
-            places = send.split_with_sizes([piece.numel() for piece in pieces])
-            torch._foreach_copy_([p.view(x.shape) for p, x in zip(places, pieces, strict=True)], pieces)
+            pieces = [out[i][1] for i in send_order]
+            targets = send.split_with_sizes([piece.numel() for piece in pieces])
+            torch._foreach_copy_([p.view(x.shape) for p, x in zip(targets, pieces, strict=True)], pieces)
         # As bytes, since not every backend carries every dtype.
-        with _exchanging(what, self.group):
+        with _exchanging(kind, self.group):
             work = dist.all_to_all_single(
                 receive.view(torch.uint8),
                 send.view(torch.uint8),
@@ -92,24 +92,24 @@ class Communicator:
                 group=self.group.handle,
                 async_op=True,
             )
-        self.received[what] += receive.nbytes
-        arrived = receive.split_with_sizes([into[i][2] for i in taken]) if into else ()
-        pieces_of = dict(zip(taken, arrived, strict=True))
+        self.received[kind] += receive.nbytes
+        arrived = receive.split_with_sizes([into[i][2] for i in receive_order]) if into else ()
+        piece_of = dict(zip(receive_order, arrived, strict=True))
 
         def finish() -> None:
-            with _exchanging(what, self.group):
+            with _exchanging(kind, self.group):
                 work.wait()
 
-        return PendingAllToAll(here, {key: pieces_of[i] for i, (key, _, _) in enumerate(into)}, finish)
+        return PendingAllToAll(here, {key: piece_of[i] for i, (key, _, _) in enumerate(into)}, finish)
 
     def all_gather(
-        self, what: str, items: Sequence[tuple[int, int]], mine: Callable[[int], Tensor], dtype: torch.dtype, most: int
+        self, kind: str, items: Sequence[tuple[int, int]], mine: Callable[[int], Tensor], dtype: torch.dtype, most: int
     ) -> Iterator[dict[int, Tensor]]:
-        """Give every rank what each has, in buckets of about ``most`` elements; one collective each.
+        """Gather the items of all ranks on each, in buckets of about ``most`` elements; one collective per bucket.
 
         Args:
             items: (global rank that has it, number of elements) each, the same list on all ranks.
-            mine: the item of a number, if this rank has it; of any shape.
+            mine: returns the item of a number that this rank has; of any shape.
 
         Yields:
             The flat tensors that arrived, those of this rank included, by number.
@@ -119,14 +119,14 @@ class Communicator:
             return
         for bucket in buckets(self.group.ranks, items, most):
             wide = width(bucket, items)
-            send = self._buffer((what, "out"), wide, dtype)
-            receive = self._buffer((what, "in"), wide * self.group.size, dtype)
+            send = self._buffer((kind, "out"), wide, dtype)
+            receive = self._buffer((kind, "in"), wide * self.group.size, dtype)
             own = bucket[self.rank]
-            for number, place in zip(own, _split(send, [items[n][1] for n in own]), strict=True):
-                place.copy_(mine(number).reshape(-1))
-            with _exchanging(what, self.group):
+            for number, target in zip(own, _split(send, [items[n][1] for n in own]), strict=True):
+                target.copy_(mine(number).reshape(-1))
+            with _exchanging(kind, self.group):
                 all_gather(receive.view(torch.uint8), send.view(torch.uint8), group=self.group.handle)
-            self.received[what] += receive.nbytes - send.nbytes
+            self.received[kind] += receive.nbytes - send.nbytes
             arrived: dict[int, Tensor] = {}
             for peer, row in zip(self.group.ranks, receive.view(self.group.size, wide), strict=True):
                 arrived |= zip(bucket[peer], _split(row, [items[n][1] for n in bucket[peer]]), strict=True)
@@ -136,14 +136,14 @@ class Communicator:
         """The sum over the ranks, in place."""
         if self.group.size > 1:
             total = values.to(self.device)
-            with _exchanging(what, self.group):
+            with _exchanging(kind, self.group):
                 dist.all_reduce(total, group=self.group.handle)
-            self.received[what] += total.nbytes
+            self.received[kind] += total.nbytes
             values.copy_(total)
         return values
 
     def _sorted(self, peers: Sequence[int]) -> list[int]:
-        """The order by rank in the group; within a rank, as given."""
+        """Return the order by rank in the group; within a rank, as given."""
         return sorted(range(len(peers)), key=lambda i: self.group.ranks.index(peers[i]))
 
     def _counts(self, sizes: Any) -> list[int]:
@@ -153,32 +153,32 @@ class Communicator:
         return [counts[rank] for rank in self.group.ranks]
 
     def _buffer(self, key: Any, elements: int, dtype: torch.dtype) -> Tensor:
-        """The first elements of a buffer that grows when it must."""
+        """Return the first elements of a buffer, which grows if it is too small."""
         needed = elements * dtype.itemsize
         if key not in self._buffers or self._buffers[key].nbytes < needed:
             self._buffers[key] = torch.empty(needed, dtype=torch.uint8, device=self.device)
         return self._buffers[key][:needed].view(dtype)
 
 
-def _exchanging(what: str, group: Group) -> AbstractContextManager[None]:
-    return awaiting(f"the exchange of {what}", group.ranks)
+def _exchanging(kind: str, group: Group) -> AbstractContextManager[None]:
+    return awaiting(f"the exchange of {kind}", group.ranks)
 
 
 def _split(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """The pieces at the front of a buffer."""
+    """Split the front of a buffer into pieces."""
     used = sum(sizes)
     return list(flat[:used].split_with_sizes(list(sizes))) if sizes else []
 
 
 def communicating_device(group: Group, device: torch.device) -> torch.device:
-    """Where the group's backend takes tensors: with the parameters, or on the GPU though they were offloaded."""
+    """Return the device that the group's backend needs: the parameters', or the GPU though they were offloaded."""
     if group.size > 1 and device.type == "cpu" and dist.get_backend(group.handle) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def all_gather_object(group: Group, value: T) -> list[T]:
-    """The values of all ranks of the group, in their order."""
+    """Gather the values of all ranks of the group, in their order."""
     values: list[T] = [value] * group.size
     if group.size > 1:
         with awaiting("the messages", group.ranks):
@@ -187,9 +187,9 @@ def all_gather_object(group: Group, value: T) -> list[T]:
 
 
 def first_error(parallel: ParallelGroups, error: str) -> str:
-    """That of the first rank that has one, told to all; with the rank, if others have none."""
-    told = all_gather_object(parallel.world, error)
+    """Return on all ranks the error of the first rank that has one; with that rank, if others have none."""
+    errors = all_gather_object(parallel.world, error)
     rank, first = next(
-        ((rank, words) for rank, words in zip(parallel.world.ranks, told, strict=True) if words), (0, "")
+        ((rank, words) for rank, words in zip(parallel.world.ranks, errors, strict=True) if words), (0, "")
     )
-    return first if all(told) or not first else f"{first} (on rank {rank})"
+    return first if all(errors) or not first else f"{first} (on rank {rank})"

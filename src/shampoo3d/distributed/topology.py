@@ -1,4 +1,4 @@
-"""Where this process stands among the ranks: the grid pipe x data x model and its process groups."""
+"""Position of this process among the ranks: the grid pipe x data x model and its process groups."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from shampoo3d.settings.validation import check_integer
 
 @dataclass(frozen=True)
 class Group:
-    """Global ranks that communicate; ``handle`` is None where there is nobody else to talk to."""
+    """Global ranks that communicate; ``handle`` is None if there is no other rank."""
 
     ranks: tuple[int, ...]
     handle: dist.ProcessGroup | None = None
@@ -27,7 +27,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Topology:
-    """A grid of ranks with named axes, the last varying fastest, as DeepSpeed's ``ProcessTopology``."""
+    """A grid of ranks with named axes, the last varying fastest, as in DeepSpeed's ``ProcessTopology``."""
 
     axes: tuple[str, ...]
     dims: tuple[int, ...]
@@ -71,12 +71,12 @@ class Topology:
             raise ValueError(f"rank must be < {self.world_size}, the number of ranks of {self}, got {rank}")
         coordinates = []
         for length in reversed(self.dims):
-            rank, place = divmod(rank, length)
-            coordinates.append(place)
+            rank, coordinate = divmod(rank, length)
+            coordinates.append(coordinate)
         return tuple(reversed(coordinates))
 
     def peers(self, rank: int, axis: str) -> tuple[int, ...]:
-        """The ranks that differ from ``rank`` along ``axis`` only, itself included."""
+        """Return the ranks that differ from ``rank`` along ``axis`` only, itself included."""
         if axis not in self.axes:
             raise ValueError(f"axis must be one of {self.axes}, got {axis!r}")
         here = self.coordinates(rank)
@@ -92,9 +92,9 @@ class Topology:
 
 @dataclass
 class ParallelGroups:
-    """This process's place: ``data`` are its replicas, ``model`` the holders of the other shards of its matrices.
+    """Groups of this process: ``data`` are its replicas, ``model`` the holders of the other shards of its matrices.
 
-    ``world`` are all ranks that step together. ``source`` says where this was found.
+    ``world`` are all ranks that step together. ``source`` says where the groups were found.
     """
 
     rank: int
@@ -110,9 +110,9 @@ class ParallelGroups:
         return cls(0, me, me, me, "one process")
 
     def group(self, ranks: Sequence[int]) -> Group:
-        """The group of exactly these ranks; made on first use, when all of them must ask for it.
+        """Return the group of exactly these ranks; made on first use, when all of them must call this.
 
-        Of all ranks the one with the timeout that the user gave, though an engine may have made another.
+        For all ranks it is the one with the timeout that the user gave, though an engine may have made another.
         """
         wanted = tuple(ranks)
         for known in (self.world, self.data, self.model, *self._groups.values()):
@@ -129,7 +129,7 @@ class ParallelGroups:
 
 @dataclass(frozen=True)
 class Claims:
-    """What the user said about the ranks; None where they left it to be found out."""
+    """Arguments of the user about the ranks; None for what is to be detected."""
 
     world_rank: int | None = None
     world_size: int | None = None
@@ -174,7 +174,7 @@ def _compare(source: str, *claims: tuple[str, object, object]) -> None:
 
 
 def groups_in(topology: Topology, rank: int, world: Group, source: str) -> ParallelGroups:
-    """The place of ``rank`` in ``topology``, with process groups made for it; every rank must call this."""
+    """Make the process groups of ``rank`` in ``topology``; every rank must call this."""
     parallel = ParallelGroups(rank, world, Group((rank,)), Group((rank,)), source)
     parallel.model = parallel.group(topology.peers(rank, "model") if "model" in topology.axes else (rank,))
     parallel.data = parallel.group(topology.peers(rank, "data") if "data" in topology.axes else (rank,))
@@ -182,20 +182,20 @@ def groups_in(topology: Topology, rank: int, world: Group, source: str) -> Paral
 
 
 def world_group() -> Group:
-    """All ranks of ``torch.distributed``."""
+    """Return the group of all ranks of ``torch.distributed``."""
     return Group(tuple(range(dist.get_world_size())), dist.group.WORLD)
 
 
 def _timeout() -> timedelta | None:
-    """That of all ranks, which PyTorch does not give to new groups; None for PyTorch's own, where it can't be asked."""
+    """Return the world group's timeout, which PyTorch does not give to new groups; None if the backend has none."""
     world: Any = dist.group.WORLD
     try:
-        found: timedelta = world._get_backend(world._device_types[0]).options._timeout
-    except (AttributeError, IndexError, RuntimeError):  # of a backend without options
+        timeout: timedelta = world._get_backend(world._device_types[0]).options._timeout
+    except (AttributeError, IndexError, RuntimeError):  # a backend without options
         return None
-    return found
+    return timeout
 
 
 def group_of(handle: dist.ProcessGroup) -> Group:
-    """A process group with its global ranks."""
+    """Make the group of a process group, with its global ranks."""
     return Group(tuple(dist.get_process_group_ranks(handle)), handle)
