@@ -1,4 +1,4 @@
-"""What DeepSpeed's engine has written of the optimizer, read without DeepSpeed and without running anything in it."""
+"""Reader of the optimizer state in DeepSpeed's files, without DeepSpeed and without running any code in them."""
 
 import pickle
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ _BUILT = {
     *(("torch", f"{kind}Storage") for kind in ("Double", "Float", "BFloat16", "Half", "Long", "Int", "Byte", "Bool")),
     *(("torch", dtype) for dtype in ("float64", "float32", "bfloat16", "float16", "int64", "int32", "uint8", "bool")),
 }
-"""All that tensors and plain containers are made of."""
+"""All names that tensors and plain containers are unpickled with."""
 
 
 class _Ignored:
-    """Stands for any other object: it takes what such an object would be made of, and does nothing."""
+    """Stand-in for any other object: it accepts all that such an object is unpickled with, and does nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> "_Ignored":
         return super().__new__(cls)
@@ -45,12 +45,12 @@ class _Ignored:
 
 
 def _data(data: Any, *_: Any) -> Any:
-    """A parameter is its data."""
+    """Rebuild a parameter as its data."""
     return data
 
 
 def _made(make: Any, _: Any, arguments: Any, *__: Any) -> Any:
-    """A tensor with attributes is the tensor."""
+    """Rebuild a tensor with attributes as the tensor."""
     return make(*arguments)
 
 
@@ -62,7 +62,7 @@ _REPLACED = {
 
 
 class _Plain:
-    """A pickle module for ``torch.load`` that makes tensors and containers only."""
+    """Pickle module for ``torch.load`` that makes only tensors and containers."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
@@ -76,11 +76,11 @@ class _Plain:
 
 @dataclass(frozen=True)
 class RankState:
-    """What one file has of the optimizer.
+    """State of the optimizer in one file.
 
     Attributes:
         state: our ``state_dict()`` on that rank.
-        masters: the master weights in the flat tensors, by number; none at stage 0, where the model has them.
+        masters: the master weights in the flat tensors, by number; empty at stage 0, where the model has the weights.
     """
 
     path: Path
@@ -89,10 +89,10 @@ class RankState:
 
 
 def checkpoint_of(path: Path) -> Path:
-    """The folder of one step: the given one, or that which ``latest`` in it names.
+    """Return the folder of one step: the given one, or the one that ``latest`` in it names.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: if there is none.
     """
     if (path / LATEST).is_file():
         path = path / Path((path / LATEST).read_text().strip()).name
@@ -102,7 +102,7 @@ def checkpoint_of(path: Path) -> Path:
 
 
 def rank_states(folder: Path) -> list[RankState]:
-    """All that the files of a step have of the optimizer.
+    """Read the optimizer's state from all files of a step.
 
     Raises:
         ValueError: naming the file that is damaged, or what is missing.
@@ -114,29 +114,29 @@ def rank_states(folder: Path) -> list[RankState]:
         raise ValueError(
             f"{folder} holds no checkpoint: no manifest of 3D-Shampoo, no *_optim_states.pt or mp_rank_* of DeepSpeed"
         )
-    found = []
+    states = []
     for path in files:
-        held = _load(path)
-        state, masters = _sharded(held) if sharded else (held.get("optimizer"), [])
+        content = _load(path)
+        state, masters = _sharded(content) if sharded else (content.get("optimizer"), [])
         if not isinstance(state, dict) or "shampoo" not in state:
             raise ValueError(f"{path} has no state of 3D-Shampoo")
-        found.append(RankState(path, state, masters))
-    return found
+        states.append(RankState(path, state, masters))
+    return states
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        held = torch.load(path, map_location="cpu", pickle_module=_Plain, weights_only=False)
-    except Exception as error:  # whatever a damaged file makes of itself
+        content = torch.load(path, map_location="cpu", pickle_module=_Plain, weights_only=False)
+    except Exception as error:  # a damaged file may raise anything
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-    if not isinstance(held, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(held).__name__}")
-    return held
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}")
+    return content
 
 
-def _sharded(held: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-    """Stages 1 and 2 keep the optimizer's state and master weights under other names than stage 3."""
-    outer = held.get("optimizer_state_dict", {})
+def _sharded(content: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    """Return the optimizer's state and master weights, which stages 1 and 2 name otherwise than stage 3."""
+    outer = content.get("optimizer_state_dict", {})
     if "fp32_flat_groups" in outer:
         return outer.get("optimizer_state_dict"), list(outer["fp32_flat_groups"])
     return outer.get("base_optimizer_state"), list(outer.get("single_partition_of_fp32_groups", []))

@@ -1,4 +1,4 @@
-"""What is known of the parameters beside their groups: names, embeddings, fused matrices, the model."""
+"""Facts about the parameters besides their groups: names, embeddings, fused matrices, the model."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,28 +16,28 @@ Embeddings = Iterable[Tensor | str] | Callable[[str, Tensor], bool]
 
 
 def collected(given: Embeddings | None) -> Embeddings | None:
-    """As it is now.
+    """Take a snapshot of the argument.
 
     Raises:
         TypeError: if it is neither names and parameters nor a function.
     """
     if given is None or callable(given):
         return given
-    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, Tensor)) else None
-    if found is None or not all(isinstance(item, (str, Tensor)) for item in found):
+    items = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, Tensor)) else None
+    if items is None or not all(isinstance(item, (str, Tensor)) for item in items):
         raise TypeError(f"embeddings must be names or parameters, or a function of both, got {given!r}")
-    return found
+    return items
 
 
 @dataclass
 class ParameterRegistry:
-    """What a user or a model told of the parameters.
+    """Facts about the parameters that come from the user or the model.
 
     Attributes:
         names: of every parameter, unique.
         embeddings: those that ``ignore_embedding_layer`` leaves without preconditioner.
-        given: the embeddings that the user named.
-        splits: the parameters of which the user said that they are several matrices; ``split``: how.
+        given: the user's ``embeddings`` argument.
+        splits: the user's ``splits`` argument; ``split``: the parameters that are several matrices, and how.
         models: the modules that the parameters came from, as far as they could be found.
         originals: the model's parameters, by group. These are the lists that the groups were made with: an engine puts
             other tensors into the groups, but where it replaces a parameter of the model it does so in these lists.
@@ -54,7 +54,7 @@ class ParameterRegistry:
     _counted: set[Tensor] = field(default_factory=set)
 
     def learn(self, params: list[Tensor], names: Sequence[str] | None) -> None:
-        """Take in a new group of parameters; where that raises, nothing has been learned.
+        """Register a new group of parameters; if that raises, nothing has been registered.
 
         Raises:
             TypeError, ValueError: naming a parameter that is not supported, or what is wrong with embeddings or splits.
@@ -81,7 +81,7 @@ class ParameterRegistry:
         self.originals.append(params)
 
     def learn_replaced(self) -> None:
-        """Take in parameters that an engine has put in the place of others since the optimizer was made."""
+        """Register parameters by which an engine has replaced others since the optimizer was made."""
         for group, params in enumerate(self.originals):
             if fresh := [param for param in params if param not in self.names]:
                 names = self._names_of(group, fresh, None)
@@ -99,29 +99,29 @@ class ParameterRegistry:
         self.embeddings &= current
 
     def count_experts(self) -> None:
-        """Give the experts, once the engine has spread them over the ranks, names that count over all ranks."""
+        """Give the experts, once the engine has distributed them over the ranks, names that count over all ranks."""
         fresh = deepspeed.expert_names(self.names) if not self._counted else {}
         self.names |= fresh
         self._counted |= fresh.keys()
 
     def _names_of(self, group: int, params: Sequence[Tensor], given: Sequence[str] | None) -> dict[Tensor, str]:
-        """Names as given, as in the model, or by place; unique."""
+        """Name the parameters uniquely: as given, as in the model, or by index."""
         named = (item for model in reversed(self.models) for item in model.named_parameters())
         in_model: dict[Tensor, str] = {param: name for name, param in named}
-        taken = {
+        used = {
             name
             for param, name in self.names.items()
             if not in_model or param in in_model or name not in in_model.values()
         }
         fresh: dict[Tensor, str] = {}
-        for place, param in enumerate(params):
-            name = given[place] if given else in_model.get(param, f"group{group}.param{place}")
-            fresh[param] = name if name not in taken else f"group{group}.{name}"
-            taken.add(fresh[param])
+        for index, param in enumerate(params):
+            name = given[index] if given else in_model.get(param, f"group{group}.param{index}")
+            fresh[param] = name if name not in used else f"group{group}.{name}"
+            used.add(fresh[param])
         return fresh
 
     def _embeddings_of(self, fresh: Mapping[Tensor, str]) -> set[Tensor]:
-        """The embeddings that ``ignore_embedding_layer`` is about: by module type, and those that are given."""
+        """Find the embeddings that ``ignore_embedding_layer`` concerns: by module type, and those that are given."""
         given = self.given
         if not self.hp.ignore_embedding_layer:
             if given is not None:
@@ -132,17 +132,17 @@ class ParameterRegistry:
                 "ignore_embedding_layer=True needs to know the embeddings: pass model.parameters() itself, not a list, "
                 "or model=, or embeddings= (names, parameters, or a function of name and parameter)"
             )
-        found = {weight for model in self.models for weight in native.embedding_weights(model)}
+        embeddings = {weight for model in self.models for weight in native.embedding_weights(model)}
         if callable(given):
-            return found | {param for param, name in fresh.items() if given(name, param)}
+            return embeddings | {param for param, name in fresh.items() if given(name, param)}
         wanted = set(given or ())
-        return found | {param for param, name in fresh.items() if name in wanted or param in wanted}
+        return embeddings | {param for param, name in fresh.items() if name in wanted or param in wanted}
 
     def check_given(self) -> None:
-        """Raise ValueError if embeddings or splits has what is not among the parameters, once all groups are known."""
+        """Raise ValueError if embeddings or splits has anything but parameters; called once all groups are known."""
         names = set(self.names.values())
         for argument, given in (("embeddings", self.given), ("splits", self.splits)):
             for item in () if given is None or callable(given) else given:
                 if (item not in names) if isinstance(item, str) else (item not in self.names):
-                    what = repr(item) if isinstance(item, str) else f"a tensor of shape {tuple(item.shape)}"
-                    raise ValueError(f"{argument} contains {what}, which is not a parameter of this optimizer")
+                    shown = repr(item) if isinstance(item, str) else f"a tensor of shape {tuple(item.shape)}"
+                    raise ValueError(f"{argument} contains {shown}, which is not a parameter of this optimizer")

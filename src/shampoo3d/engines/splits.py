@@ -1,4 +1,4 @@
-"""Which parameters are several matrices in one, such as fused queries, keys and values, as the user tells it."""
+"""Parameters that are several matrices in one, such as fused queries, keys and values, as the user declares."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,50 +12,50 @@ Splits = (
     | Mapping[Tensor, Parts | Mapping[int, Parts]]
     | Callable[[str, Tensor], Parts | Mapping[int, Parts] | None]
 )
-"""By name, by parameter, or a function of both: the number of equal matrices along axis 0, or their lengths; or, by
-axis, either of these."""
+"""Splits by name, by parameter, or as a function of both: the number of equal matrices along axis 0, or their
+lengths; or, by axis, either of these."""
 
 
-def copied(given: Splits | None) -> Splits | None:
-    """As it is now.
+def copied(splits: Splits | None) -> Splits | None:
+    """Take a snapshot of the argument.
 
     Raises:
         TypeError: if it is neither a mapping nor a function.
     """
-    if given is None or callable(given):
-        return given
-    if not isinstance(given, Mapping) or not all(isinstance(key, (str, Tensor)) for key in given):
-        raise TypeError(f"splits must be a mapping from names or parameters, or a function of both, got {given!r}")
-    return dict(given)
+    if splits is None or callable(splits):
+        return splits
+    if not isinstance(splits, Mapping) or not all(isinstance(key, (str, Tensor)) for key in splits):
+        raise TypeError(f"splits must be a mapping from names or parameters, or a function of both, got {splits!r}")
+    return dict(splits)
 
 
-def splits_of(given: Splits | None, names: Mapping[Tensor, str]) -> dict[Tensor, Split]:
-    """The parameters among these that are several matrices, and how; whether that fits their shapes is not seen yet.
+def splits_of(splits: Splits | None, names: Mapping[Tensor, str]) -> dict[Tensor, Split]:
+    """Return the parameters among these that are several matrices, with their splits, not compared with shapes yet.
 
     Raises:
-        TypeError, ValueError: naming the parameter and what was given for it.
+        TypeError, ValueError: naming the parameter and its value.
     """
-    found = {}
+    split_of = {}
     for param, name in names.items():
-        if callable(given):
-            told = [given(name, param)]
+        if callable(splits):
+            declared = [splits(name, param)]
         else:
-            items = (given or {}).items()
-            told = [parts for key, parts in items if (key == name if isinstance(key, str) else key is param)]
-        if len(told) > 1:
+            items = (splits or {}).items()
+            declared = [parts for key, parts in items if (key == name if isinstance(key, str) else key is param)]
+        if len(declared) > 1:
             raise ValueError(f"splits has {name!r} twice, by its name and as a parameter")
-        if told and told[0] is not None:
-            found[param] = _checked(told[0], name)
-    return found
+        if declared and declared[0] is not None:
+            split_of[param] = _checked(declared[0], name)
+    return split_of
 
 
-def _checked(given: Parts | Mapping[int, Parts], name: str) -> Split:
-    by_axis = given if isinstance(given, Mapping) else {0: given}
-    found = {axis: tuple(parts) if isinstance(parts, Sequence) else parts for axis, parts in by_axis.items()}
-    lengths = [n for parts in found.values() for n in (parts if isinstance(parts, tuple) else (parts,))]
-    told = f"splits must give the number or the lengths of the matrices in {name!r}, or these by axis, got {given!r}"
-    if any(isinstance(n, bool) or not isinstance(n, int) for n in (*found, *lengths)):
-        raise TypeError(told)
-    if () in found.values() or min(found, default=0) < 0 or min(lengths, default=1) < 1:
-        raise ValueError(told)
-    return tuple(sorted(found.items()))
+def _checked(value: Parts | Mapping[int, Parts], name: str) -> Split:
+    by_axis = value if isinstance(value, Mapping) else {0: value}
+    checked = {axis: tuple(parts) if isinstance(parts, Sequence) else parts for axis, parts in by_axis.items()}
+    lengths = [n for parts in checked.values() for n in (parts if isinstance(parts, tuple) else (parts,))]
+    message = f"splits must give the number or the lengths of the matrices in {name!r}, or these by axis, got {value!r}"
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in (*checked, *lengths)):
+        raise TypeError(message)
+    if () in checked.values() or min(checked, default=0) < 0 or min(lengths, default=1) < 1:
+        raise ValueError(message)
+    return tuple(sorted(checked.items()))

@@ -11,7 +11,7 @@ from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import Span
 
 AUTOTP = "ds_autotp_universal_checkpoint_meta"
-"""DeepSpeed's AutoTP leaves the description of a layer's cut under this name."""
+"""Attribute in which DeepSpeed's AutoTP leaves the description of a parameter's cut."""
 
 Spans = tuple[tuple[Span, ...], ...]
 
@@ -19,15 +19,15 @@ Spans = tuple[tuple[Span, ...], ...]
 def shard_of(
     param: Tensor, local: Shape, model_rank: int, model_size: int, name: str
 ) -> tuple[Shape, Spans, int] | None:
-    """The logical shape, the ranges that this rank stores, and the divided axis; None for a whole matrix.
+    """Return the logical shape, the ranges that this rank stores, and the divided axis; None for a whole matrix.
 
-    The attributes stand on parameters at model size 1 too, where the part is the whole.
+    Parameters have the attributes at model size 1 too, where the shard is the whole.
 
     Args:
         local: the shape of this rank's shard.
 
     Raises:
-        ValueError: naming the parameter, if its attributes can't be explained.
+        ValueError: naming the parameter, if its attributes can't be interpreted.
     """
     meta: Mapping[str, Any] | None = getattr(param, AUTOTP, None)
     if meta is not None:
@@ -51,9 +51,7 @@ def shard_of(
 def _automatic(meta: Mapping[str, Any], local: Shape, rank: int, name: str) -> tuple[Shape, Spans, int]:
     conversion: Mapping[str, Any] = meta.get("conversion") or {}
     if conversion.get("unsupported_reason"):
-        raise ValueError(
-            f"parameter {name!r} is cut by AutoTP in a way without description: {conversion['unsupported_reason']}"
-        )
+        raise ValueError(f"AutoTP does not describe how it cuts parameter {name!r}: {conversion['unsupported_reason']}")
     shape = tuple(meta["original_shape"])
     axis, ranges = (
         _cut_by_map(conversion["affine_map"], rank, shape, name)
@@ -61,9 +59,9 @@ def _automatic(meta: Mapping[str, Any], local: Shape, rank: int, name: str) -> t
         else _cut_by_sizes(meta, rank)
     )
     spans = _along(shape, axis, ranges)
-    found = tuple(sum(b - a for a, b in axis_spans) for axis_spans in spans)
-    if found != local:
-        raise ValueError(f"AutoTP describes the shard of {name!r} as {found} of {shape}, but it has shape {local}")
+    described = tuple(sum(b - a for a, b in axis_spans) for axis_spans in spans)
+    if described != local:
+        raise ValueError(f"AutoTP describes the shard of {name!r} as {described} of {shape}, but it has shape {local}")
     return shape, spans, axis
 
 
@@ -74,7 +72,7 @@ def _cut_by_sizes(meta: Mapping[str, Any], rank: int) -> tuple[int, list[Span]]:
 
 
 def _cut_by_map(affine: Mapping[str, Any], rank: int, shape: Shape, name: str) -> tuple[int, list[Span]]:
-    """From strided pieces of the whole matrix: each a range of one axis, in the order of the shard's storage."""
+    """Find the axis and its ranges from strided pieces of the whole matrix, in the order of the shard's storage."""
     pieces = affine["ranks"][rank]["pieces"]
     total = math.prod(shape)
     axes: dict[int, list[Span]] = {}
