@@ -1,1 +1,1 @@
-"""What is kept of a run: as ``state_dict()``, and in folders that load into any other layout."""
+"""Saved state of a run: as ``state_dict()``, and in folders that load into any other layout."""

@@ -1,4 +1,4 @@
-"""Makes of what DeepSpeed's engine or ``torch.save`` wrote a folder that loads into any layout."""
+"""Conversion of what DeepSpeed's engine or ``torch.save`` wrote into a folder that loads into any layout."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +19,11 @@ from shampoo3d.planning.blocks import Block
 
 Parts = dict[Block, Tensor]
 Found = tuple[str, str, Shape, Block, Tensor]
-"""Of which matrix what, its shape, a rectangle of it, the values."""
+"""Names of a matrix and of a tensor of it, its shape, a rectangle of it, the values."""
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Manifest:
-    """Write a folder from a checkpoint of DeepSpeed, of ZeRO stage 0 to 3, or a saved ``state_dict()``, in one process.
+    """Write a folder from a DeepSpeed checkpoint of ZeRO stage 0 to 3, or a saved ``state_dict()``, in one process.
 
     At stage 0, and in a ``state_dict()``, there are no weights: the folder loads with ``weights=False``.
 
@@ -32,14 +32,14 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> M
     """
     ranks = _read(Path(source))
     described = _described(ranks)
-    kept = _collected(ranks, described.parameters)
-    _check_complete(kept, described, Path(source))
-    write(ParallelGroups.alone(), target, kept, described)
+    tensors = _collected(ranks, described.parameters)
+    _check_complete(tensors, described, Path(source))
+    write(ParallelGroups.alone(), target, tensors, described)
     return described
 
 
 def describe(source: str | os.PathLike[str]) -> Manifest:
-    """What a checkpoint of DeepSpeed would be called as a folder.
+    """Return the manifest that this checkpoint would have after conversion.
 
     Raises:
         CheckpointError: as :func:`convert`.
@@ -55,7 +55,7 @@ def _read(source: Path) -> list[RankState]:
 
 
 def _saved(path: Path) -> RankState:
-    """A file that has a ``state_dict()``, alone or as "optimizer" among others."""
+    """Read a file that has a ``state_dict()``, alone or as "optimizer" among others."""
     saved = load_tensors_only(path, f"{path}")
     state = saved.get("optimizer", saved) if isinstance(saved, dict) else None
     if not isinstance(state, dict) or "shampoo" not in state:
@@ -67,10 +67,10 @@ def _described(ranks: Sequence[RankState]) -> Manifest:
     parameters: dict[str, Parameter] = {}
     for rank in ranks:
         try:
-            told = {name: Parameter.from_json(of) for name, of in rank.state["shampoo"]["parameters"].items()}
+            described = {name: Parameter.from_json(of) for name, of in rank.state["shampoo"]["parameters"].items()}
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{rank.path} is damaged: its parameters are not described: {error}") from None
-        for name, of in told.items():
+        for name, of in described.items():
             if parameters.setdefault(name, of) != of:
                 raise CheckpointError(f"{rank.path} has {name!r} as {of}, and another file as {parameters[name]}")
     first = ranks[0].state
@@ -83,12 +83,12 @@ def _collected(ranks: Sequence[RankState], parameters: Mapping[str, Parameter]) 
     sizes: dict[tuple[str, str], Shape] = {}
     parts: dict[tuple[str, str], Parts] = {}
     for rank in ranks:
-        for name, what, size, block, values in _found(rank, parameters):
-            sizes[name, what] = size
-            known = parts.setdefault((name, what), {}).setdefault(block, values)
+        for name, kind, size, block, values in _found(rank, parameters):
+            sizes[name, kind] = size
+            known = parts.setdefault((name, kind), {}).setdefault(block, values)
             if known is not values and not torch.equal(known, values):
                 raise CheckpointError(
-                    f"{rank.path} has another {what} of {name!r} than a file before it: ranks call different matrices "
+                    f"{rank.path} has another {kind} of {name!r} than a file before it: ranks call different matrices "
                     "(experts?) by one name; use save_checkpoint instead"
                 )
     return [Held(*key, sizes[key], tuple(merge_chunks(of.items()))) for key, of in parts.items()]
@@ -102,7 +102,7 @@ def _found(rank: RankState, parameters: Mapping[str, Parameter]) -> list[Found]:
 
 
 def _whole(rank: RankState, parameters: Mapping[str, Parameter]) -> Iterator[Found]:
-    """Of a file that has the complete state of its parameters, by number."""
+    """Yield from a file that has the complete state of its parameters, by number."""
     names = rank.state["shampoo"]["names"]
     for number, state in rank.state["state"].items():
         for key, tensors in state.items():
@@ -112,34 +112,34 @@ def _whole(rank: RankState, parameters: Mapping[str, Parameter]) -> Iterator[Fou
 
 
 def _sliced(rank: RankState, parameters: Mapping[str, Parameter]) -> Iterator[Found]:
-    """Of a file that has slices, and factors of some blocks."""
+    """Yield from a file that has slices, and factors of some blocks."""
     described = rank.state["shampoo"]
     for name, where in described["slices"].items():
         number, size = where["tensor"], parameters[name].merged
         state = rank.state["state"][number]
-        flats = {what: state[flat] for what, flat in FLAT_NAMES.items() if what in where["momenta"]}
+        flats = {kind: state[flat] for kind, flat in FLAT_NAMES.items() if kind in where["momenta"]}
         for start, shape, offset, strides in where["pieces"]:
             box = Block(tuple(start), tuple(shape))
-            for what, flat in (flats | {WEIGHT: rank.masters[number]}).items():
-                yield name, what, size, box, flat.as_strided(box.shape, tuple(strides), flat.storage_offset() + offset)
+            for kind, flat in (flats | {WEIGHT: rank.masters[number]}).items():
+                yield name, kind, size, box, flat.as_strided(box.shape, tuple(strides), flat.storage_offset() + offset)
     for name, blocks in described["factors"].items():
         for key, tensors in blocks.items():
             yield from _of_block(name, parameters[name], Block.of_key(key), tensors)
 
 
 def _of_block(name: str, of: Parameter, block: Block, tensors: Mapping[str, Tensor]) -> Iterator[Found]:
-    for what, values in tensors.items():
-        if what[0] in "LPQ":
-            yield name, *stacked(block, what, values, *among_equals_of(of.cuts)[block])
+    for kind, values in tensors.items():
+        if kind[0] in "LPQ":
+            yield name, *stacked(block, kind, values, *among_equals_of(of.cuts)[block])
         else:
-            yield name, what, of.merged, block, values
+            yield name, kind, of.merged, block, values
 
 
-def _check_complete(kept: Sequence[Held], described: Manifest, source: Path) -> None:
-    for of in kept:
-        there = sum(chunk.block.elements for chunk in of.chunks)
+def _check_complete(tensors: Sequence[Held], described: Manifest, source: Path) -> None:
+    for of in tensors:
+        stored = sum(chunk.block.elements for chunk in of.chunks)
         total = torch.Size(of.size).numel()
-        if there != total:
-            raise CheckpointError(f"{source} has {there} of {total} elements of {of.key}: files of ranks are missing")
-    if missing := described.parameters.keys() - {of.name for of in kept}:
+        if stored != total:
+            raise CheckpointError(f"{source} has {stored} of {total} elements of {of.key}: files of ranks are missing")
+    if missing := described.parameters.keys() - {of.name for of in tensors}:
         raise CheckpointError(f"{source} has no state of {sorted(missing)[:5]}")

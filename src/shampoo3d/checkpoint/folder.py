@@ -1,6 +1,6 @@
 """Folders that hold the weights and the whole state, and load into any other layout.
 
-Each rank writes what it keeps. A folder has its name only when all is written, so there are no halves of one.
+Each rank writes what it keeps. A folder gets its final name only when it is complete.
 """
 
 import json
@@ -34,16 +34,16 @@ from shampoo3d.runtime.team import Team
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 ANY_ERROR = (Exception, CheckpointException)
-"""PyTorch's own, which has the errors of all ranks, is no Exception."""
+"""Errors of reading and writing: PyTorch's own, which has the errors of all ranks, is no ``Exception``."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What an optimizer has to save on this rank, or what it can take.
+    """State of an optimizer on this rank, to be saved or to be loaded into.
 
     Attributes:
         groups: the settings of all parameter groups.
-        steps: of each tensor in them.
+        steps: the steps that each tensor in them has taken.
         idle: the parameters that take no part in steps.
         models: the model's own parameters by name, where an engine keeps master copies of them.
     """
@@ -58,37 +58,40 @@ class Source:
     skipped_steps: int
 
     def parameters(self, called: Mapping[Binding, str]) -> dict[str, Parameter]:
-        """The matrices of all ranks. Collective."""
-        told = {
+        """Describe the matrices of all ranks. Collective."""
+        mine = {
             called[binding]: Parameter.of(binding.matrix, self.steps[binding.group_tensor.tensor])
             for team in self.teams
             if team.rank == team.plan.ranks[0]
             for binding in team.bindings
         }
-        return {name: found for of in all_gather_object(self.parallel.world, told) for name, found in of.items()}
+        gathered = all_gather_object(self.parallel.world, mine)
+        return {name: parameter for parameters in gathered for name, parameter in parameters.items()}
 
     def everyones_idle(self) -> tuple[str, ...]:
-        """The parameters on any rank that take no part in steps. Collective."""
+        """List the parameters on any rank that take no part in steps. Collective."""
         return tuple(
             sorted({name for names in all_gather_object(self.parallel.world, tuple(self.idle)) for name in names})
         )
 
     def weights(self) -> Weights:
-        """The weights that are here."""
-        return Weights({place: place.flat for team in self.teams for place in team.group_tensors}, self.models)
+        """Collect the weights on this rank."""
+        return Weights(
+            {group_tensor: group_tensor.flat for team in self.teams for group_tensor in team.group_tensors}, self.models
+        )
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What :meth:`shampoo3d.Shampoo.load_checkpoint` has done.
+    """Report of what :meth:`shampoo3d.Shampoo.load_checkpoint` has done.
 
     Attributes:
         step: that of the parameter that has taken most.
-        changed: the settings that are other ones now, with what they were and what they are.
+        changed: the settings that differ, with their old and new values.
         begun: the parameters that begin anew, since the checkpoint has no state of them.
-        left: the parameters whose state in the checkpoint nobody takes.
+        left: the parameters whose state in the checkpoint was not loaded.
         reblocked: the parameters that are cut into other blocks now, and whether their statistics are "exact" or
-            "approximate"; all else of them is carried over as it was.
+            "approximate"; the rest of their state is carried over unchanged.
     """
 
     step: int
@@ -111,40 +114,40 @@ def save(source: Source, path: str | os.PathLike[str]) -> None:
     write(source.parallel, path, held(source.teams, names.written, source.weights(), everything=False), described)
 
 
-def write(parallel: ParallelGroups, path: str | os.PathLike[str], kept: Sequence[Held], described: Manifest) -> None:
+def write(parallel: ParallelGroups, path: str | os.PathLike[str], state: Sequence[Held], described: Manifest) -> None:
     """Write what each rank has into one folder, with this manifest but for its files. Collective; raises as `save`."""
     folder, first = Path(path), parallel.rank == parallel.world.ranks[0]
     _refuse(parallel, _prepare(folder, described) if first else "")
-    tensors: dict[str, Any] = {of.key: of.scattered() for of in kept}
+    tensors: dict[str, Any] = {tensor.key: tensor.scattered() for tensor in state}
     error, sums = "", {}
     try:
         with _quiet():
             writer = FileSystemWriter(partial(folder))
             state_dict_saver.save(tensors, storage_writer=writer, no_dist=parallel.world.size == 1)
         sums = _checksums(parallel, partial(folder))
-    except ANY_ERROR as raised:  # of the disk, on any rank
+    except ANY_ERROR as raised:  # a disk error on any rank
         error = f"{folder} could not be written: {_words(raised)}"
     _refuse(parallel, error)
-    files = {name: found for of in all_gather_object(parallel.world, sums) for name, found in of.items()}
+    files = {name: file for part in all_gather_object(parallel.world, sums) for name, file in part.items()}
     _refuse(parallel, _finish(folder, replace(described, files=files)) if first else "")
 
 
 def _refuse(parallel: ParallelGroups, error: str) -> None:
-    """Raise on all ranks what one of them has to complain of."""
-    if told := first_error(parallel, error):
-        raise CheckpointError(told)
+    """Raise, on all ranks, the error of the first rank that has one."""
+    if first := first_error(parallel, error):
+        raise CheckpointError(first)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """One process is not a mistake that a user has to be warned of."""
+    """Suppress PyTorch's warning that a single process is not distributed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
 
 
 def _words(error: BaseException) -> str:
-    """What happened, of the errors of all ranks the first."""
+    """Describe an error; of the errors of all ranks, the first."""
     causes = getattr(error, "failures", None)
     if not causes:
         return f"{type(error).__name__}: {error}"
@@ -154,7 +157,7 @@ def _words(error: BaseException) -> str:
 
 
 def _prepare(folder: Path, described: Manifest) -> str:
-    """Make room; what forbids it, or empty."""
+    """Make the partial folder; return an error, or empty."""
     for number, group in enumerate(described.groups):
         for name, value in group.items():
             try:
@@ -173,23 +176,23 @@ def _prepare(folder: Path, described: Manifest) -> str:
 
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What is saved of a parameter group."""
+    """Return the settings of a parameter group that are saved."""
     return {name: value for name, value in group.items() if name not in ("params", "param_names")}
 
 
 def _share(parallel: ParallelGroups) -> tuple[int, int]:
-    """The place of this rank, and how many there are."""
+    """Return the index of this rank and the number of ranks."""
     return parallel.world.ranks.index(parallel.rank), parallel.world.size
 
 
 def _checksums(parallel: ParallelGroups, folder: Path) -> dict[str, tuple[int, int]]:
-    """Sizes and CRC-32 of this rank's share of all files."""
-    place, size = _share(parallel)
-    return {path.name: (path.stat().st_size, checksum(path)) for path in sorted(folder.iterdir())[place::size]}
+    """Compute sizes and CRC-32 of this rank's share of all files."""
+    index, size = _share(parallel)
+    return {path.name: (path.stat().st_size, checksum(path)) for path in sorted(folder.iterdir())[index::size]}
 
 
 def _finish(folder: Path, written: Manifest) -> str:
-    """Give the folder its name, once it is whole and on the disk; what hindered it, or empty."""
+    """Give the folder its final name, once it is complete and on the disk; return an error, or empty."""
     try:
         written.write(partial(folder))
         _sync(partial(folder) / of_folder.MANIFEST)
@@ -213,12 +216,12 @@ def _sync(path: Path) -> None:
 
 
 class Loading:
-    """A folder on its way into an optimizer: first all is read and checked, then all is taken."""
+    """Loading of a folder into an optimizer: first all is read and checked, then all is taken over."""
 
     def __init__(
         self, source: Source, path: str | os.PathLike[str], *, weights: bool, strict: bool, reblock: bool
     ) -> None:
-        """Read what the folder says of itself, and compare. Collective.
+        """Read the manifest and compare it with the optimizer. Collective.
 
         Raises:
             CheckpointError: on all ranks, naming what is damaged or does not fit; nothing was changed.
@@ -235,19 +238,19 @@ class Loading:
         self.called = for_loading(source.parallel, source.teams, self.manifest.parameters)
         self.parameters, idle = source.parameters(self.called), source.everyones_idle()
         try:
-            place, size = _share(source.parallel)
-            error = self.manifest.damage(self.folder, share=place, of=size)
+            index, size = _share(source.parallel)
+            error = self.manifest.damage(self.folder, share=index, of=size)
             error = error or self._misfit({*idle} if strict else None, reblock) or self._unequal_steps()
             if not error and (strict or len(self.groups) == len(self.manifest.groups)):
                 self.groups = self._settings()
-        except OSError as raised:  # of the disk, on any rank
+        except OSError as raised:  # a disk error on any rank
             error = f"{self.folder} could not be read: {_words(raised)}"
         except (TypeError, ValueError) as raised:
             error = str(raised)
         _refuse(source.parallel, error)
 
     def _settings(self) -> list[dict[str, Any]]:
-        """The groups here with the settings of the folder."""
+        """Return the optimizer's groups with the settings of the folder."""
         saved, now = self.manifest.groups, self.groups
         if len(saved) != len(now):
             raise CheckpointError(f"{self.folder} has {len(saved)} parameter groups, the optimizer has {len(now)}")
@@ -256,39 +259,39 @@ class Loading:
 
     @cached_property
     def recut(self) -> list[str]:
-        """The parameters that are cut into other blocks than they were."""
+        """Parameters that were cut into other blocks when they were saved."""
         return of_folder.recut(self.manifest.parameters, self.parameters)
 
     @property
     def begun(self) -> tuple[str, ...]:
-        """The parameters of which the folder has no state."""
+        """Parameters of which the folder has no state."""
         return tuple(sorted(self.parameters.keys() - self.manifest.parameters.keys()))
 
     @property
     def left(self) -> tuple[str, ...]:
-        """The parameters whose state nobody takes."""
+        """Parameters in the folder that the optimizer does not have."""
         return tuple(sorted(self.manifest.parameters.keys() - self.parameters.keys()))
 
     def _misfit(self, idle: set[str] | None, reblock: bool) -> str:
-        """What of the folder the optimizer cannot take, or empty; ``idle`` is None if names may be missing."""
+        """Return an error if the folder does not fit the optimizer; ``idle`` is None if names may be missing."""
         saved, now = self.manifest.hyperparams, of_folder.flatten_settings(self.source.hp)
-        words = [f"saved with other hyperparams: {what}" for what in of_folder.contradictions(saved, now)]
-        words += of_folder.misfits(self.manifest.parameters, self.parameters)
+        errors = [f"saved with other hyperparams: {difference}" for difference in of_folder.contradictions(saved, now)]
+        errors += of_folder.misfits(self.manifest.parameters, self.parameters)
         stepped = [name for name in self.begun if self.parameters[name].step]
-        words += [f"{stepped[:5]} begin in it, and have taken steps here: load into a new optimizer"] * bool(stepped)
+        errors += [f"{stepped[:5]} begin in it, and have taken steps here: load into a new optimizer"] * bool(stepped)
         if idle is not None:
             begun = [name for name in self.begun if name not in self.manifest.idle]
             left = [name for name in self.left if name not in idle]
             frozen = [name for name in self.left if name in idle]
-            words += [f"it has nothing for {len(begun)} parameters: {begun[:5]}"] * bool(begun)
-            words += [f"{len(left)} of its parameters are not in the model: {left[:5]}"] * bool(left)
-            words += [f"{len(frozen)} of its parameters are frozen or empty here: {frozen[:5]}"] * bool(frozen)
+            errors += [f"it has nothing for {len(begun)} parameters: {begun[:5]}"] * bool(begun)
+            errors += [f"{len(left)} of its parameters are not in the model: {left[:5]}"] * bool(left)
+            errors += [f"{len(frozen)} of its parameters are frozen or empty here: {frozen[:5]}"] * bool(frozen)
         if self.recut and (why := self._not_reblocked(reblock)):
-            words.append(f"{len(self.recut)} matrices were cut into other blocks, such as {self.recut[:3]}: {why}")
-        return f"{self.folder} does not fit: {'; '.join(words[:5])}" if words else ""
+            errors.append(f"{len(self.recut)} matrices were cut into other blocks, such as {self.recut[:3]}: {why}")
+        return f"{self.folder} does not fit: {'; '.join(errors[:5])}" if errors else ""
 
     def _not_reblocked(self, reblock: bool) -> str:
-        """Why state is not carried over into other blocks, or empty."""
+        """Return why state cannot be carried over into other blocks, or empty."""
         if not reblock:
             return "reblock=True carries momenta over, and statistics as far as they are known"
         if self.source.hp.variant.direction == "adam":
@@ -298,7 +301,7 @@ class Loading:
         return ""
 
     def _unequal_steps(self) -> str:
-        """Which parameters of one flat slice have taken different numbers of steps, if there are any."""
+        """Return an error if parameters of one flat slice have taken different numbers of steps, or empty."""
         for names in self._names().values():
             steps = {self.manifest.parameters[name].step: name for name in names}
             if len(steps.keys() - {0}) > 1:
@@ -306,31 +309,34 @@ class Loading:
         return ""
 
     def _names(self) -> dict[GroupTensor, list[str]]:
-        """Whose state the folder has, by place."""
-        found: dict[GroupTensor, list[str]] = {}
+        """Return the parameters that the folder has state of, by group tensor."""
+        names: dict[GroupTensor, list[str]] = {}
         for binding in (binding for team in self.source.teams for binding in team.bindings):
             if self.called[binding] in self.manifest.parameters:
-                found.setdefault(binding.group_tensor, []).append(self.called[binding])
-        return found
+                names.setdefault(binding.group_tensor, []).append(self.called[binding])
+        return names
 
     def steps(self) -> dict[Tensor, int]:
-        """How many steps each tensor of the groups has taken; of a slice, those of its parameters that have begun."""
+        """Return the steps of each tensor of the groups; of a slice, those of its parameters that have begun."""
         saved = self.manifest.parameters
-        return {place.tensor: max(saved[name].step for name in names) for place, names in self._names().items()}
+        return {
+            group_tensor.tensor: max(saved[name].step for name in names)
+            for group_tensor, names in self._names().items()
+        }
 
     def finish(self) -> None:
-        """Read the tensors, and take them over. Collective.
+        """Read the tensors and take them over. Collective.
 
         Raises:
             CheckpointError: on all ranks, if a tensor is missing, does not fit or cannot be read.
         """
         begun, recut = {*self.begun}, {*self.recut}
         called = {binding: name for binding, name in self.called.items() if name not in begun}
-        kept = held(self.source.teams, called, self.weights, everything=True)
+        tensors = held(self.source.teams, called, self.weights, everything=True)
         self._reblocking = Reblocking(self.source.teams, self.called, self.manifest.parameters, recut)
-        kept = [of for of in kept if not (of.name in recut and of.is_factor)] + self._reblocking.held()
-        staged, error = [of.staged() for of in kept], ""
-        wanted = {of.key: scattered for of, (scattered, _) in zip(kept, staged, strict=True)}
+        tensors = [t for t in tensors if not (t.name in recut and t.is_factor)] + self._reblocking.held()
+        staged, error = [tensor.staged() for tensor in tensors], ""
+        wanted = {tensor.key: scattered for tensor, (scattered, _) in zip(tensors, staged, strict=True)}
         try:
             error = _undescribed(self.folder, wanted)
         except CheckpointError as raised:
@@ -338,14 +344,14 @@ class Loading:
         _refuse(self.source.parallel, error)
         try:
             self._read(wanted)
-        except ANY_ERROR as raised:  # of the disk or of what is on it, on any rank
+        except ANY_ERROR as raised:  # an error of the disk or of its content, on any rank
             error = f"{self.folder} could not be read: {_words(raised)}"
         _refuse(self.source.parallel, error)
-        for of, (_, room) in zip(kept, staged, strict=True):
-            of.take(room)
+        for tensor, (_, buffers) in zip(tensors, staged, strict=True):
+            tensor.take(buffers)
         self._reblocking.finish(self.source.hp)
-        for place, flat in self.weights.flats.items() if self.weights else ():
-            place.store(flat)
+        for group_tensor, flat in self.weights.flats.items() if self.weights else ():
+            group_tensor.store(flat)
 
     def _read(self, into: Mapping[str, Tensor]) -> None:
         with _quiet():
@@ -354,25 +360,27 @@ class Loading:
             )
 
     def loaded(self) -> Loaded:
-        """What was done. Collective."""
+        """Report what was done. Collective."""
         changed = of_folder.changed(self.manifest.hyperparams, of_folder.flatten_settings(self.source.hp))
         exact = all_gather_object(self.source.parallel.world, self._reblocking.exact) if self.recut else []
-        reblocked = {name: "exact" if all(of.get(name, True) for of in exact) else "approximate" for name in self.recut}
+        reblocked = {
+            name: "exact" if all(on_rank.get(name, True) for on_rank in exact) else "approximate" for name in self.recut
+        }
         return Loaded(self.manifest.step, changed, self.begun, self.left, reblocked)
 
 
 def _undescribed(folder: Path, wanted: Mapping[str, Scattered]) -> str:
-    """What of the tensors that are wanted the folder does not have as they are needed, or empty."""
-    found = described(read_metadata(folder))
+    """Return an error if a wanted tensor is missing or has the wrong shape or dtype, or empty."""
+    saved = described(read_metadata(folder))
     for key, tensor in wanted.items():
-        if key not in found:
+        if key not in saved:
             hint = (
                 ": it was converted without weights, load it with weights=False" if key.endswith(f"/{WEIGHT}") else ""
             )
             return f"{folder} does not fit: it has no {key}{hint}"
-        if found[key].size != tensor.shape:
-            return f"{folder} does not fit: {key} is {tuple(found[key].size)}, and {tuple(tensor.shape)} is needed"
-        dtype = found[key].properties.dtype
+        if saved[key].size != tensor.shape:
+            return f"{folder} does not fit: {key} is {tuple(saved[key].size)}, and {tuple(tensor.shape)} is needed"
+        dtype = saved[key].properties.dtype
         if not dtype.is_floating_point or (torch.float64 in (dtype, tensor.dtype) and dtype != tensor.dtype):
             return f"{folder} does not fit: {key} is {dtype}, and {tensor.dtype} is needed"
     return ""

@@ -1,4 +1,4 @@
-"""What a folder says of itself: format, settings, parameters, files. Plain data and JSON."""
+"""Manifest of a folder: format, settings, parameters, files. Plain data and JSON."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.validation import check_path
 
 FORMAT = 1
-"""Of the folders that are written; those of this and all earlier numbers are read."""
+"""Format of the folders that are written; this and all earlier formats are read."""
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 24
@@ -32,10 +32,10 @@ class Parameter:
     """A parameter in a checkpoint.
 
     Attributes:
-        shape: of the logical matrix; ``merged``: with the axes joined that became one.
+        shape: of the logical matrix; ``merged``: of the merged matrix.
         dtype: of its state.
         axes, diagonal: the merged axes that have a factor, and those of them whose factor is diagonal.
-        cuts: the boundaries of the blocks; none without factors.
+        cuts: the boundaries of the blocks; empty without factors.
         step: how many steps it has taken.
     """
 
@@ -61,13 +61,13 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder says of itself.
+    """Manifest of a folder.
 
     Attributes:
         parameters: those that take part in steps, by name; ``idle``: the names of the others.
         hyperparams: all settings, flat, by name.
         groups: the settings of each parameter group.
-        files: the others in the folder, each with its size and its CRC-32.
+        files: the other files in the folder, each with its size and its CRC-32.
     """
 
     parameters: Mapping[str, Parameter]
@@ -81,7 +81,7 @@ class Manifest:
 
     @property
     def step(self) -> int:
-        """That of the parameter that has taken most."""
+        """Steps of the parameter that has taken most."""
         return max((parameter.step for parameter in self.parameters.values()), default=0)
 
     def write(self, folder: Path) -> None:
@@ -89,7 +89,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Of a folder.
+        """Read the manifest of a folder.
 
         Raises:
             CheckpointError: naming the folder and what is wrong with it.
@@ -123,7 +123,7 @@ class Manifest:
             raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from None
 
     def damage(self, folder: Path, *, share: int = 0, of: int = 1) -> str:
-        """What is wrong with the files, or empty. All sizes are compared, and the content of every ``of``-th file."""
+        """Return an error of the files, or empty. All sizes are compared, and the content of every ``of``-th file."""
         for number, (name, (size, crc)) in enumerate(sorted(self.files.items())):
             if Path(name).name != name:
                 return f"{folder / MANIFEST} is damaged: {name!r} is not the name of a file"
@@ -138,7 +138,7 @@ class Manifest:
 
 
 def checksum(path: Path) -> int:
-    """The CRC-32 of a file."""
+    """Compute the CRC-32 of a file."""
     crc = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -147,19 +147,19 @@ def checksum(path: Path) -> int:
 
 
 def partial(folder: Path) -> Path:
-    """Where a folder is written before it has its name."""
+    """Return where a folder is written before it gets its final name."""
     return folder.with_name(folder.name + ".partial")
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Whether :meth:`Manifest.read` is what tells of a folder, if only that it is not there."""
+    """Return True if :meth:`Manifest.read` is to be called for this folder, even if only to say that it is missing."""
     return (folder / MANIFEST).exists() or partial(folder).exists() or not folder.is_dir()
 
 
 def latest_checkpoint(path: str | os.PathLike[str]) -> Path | None:
-    """The folder in ``path`` that :meth:`shampoo3d.Shampoo.save_checkpoint` has finished at the highest step.
+    """Return the folder in ``path`` that :meth:`shampoo3d.Shampoo.save_checkpoint` has finished at the highest step.
 
-    What a crash has left unfinished does not count. None if there is no such folder.
+    Folders that a crash has left unfinished do not count. None if there is no finished one.
 
     Raises:
         CheckpointError: naming a finished folder whose manifest is damaged.
@@ -189,7 +189,7 @@ def _version() -> str:
 
 
 def flatten_settings(hp: ShampooHyperParams) -> dict[str, Any]:
-    """All settings by name, those of ``variant`` and ``computation`` with these words before theirs."""
+    """Return all settings by name, those of ``variant`` and ``computation`` with these words as prefix."""
     return dict(_flat("", asdict(hp)))
 
 
@@ -210,23 +210,23 @@ MEANING = (
     "variant.bias_correction",
     "variant.vectors",
 )
-"""Settings that say what the state is: under others the same numbers mean something else."""
+"""Settings that define what the state is: with other values the same numbers mean something else."""
 
 
 def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ, with both values; those that one side does not know are left out."""
+    """Return the settings that differ, with both values; those that one side does not know are left out."""
     return {name: (saved[name], now[name]) for name in saved if name in now and saved[name] != now[name]}
 
 
 def contradictions(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What of the differences leaves the state without meaning, in words."""
+    """List the differences that leave the state without meaning, in words."""
     differing = changed(saved, now)
-    found = [name for name in MEANING if name in differing]
+    names = [name for name in MEANING if name in differing]
     for name, special in (("beta2", 1.0), ("variant.beta1", 0.0), ("start_preconditioning_step", 1)):
         before, after = differing.get(name, (special, special))
         if (before == special) != (after == special):  # sums or averages; an average or none; momenta of D or none
-            found.append(name)
-    return [f"{name} was {differing[name][0]!r} and is {differing[name][1]!r}" for name in found]
+            names.append(name)
+    return [f"{name} was {differing[name][0]!r} and is {differing[name][1]!r}" for name in names]
 
 
 _WORDS = {
@@ -238,11 +238,11 @@ _WORDS = {
 
 
 def misfits(saved: Mapping[str, Parameter], now: Mapping[str, Parameter]) -> Iterator[str]:
-    """Which parameters cannot take the state of the same name, in words."""
+    """Yield why parameters cannot take the state of the same name, in words."""
     for name in saved.keys() & now.keys():
         old, new = saved[name], now[name]
-        for what, words in _WORDS.items():
-            a, b = getattr(old, what), getattr(new, what)
+        for attribute, words in _WORDS.items():
+            a, b = getattr(old, attribute), getattr(new, attribute)
             if a != b:
                 yield f"{name!r} has {words} {_times(b)}, and had {_times(a)}"
                 break
@@ -252,7 +252,7 @@ def misfits(saved: Mapping[str, Parameter], now: Mapping[str, Parameter]) -> Ite
 
 
 def recut(saved: Mapping[str, Parameter], now: Mapping[str, Parameter]) -> list[str]:
-    """The parameters that are cut into other blocks."""
+    """List the parameters that are cut into other blocks."""
     return sorted(name for name in saved.keys() & now.keys() if saved[name].cuts != now[name].cuts)
 
 

@@ -1,7 +1,7 @@
-"""What matrices are called in a folder: as the model calls them, but where ranks mean different ones by one name.
+"""Names of matrices in a folder: those of the model, except where ranks mean different matrices by one name.
 
 Replicas that do not know of each other (FSDP beside tensor parallelism) and experts both have the same names in several
-teams. The first have the same values, and one of them is saved for all; the others are told apart by a number.
+teams. The former have the same values, and one of them is saved for all; the latter are distinguished by a number.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -22,14 +22,14 @@ Sums = tuple[float, float]
 
 @dataclass(frozen=True)
 class Names:
-    """The names of the matrices on this rank, and of those of them that their team writes."""
+    """Names of the matrices on this rank, and of those of them that their team writes."""
 
     called: Mapping[Binding, str]
     written: Mapping[Binding, str]
 
 
 def for_saving(parallel: ParallelGroups, teams: Sequence[Team]) -> Names:
-    """Names of matrices as they are saved. Collective."""
+    """Name matrices as they are saved. Collective."""
     shared = _shared(parallel, teams)
     different = _different(parallel, teams, shared)
     numbered = _numbered(teams, {name: ranks for name, ranks in shared.items() if name in different})
@@ -43,32 +43,32 @@ def for_saving(parallel: ParallelGroups, teams: Sequence[Team]) -> Names:
 
 
 def for_loading(parallel: ParallelGroups, teams: Sequence[Team], saved: Collection[str]) -> dict[Binding, str]:
-    """Names of matrices as they were saved. Collective."""
+    """Name matrices as they were saved. Collective."""
     shared = _shared(parallel, teams)
     return _numbered(teams, {name: ranks for name, ranks in shared.items() if name not in saved})
 
 
 def _shared(parallel: ParallelGroups, teams: Sequence[Team]) -> dict[str, list[Ranks]]:
-    """The teams of each name that several have, in order. Collective."""
-    found: dict[str, set[Ranks]] = {}
+    """Return the teams, in order, of each name that several teams have. Collective."""
+    teams_of: dict[str, set[Ranks]] = {}
     mine = {(binding.matrix.name, team.plan.ranks) for team in teams for binding in team.bindings}
-    for name, ranks in (item for told in all_gather_object(parallel.world, mine) for item in told):
-        found.setdefault(name, set()).add(ranks)
-    return {name: sorted(ranks) for name, ranks in found.items() if len(ranks) > 1}
+    for name, ranks in (item for items in all_gather_object(parallel.world, mine) for item in items):
+        teams_of.setdefault(name, set()).add(ranks)
+    return {name: sorted(ranks) for name, ranks in teams_of.items() if len(ranks) > 1}
 
 
 def _numbered(teams: Sequence[Team], shared: Mapping[str, list[Ranks]]) -> dict[Binding, str]:
-    """With the place of their team where a name is not enough."""
-    found = {}
+    """Name matrices, with the index of their team where the name is not enough."""
+    names = {}
     for team in teams:
         for binding in team.bindings:
             name = binding.matrix.name
-            found[binding] = f"{name}@{shared[name].index(team.plan.ranks)}" if name in shared else name
-    return found
+            names[binding] = f"{name}@{shared[name].index(team.plan.ranks)}" if name in shared else name
+    return names
 
 
 def _different(parallel: ParallelGroups, teams: Sequence[Team], shared: Mapping[str, list[Ranks]]) -> set[str]:
-    """The names by which teams mean matrices of other values. Collective if there are shared names."""
+    """Return the names by which teams mean matrices of different values. Collective if there are shared names."""
     if not shared:
         return set()
     mine: dict[tuple[str, Ranks], dict[Shard, Sums]] = {}
@@ -79,10 +79,10 @@ def _different(parallel: ParallelGroups, teams: Sequence[Team], shared: Mapping[
                 part = next(h.shard for h in binding.matrix.holders if h.rank == team.rank)
                 mine[binding.matrix.name, team.plan.ranks] = {part: checksum(here)}
     everywhere: dict[tuple[str, Ranks], dict[Shard, Sums]] = {}
-    for told in all_gather_object(parallel.world, mine):
-        for key, sums in told.items():
+    for on_rank in all_gather_object(parallel.world, mine):
+        for key, sums in on_rank.items():
             everywhere.setdefault(key, {}).update(sums)
-    totals = {key: torch.tensor(list(parts.values()), dtype=torch.float64).sum(0) for key, parts in everywhere.items()}
+    totals = {key: torch.tensor(list(sums.values()), dtype=torch.float64).sum(0) for key, sums in everywhere.items()}
     return {
         name
         for name, ranks in shared.items()

@@ -1,4 +1,4 @@
-"""Reads what ``torch.distributed.checkpoint`` wrote, without running anything that may stand in it."""
+"""Reader of what ``torch.distributed.checkpoint`` wrote, without running any code that may be in it."""
 
 import pickle
 from io import BytesIO
@@ -36,18 +36,18 @@ _ALLOWED = {
     ("pathlib._local", "WindowsPath"),
     ("collections", "OrderedDict"),
 }
-"""All that descriptions of tensors are made of."""
+"""All names that descriptions of tensors are unpickled with."""
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise CheckpointError(f"refuses {module}.{name}, which no description of tensors is made of")
+            raise CheckpointError(f"refuses {module}.{name}, which is not part of a description of tensors")
         return super().find_class(module, name)
 
 
 class Reader(FileSystemReader):
-    """A reader that unpickles descriptions of tensors only; the tensors themselves PyTorch reads as such."""
+    """A reader that unpickles only descriptions of tensors; PyTorch reads the tensors themselves as such."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         metadata = read_metadata(Path(self.path))
@@ -55,17 +55,17 @@ class Reader(FileSystemReader):
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read each stored tensor once, whatever number of pieces of it is wanted."""
+        """Read each stored tensor once, however many pieces of it are wanted."""
         wanted: dict[Any, list[ReadItem]] = {}
         for item in plan.items:
             wanted.setdefault(item.storage_index, []).append(item)
-        for index, items in sorted(wanted.items(), key=lambda of: self._place(of[0])):
+        for index, items in sorted(wanted.items(), key=lambda entry: self._place(entry[0])):
             stored = self._stored(index)
             for item in items:
                 values = stored[tuple(slice(a, a + n) for a, n in zip(item.storage_offsets, item.lengths, strict=True))]
                 into = planner.resolve_tensor(item)
                 if values.shape != into.shape:
-                    raise CheckpointError(f"{index.fqn} is damaged: {tuple(stored.shape)} where more was described")
+                    raise CheckpointError(f"{index.fqn} is damaged: {tuple(stored.shape)} is smaller than described")
                 into.copy_(values)
                 planner.commit_tensor(item, into)
         done: Future[None] = Future()
@@ -88,37 +88,37 @@ class Reader(FileSystemReader):
 
 
 def load_tensors_only(file: Path | BytesIO, name: str, at: str = "") -> Any:
-    """Tensors and plain data from what ``torch.save`` wrote.
+    """Load tensors and plain data from what ``torch.save`` wrote.
 
     Raises:
-        CheckpointError: if something else stands there or it is damaged, with the ``name`` of the file and where.
+        CheckpointError: if it holds anything else or is damaged, with the ``name`` of the file and the position.
     """
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose advice would be to run what stands there
+    except pickle.UnpicklingError:  # its own message advises to run the code in the file
         raise CheckpointError(f"{name} holds something else than tensors and plain data{at}") from None
-    except Exception as error:  # whatever a damaged file makes of itself
+    except Exception as error:  # a damaged file may raise anything
         raise CheckpointError(f"{name} is damaged{at}: {str(error)[:200]}") from None
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The description of all tensors in a folder.
+    """Read the description of all tensors in a folder.
 
     Raises:
         CheckpointError: if it is damaged, or holds anything else.
     """
     try:
         with (folder / METADATA).open("rb") as file:
-            found = _Unpickler(file).load()
+            metadata = _Unpickler(file).load()
     except (CheckpointError, OSError) as error:
         raise CheckpointError(f"{folder / METADATA} cannot be read: {error}") from None
-    except Exception as error:  # whatever a damaged pickle makes of itself
+    except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{folder / METADATA} is damaged: {error}") from None
-    if not isinstance(found, Metadata):
-        raise CheckpointError(f"{folder / METADATA} is damaged: it holds a {type(found).__name__}")
-    return found
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{folder / METADATA} is damaged: it holds a {type(metadata).__name__}")
+    return metadata
 
 
 def described(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
-    """The tensors by their keys."""
-    return {key: of for key, of in metadata.state_dict_metadata.items() if isinstance(of, TensorStorageMetadata)}
+    """Return the descriptions of tensors by their keys."""
+    return {key: data for key, data in metadata.state_dict_metadata.items() if isinstance(data, TensorStorageMetadata)}

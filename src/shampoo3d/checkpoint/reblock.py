@@ -1,9 +1,9 @@
 """Statistics of blocks from those of other blocks of the same matrix.
 
-Where a new block reaches over old ones b, its statistics along axis i are those of b, as far as rows are in both, times
-the share of b's other axes that it has: ``L_i = sum_b share_b L_i^b``. For sums of ``G_(i) G_(i)^T`` this is exact if
-the new block has all of the other axes of every b, and its rows are those of one b; between rows of two b it is 0, and
-a share is what columns contribute on the average. Averages ("kl") are weighted by what they have of the new block.
+Where a new block intersects old blocks b, its statistics along axis i are those of b, for the rows that are in both,
+times the share of b's other axes that it has: ``L_i = sum_b share_b L_i^b``. For sums of ``G_(i) G_(i)^T`` this is
+exact if the new block has all of the other axes of every b, and its rows lie in one b; entries between rows of two b
+are 0, and a share is what columns contribute on average. Averages ("kl") are weighted by b's share of the new block.
 """
 
 import bisect
@@ -31,7 +31,7 @@ Tiles = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class _Old:
-    """An old block with room for its statistics, by name."""
+    """An old block, with tensors for its statistics by name."""
 
     block: Block
     index: int
@@ -41,10 +41,10 @@ class _Old:
 
 @dataclass(eq=False)
 class Reblocking:
-    """The new blocks that this rank owns of matrices that are cut otherwise now.
+    """New blocks that this rank owns, of matrices that were cut otherwise when they were saved.
 
     Attributes:
-        exact: for each matrix whether all its statistics on this rank are carried over exactly.
+        exact: True for each matrix of which all statistics on this rank are carried over exactly.
     """
 
     teams: Sequence[Team]
@@ -78,11 +78,11 @@ class Reblocking:
             d = block.shape[axis]
             tiles: Mapping[str, Shape] = {"": (d,)} if axis in of.diagonal else tile_shapes(d)
             shapes |= {f"L{axis}{tile}": shape for tile, shape in tiles.items()}
-        return {what: torch.zeros(shape, dtype=dtype) for what, shape in shapes.items()}
+        return {kind: torch.zeros(shape, dtype=dtype) for kind, shape in shapes.items()}
 
     def held(self) -> list[Held]:
-        """The statistics of old blocks that are needed here, to be read."""
-        found: dict[tuple[Name, str], tuple[Shape, list[tuple[Block, Tensor]]]] = {}
+        """Return the statistics of old blocks that are needed here, to be read."""
+        rows: dict[tuple[Name, str], tuple[Shape, list[tuple[Block, Tensor]]]] = {}
         for name, blocks in self._old.items():
             for old in blocks.values():
                 for what, values in old.tiles.items():
@@ -91,7 +91,7 @@ class Reblocking:
         return [Held(*key, size, tuple(merge_chunks(parts))) for key, (size, parts) in found.items()]
 
     def finish(self, hp: ShampooHyperParams) -> None:
-        """Put the new statistics in their place, once the old ones are read, and compute their roots."""
+        """Set the new statistics, once the old ones are read, and compute their roots."""
         rows: dict[tuple[Batch, int], list[int]] = {}
         for batch, row, _, new, name in self._new():
             old = [self._old[name][block] for block in _reached(self.saved[name].cuts, new)]
@@ -108,7 +108,7 @@ class Reblocking:
 
 
 def _reached(cuts: Sequence[Cuts], block: Block) -> Iterator[Block]:
-    """The blocks of a grid that meet a block."""
+    """Yield the blocks of a grid that intersect a block."""
     sides = []
     for edges, start, stop in zip(cuts, block.start, block.stop, strict=True):
         first, last = bisect.bisect_right(edges, start) - 1, bisect.bisect_left(edges, stop)
@@ -118,7 +118,7 @@ def _reached(cuts: Sequence[Cuts], block: Block) -> Iterator[Block]:
 
 
 def _statistics(block: Block, axis: int, old: Sequence[_Old], *, kl: bool) -> Tensor:
-    """L along an axis of a new block."""
+    """Compute L along an axis of a new block."""
     sample = _whole(old[0], axis)
     L = sample.new_zeros((block.shape[axis],) * sample.dim())
     for of in old:
@@ -146,10 +146,10 @@ def _has_all_others(block: Block, old: Block, axis: int) -> bool:
 
 
 def _others(block: Block, axis: int) -> int:
-    """How many elements have one place along the axis."""
+    """Count the elements at one index of the axis."""
     return math.prod(block.shape) // block.shape[axis]
 
 
 def _whole(of: _Old, axis: int) -> Tensor:
-    tiles = [values for what, values in of.tiles.items() if what.split("_")[0] == f"L{axis}"]
+    tiles = [values for kind, values in of.tiles.items() if kind.split("_")[0] == f"L{axis}"]
     return assembled(tiles)

@@ -1,4 +1,4 @@
-"""The part of the optimizer that saves and loads."""
+"""Saving and loading of the optimizer."""
 
 import os
 from abc import abstractmethod
@@ -43,7 +43,7 @@ class Pending:
 
 
 class Checkpointed(Optimizer):
-    """An optimizer whose state is that of teams; see :class:`shampoo3d.Shampoo`."""
+    """An optimizer whose state is kept by teams; see :class:`shampoo3d.Shampoo`."""
 
     hyperparams: ShampooHyperParams
     distribution: Distribution
@@ -83,12 +83,13 @@ class Checkpointed(Optimizer):
     def _must_be_whole(self) -> None:
         if self._unfinished:
             raise UnfinishedStepError(
-                f"step {self._unfinished} ended in its middle; parameters and state are of no step: load a checkpoint"
+                f"step {self._unfinished} was interrupted; parameters and optimizer state are inconsistent: load a "
+                "checkpoint before continuing"
             )
 
     @property
     def _steps(self) -> dict[Tensor, int]:
-        """How many steps each tensor of the groups has taken."""
+        """Steps that each tensor of the groups has taken."""
         return {tensor: int(state["step"]) for tensor, state in self.state.items()}
 
     def _complete_state(self) -> dict[Tensor, ParamState]:
@@ -112,10 +113,10 @@ class Checkpointed(Optimizer):
 
     @during("in state_dict()")
     def state_dict(self) -> dict[str, Any]:
-        """The complete state, whoever owns it, as one process would have it; in copies.
+        """Return the complete state, whoever owns it, as one process would have it; in copies.
 
         Collective where the work is shared: every rank must call it. It loads into any number of ranks. Under ZeRO it
-        is what this rank keeps, without communication, as DeepSpeed's files are; that loads into the same layout.
+        is what this rank keeps, without communication, as in DeepSpeed's files; that loads into the same layout.
         """
         self._must_be_whole()
         owned, self.state = self.state, defaultdict(dict, self._complete_state())
@@ -136,7 +137,7 @@ class Checkpointed(Optimizer):
     @torch.no_grad()
     @during("in load_state_dict()")
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state that :meth:`state_dict` made; each rank takes what it stores and owns.
+        """Load a state that :meth:`state_dict` made; each rank takes what it stores and owns.
 
         Before the first step of a distributed run the ranks are not known yet; the state is then checked at that step.
 
@@ -151,7 +152,8 @@ class Checkpointed(Optimizer):
         own = described if "layout" in described else None
         if saved and flat_groups(self._registry) != (own is not None):
             raise ValueError(
-                "state that was saved under ZeRO loads into the same layout only, and no other state does there"
+                "ZeRO state loads only into the same layout, and a ZeRO run accepts only ZeRO state; use "
+                "save_checkpoint() and load_checkpoint() to change layouts"
             )
         distributed = dist.is_available() and dist.is_initialized()
         pending = Pending(saved, own, described.get("parameters", {}))
@@ -189,13 +191,13 @@ class Checkpointed(Optimizer):
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Write the whole state and the weights into a new folder, each rank what it keeps.
 
-        Collective where the work is shared, on storage that all ranks see. The folder has its name only when all is in
-        it; what a crash leaves is called ``<path>.partial``. Weights are those that steps change: of low-precision
-        models the master copies.
+        Collective where the work is shared, on storage that all ranks see. The folder gets its name only when it is
+        complete; a crash leaves ``<path>.partial``. The weights are those that steps update: of low-precision models
+        the master copies.
 
         Raises:
             CheckpointError: on every rank, if the folder exists or could not be written.
-            UnfinishedStepError: if a step ended in its middle and nothing was loaded since.
+            UnfinishedStepError: if a step was interrupted and nothing was loaded since.
         """
         check_path("path", path)
         self._must_be_whole()
@@ -207,18 +209,18 @@ class Checkpointed(Optimizer):
     def load_checkpoint(
         self, path: str | os.PathLike[str], *, weights: bool = True, strict: bool = True, reblock: bool = False
     ) -> folder.Loaded:
-        """Take over what :meth:`save_checkpoint` wrote, in any layout and on any number of ranks.
+        """Load what :meth:`save_checkpoint` wrote, in any layout and on any number of ranks.
 
         Collective where the work is shared; with DeepSpeed after ``deepspeed.initialize``.
 
         Args:
-            weights: take the weights over, too; where an engine keeps master copies, both they and the model's own.
-            strict: all parameters must have state there and all of it must be taken, but for those without steps.
-            reblock: the matrices may be cut into other blocks than they were: what belongs to elements is carried over,
-                and statistics as far as they are known, see ``docs/checkpoints.md``.
+            weights: load the weights, too; where an engine keeps master copies, both these and the model's own.
+            strict: all parameters must have state there and all of it must be loaded, except those without steps.
+            reblock: allow matrices to be cut into other blocks than they were: what belongs to elements is carried
+                over, and statistics as far as they are known, see ``docs/checkpoints.md``.
 
         Returns:
-            What was done: settings that changed, parameters that begin anew or were left, and reblocked ones.
+            A report: settings that changed, parameters that begin anew or were left, and reblocked ones.
 
         Raises:
             CheckpointError: on every rank, naming what is damaged or does not fit; nothing was changed.
@@ -238,7 +240,7 @@ class Checkpointed(Optimizer):
         return loading.loaded()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which bind their parameters anew at their first step."""
+        """Return the state for copies and pickles, which bind their parameters anew at their first step."""
         registry = replace(self._registry, models=[])
         kept = (
             "defaults",

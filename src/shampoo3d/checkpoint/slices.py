@@ -1,4 +1,4 @@
-"""State of matrices in flat slices: each rank saves and loads its own, as DeepSpeed's files are."""
+"""State of matrices in flat slices: each rank saves and loads its own, as in DeepSpeed's files."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,11 +13,11 @@ from shampoo3d.runtime.team import Team
 
 
 def own_state(teams: Sequence[Team], numbers: Mapping[Tensor, int]) -> dict[str, Any]:
-    """What only this rank keeps of matrices in flat slices, and a fingerprint of the layout that it belongs to.
+    """Collect what only this rank keeps of matrices in flat slices, with a fingerprint of the layout it belongs to.
 
-    "slices" tells what lies where: of each matrix the number of the flat tensor, -1 if the groups do not show it,
-    what is kept of its elements, and for each rectangle start, shape, offset and strides. Of several covers it is the
-    first.
+    "slices" describes the storage: for each matrix the number of the flat tensor, -1 if the groups do not show it,
+    the names of its momenta, and for each rectangle start, shape, offset and strides. Of several shard groups only the
+    first is described.
     """
     slices: dict[str, Any] = {}
     for team in teams:
@@ -44,7 +44,7 @@ def first_shard_group(binding: Binding) -> int:
 
 
 def layout_of(teams: Sequence[Team]) -> list[str]:
-    """Fingerprints of the plans: state that each rank keeps for itself fits nothing else."""
+    """Return fingerprints of the plans: state that each rank keeps for itself fits no other layout."""
     return [team.plan.digest() for team in teams]
 
 
@@ -72,7 +72,7 @@ def check_own(
 
 
 def load_own(teams: Sequence[Team], live: dict[Tensor, ParamState], saved: Mapping[str, Any], slices: Any) -> None:
-    """Take back what :func:`own_state` and :func:`live_state` saved on this rank, already checked."""
+    """Load what :func:`own_state` and :func:`live_state` saved on this rank, already checked."""
     for tensor, state in slices.items():
         live[tensor]["step"] = int(state["step"])
         copy_into({name: value for name, value in live[tensor].items() if name != "step"}, state)

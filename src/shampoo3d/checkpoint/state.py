@@ -1,6 +1,6 @@
-"""State keyed by parameter and block: made whole over a team, and taken back by whoever stores and owns what.
+"""State keyed by parameter and block: gathered from a team, and loaded by the ranks that store and own it.
 
-The blocks of a checkpoint are those of the logical matrix, so it does not tell, or depend on, the layout it came from.
+The blocks of a checkpoint are those of the logical matrix, so it does not show, or depend on, the layout it came from.
 """
 
 from collections import defaultdict
@@ -34,11 +34,11 @@ FLAT_NAMES = {
     "graft_accumulator": "exp_avg_sq",
     "graft_momentum": "graft_momentum",
 }
-"""The state of flat slices has the names under which DeepSpeed looks for such state."""
+"""Names of the state of flat slices: those under which DeepSpeed looks for such state."""
 
 
 def live_state(teams: Sequence[Team]) -> dict[Tensor, ParamState]:
-    """What this rank keeps for each tensor of the groups, in views of the slabs and stacks.
+    """Return what this rank keeps for each tensor of the groups, in views of the buckets and stacks.
 
     For flat slices it is what belongs to single elements, in the layout of the slice; their factors are in
     :func:`owned_factors`.
@@ -62,7 +62,7 @@ def live_state(teams: Sequence[Team]) -> dict[Tensor, ParamState]:
 
 
 def owned_factors(teams: Sequence[Team]) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """The factors that this rank owns of matrices in flat slices, by parameter and block."""
+    """Return the factors that this rank owns of matrices in flat slices, by parameter and block."""
     found: defaultdict[str, dict[str, dict[str, Tensor]]] = defaultdict(dict)
     for team in teams:
         for binding, block, views, _ in factors_of(team):
@@ -72,7 +72,7 @@ def owned_factors(teams: Sequence[Team]) -> dict[str, dict[str, dict[str, Tensor
 
 
 def factors_of(team: Team) -> Iterator[tuple[Binding, Block, dict[str, Tensor], bool]]:
-    """What is kept here of each block that has factors, in views; and whether another rank owns it."""
+    """Yield what is kept here of each block that has factors, in views; with True if another rank owns it."""
     for batch in team.batches:
         tensors = batch.stack.tensors()
         for row, slot in enumerate(batch.slots):
@@ -80,7 +80,7 @@ def factors_of(team: Team) -> Iterator[tuple[Binding, Block, dict[str, Tensor], 
 
 
 def logical(matrix: Matrix, hp: ShampooHyperParams) -> Matrix:
-    """The same matrix as one process would store it: its blocks are those of a checkpoint."""
+    """Return the same matrix as one process would store it: its blocks are those of a checkpoint."""
     whole = Holder(0, Shard.whole(matrix.shape))
     return describe(
         replace(matrix.sharding, holders=(whole,), sharded=False, divided=None), replace(hp, fair_blocks=False), 1
@@ -88,7 +88,7 @@ def logical(matrix: Matrix, hp: ShampooHyperParams) -> Matrix:
 
 
 def complete_state(team: Team, steps: Mapping[Tensor, int]) -> dict[Tensor, ParamState]:
-    """The state of every block of a team, whoever keeps what, in copies. Collective in the team."""
+    """Gather copies of the state of every block of a team. Collective in the team."""
     communicator = Communicator(team.rank, team.group, team.device)
     momenta = _whole_momenta(team, communicator)
     factors = _all_factors(team, communicator)
@@ -103,12 +103,12 @@ def complete_state(team: Team, steps: Mapping[Tensor, int]) -> dict[Tensor, Para
 
 
 def canonical_blocks(matrix: Matrix, hp: ShampooHyperParams) -> tuple[Block, ...]:
-    """The blocks in a checkpoint: of a preconditioned matrix its own, else those that one process would have."""
+    """Return the blocks in a checkpoint: a preconditioned matrix's own, else those that one process would have."""
     return matrix.blocks if matrix.axes else logical(matrix, hp).blocks
 
 
 def _whole_momenta(team: Team, communicator: Communicator) -> dict[int, dict[str, Tensor]]:
-    """Momenta of each logical matrix, merged, put together from the homes of its elements."""
+    """Gather the momenta of each logical matrix, merged, from the homes of its elements."""
     names = [momenta_names(team.hp, binding.matrix.factored) for binding in team.bindings]
     items: list[tuple[int, int, Piece]] = []  # home, matrix, piece
     for binding in team.bindings:
@@ -145,7 +145,7 @@ def _whole_momenta(team: Team, communicator: Communicator) -> dict[int, dict[str
 
 
 def _merged_zeros(binding: Binding, hp: ShampooHyperParams) -> dict[str, Tensor]:
-    """Momenta of a logical matrix, merged."""
+    """Allocate the momenta of a logical matrix, merged, as zeros."""
     stored = binding.group_tensor.stored
     shape, dtype = binding.matrix.merged, state_dtype(stored.dtype)
     return {
@@ -155,7 +155,7 @@ def _merged_zeros(binding: Binding, hp: ShampooHyperParams) -> dict[str, Tensor]
 
 
 def _all_factors(team: Team, communicator: Communicator) -> dict[tuple[int, str], dict[str, Tensor]]:
-    """All factors, by matrix and block."""
+    """Gather all factors, by matrix and block."""
     kept = {(binding.number, block.key): views for binding, block, views, _ in factors_of(team)}
     planned = [(team.slots[slot][0].number, block) for slot, block in enumerate(team.plan.blocks) if block.axes]
     shapes = [factor_shapes(block.shape, block.axes, team.hp, block.diagonal) for _, block in planned]
@@ -184,9 +184,9 @@ def _shared(
     sizes: Sequence[tuple[int, int]],
     mine: Callable[[int], Tensor],
 ) -> Iterator[tuple[int, Tensor]]:
-    """What each rank has, given to all: the number of each item with its flat tensor.
+    """Gather the items of all ranks: yield the number of each item with its flat tensor.
 
-    ``matrices`` and ``sizes``, (rank that has it, elements), are those of the items; ``mine`` gives this rank's.
+    ``matrices`` and ``sizes``, (rank that has it, elements), are those of the items; ``mine`` returns this rank's.
     """
     dtypes = [state_dtype(team.bindings[matrix].group_tensor.tensor.dtype) for matrix in matrices]
     for dtype in dict.fromkeys(dtypes):
@@ -232,8 +232,8 @@ def check_loadable(binding: Binding, saved: ParamState, hp: ShampooHyperParams) 
         bad = [field for field, tensor in saved[key].items() if not tensor.isfinite().all()]
         if bad and hp.nonfinite_gradient != "ignore":
             raise ValueError(
-                f"{bad[0]} in the loaded state of block {key} of {matrix.name!r} is NaN or infinite; only with "
-                "nonfinite_gradient='ignore' may state be so"
+                f"{bad[0]} in the loaded state of block {key} of {matrix.name!r} is NaN or infinite, which is allowed "
+                "only with nonfinite_gradient='ignore'"
             )
 
 
@@ -252,7 +252,7 @@ def load(teams: Sequence[Team], live: dict[Tensor, ParamState], saved: Mapping[T
 def carry(
     live: dict[Tensor, ParamState], owned: Mapping[Tensor, ParamState], before: Sequence[Team], now: Sequence[Team]
 ) -> None:
-    """Copy what this rank kept before into what it keeps now; owners and homes of what was bound before stay."""
+    """Copy what this rank kept before into what it keeps now; owners and homes of what was bound do not change."""
     factors = owned_factors(now)
     for name, blocks in owned_factors(before).items() if owned else ():
         for key, views in factors.get(name, {}).items():
@@ -296,13 +296,13 @@ def copy_into(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 
 def parameters_of(teams: Sequence[Team], steps: Mapping[Tensor, int]) -> dict[str, Any]:
-    """The matrices that are bound, in plain data."""
+    """Describe the matrices that are bound, in plain data."""
     bindings = (binding for team in teams for binding in team.bindings)
     return {b.matrix.name: asdict(Parameter.of(b.matrix, steps[b.group_tensor.tensor])) for b in bindings}
 
 
 def description(parameters: Mapping[str, Any], hp: ShampooHyperParams, skipped_steps: int) -> dict[str, Any]:
-    """What ``state_dict()`` says of itself, in words and numbers."""
+    """Describe a ``state_dict()``: format, settings, skipped steps and parameters."""
     return {
         "format": FORMAT,
         "hyperparams": flatten_settings(hp),
@@ -314,7 +314,7 @@ def description(parameters: Mapping[str, Any], hp: ShampooHyperParams, skipped_s
 def loaded_groups(
     current: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]], hp: ShampooHyperParams
 ) -> list[dict[str, Any]]:
-    """The current parameters with the saved settings.
+    """Return the current parameters with the saved settings.
 
     Raises:
         TypeError, ValueError: naming the group that differs in its number of parameters, or a setting that is invalid.
@@ -338,10 +338,10 @@ def loaded_groups(
 def by_parameter(
     current: Sequence[dict[str, Any]], saved: Mapping[str, Any], names: Mapping[Tensor, str], hp: ShampooHyperParams
 ) -> tuple[list[dict[str, Any]], dict[Tensor, ParamState]]:
-    """The groups, see :func:`loaded_groups`, and the state of each parameter in a ``state_dict()``.
+    """Return the groups, see :func:`loaded_groups`, and the state of each parameter in a ``state_dict()``.
 
     Raises:
-        TypeError, ValueError: as that, or naming the parameters of which there is no state.
+        TypeError, ValueError: as :func:`loaded_groups`, or naming the parameters without state.
     """
     _check_form(saved)
     groups = loaded_groups(current, saved["param_groups"], hp)
@@ -375,7 +375,7 @@ def _check_form(saved: Any) -> None:
 
 
 def replace_settings(groups: Sequence[dict[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> None:
-    """Give groups other settings; the dictionaries themselves stay, since engines and schedulers have them."""
+    """Give groups other settings; the dictionaries themselves stay, since engines and schedulers hold them."""
     for group, settings in zip(groups, loaded, strict=True):
         kept = dict(settings)  # which may be of the group itself
         group.clear()
@@ -383,9 +383,10 @@ def replace_settings(groups: Sequence[dict[str, Any]], loaded: Sequence[Mapping[
 
 
 def check_described(described: Mapping[str, Any], hp: ShampooHyperParams) -> None:
-    """Raise ValueError if what a ``state_dict()`` says of itself forbids to load it.
+    """Raise ValueError if the description of a ``state_dict()`` forbids loading it.
 
-    Its format is one of the future, or under these settings it would mean something else: then their names and values.
+    That is: its format is newer than this version reads, or with these settings it would mean something else; the
+    error has their names and values.
     """
     check_integer("the format of the loaded state", described.get("format", FORMAT), least=1)
     check_integer("skipped_steps of the loaded state", described.get("skipped_steps", 0), least=0)

@@ -1,7 +1,8 @@
-"""The state as logical tensors of which each rank has rectangles: what is saved depends on no layout.
+"""State as logical tensors of which each rank has rectangles: what is saved does not depend on the layout.
 
-Elements (weights, averages, momenta) belong to tensors of the shape of the merged matrix; factors to one tensor per
-block. ``torch.distributed.checkpoint`` writes and reads the rectangles, and finds those that others have saved.
+Elements (weights, averages, momenta) belong to tensors of the shape of the merged matrix; a factor is a row of one
+tensor for all blocks of its shape. ``torch.distributed.checkpoint`` writes and reads the rectangles, and finds those
+that others have saved.
 """
 
 from collections import Counter
@@ -33,7 +34,7 @@ class Scattered(Tensor):
     """A logical tensor of which this rank has some rectangles; nothing can be computed with it.
 
     Attributes:
-        chunks: the rectangles that are written or read at once, with what gives the values of each.
+        chunks: the rectangles that are written or read at once, each with a function that returns its values.
     """
 
     chunks: tuple[tuple[Block, Callable[[], Tensor]], ...]
@@ -42,9 +43,9 @@ class Scattered(Tensor):
     def __new__(
         cls, size: Shape, dtype: torch.dtype, chunks: Sequence[tuple[Block, Callable[[], Tensor]]]
     ) -> "Scattered":
-        made: Scattered = Tensor._make_wrapper_subclass(cls, size, dtype=dtype)
-        made.chunks = tuple(chunks)
-        return made
+        tensor: Scattered = Tensor._make_wrapper_subclass(cls, size, dtype=dtype)
+        tensor.chunks = tuple(chunks)
+        return tensor
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -68,21 +69,21 @@ class Scattered(Tensor):
         return [ChunkStorageMetadata(torch.Size(b.start), torch.Size(b.shape)) for b, _ in self.chunks]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        # When reading, the number among the chunks is given: what is kept twice may begin at the same place. When
-        # writing, it is another number, but no two chunks begin at the same place.
+        # When reading, index.index is the number of the chunk: what is kept twice may start at the same corner. When
+        # writing, it is another number, but no two chunks start at the same corner.
         here = [number for number, (block, _) in enumerate(self.chunks) if block.start == tuple(index.offset or ())]
         return self.chunks[index.index if index.index in here else here[0]][1]()
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rectangles that make a larger one, and their values, in views of what is kept."""
+    """Rectangles that form a larger one, and their values, as views of the kept tensors."""
 
     block: Block
     members: tuple[tuple[Block, Tensor], ...]
 
     def read(self) -> Tensor:
-        """The values of all: a view where one has all."""
+        """Return the values of all members: a view if there is only one."""
         if len(self.members) == 1:
             return self.members[0][1]
         whole = self.members[0][1].new_empty(self.block.shape)
@@ -91,13 +92,13 @@ class Chunk:
         return whole
 
     def write(self, values: Tensor) -> None:
-        """Put other values in their place."""
-        for block, kept in self.members:
-            kept.copy_(values[block.within(self.block)])
+        """Overwrite the values of all members."""
+        for block, member in self.members:
+            member.copy_(values[block.within(self.block)])
 
 
 def merge_chunks(parts: Iterable[tuple[Block, Tensor]]) -> list[Chunk]:
-    """Neighbours made one along each axis in turn, the last axis first: thousands of blocks are few chunks."""
+    """Merge neighbours along each axis in turn, the last axis first: thousands of blocks become few chunks."""
     chunks = [Chunk(block, ((block, values),)) for block, values in parts]
     for axis in reversed(range(len(chunks[0].block.shape))):
         rows: list[list[Chunk]] = []
@@ -112,7 +113,7 @@ def merge_chunks(parts: Iterable[tuple[Block, Tensor]]) -> list[Chunk]:
 
 
 def _across(block: Block, axis: int) -> tuple[Shape, Shape, int]:
-    """What neighbours along an axis have in common, and then their place."""
+    """Return what neighbours along an axis have in common, and then the position on that axis."""
     others = [i for i in range(len(block.shape)) if i != axis]
     return tuple(block.start[i] for i in others), tuple(block.shape[i] for i in others), block.start[axis]
 
@@ -135,11 +136,11 @@ def _row(chunks: Sequence[Chunk], axis: int) -> Chunk:
 
 @dataclass(frozen=True)
 class Held:
-    """A logical tensor of the state, and the rectangles of it that are kept here.
+    """A logical tensor of the state, and the rectangles of it that this rank keeps.
 
     Attributes:
         name: of the matrix that it belongs to.
-        what: what it is to that, such as "weight", "momentum" or, of all blocks of one shape, "128x128/L0".
+        what: its kind, such as "weight", "momentum" or, of all blocks of one shape, "128x128/L0".
         size: its shape.
     """
 
@@ -150,12 +151,12 @@ class Held:
 
     @property
     def key(self) -> str:
-        """Its name in a folder."""
+        """Name in a folder."""
         return f"{self.name}/{self.what}"
 
     @property
     def is_factor(self) -> bool:
-        """Whether it belongs to blocks, and not to elements."""
+        """True if it belongs to blocks, and not to elements."""
         return "/" in self.what
 
     @property
@@ -163,18 +164,18 @@ class Held:
         return self.chunks[0].members[0][1].dtype
 
     def scattered(self) -> Scattered:
-        """For torch.distributed.checkpoint, to be saved; chunks are put together one by one, as they are written."""
+        """Prepare saving by torch.distributed.checkpoint; chunks are assembled one by one, as they are written."""
         return Scattered(self.size, self.dtype, [(chunk.block, chunk.read) for chunk in self.chunks])
 
     def staged(self) -> tuple[Scattered, list[Tensor]]:
-        """To be read: room for the chunks, in the memory of the CPU."""
-        room = [torch.empty(chunk.block.shape, dtype=chunk.members[0][1].dtype) for chunk in self.chunks]
-        given = [(chunk.block, partial(_same, values)) for chunk, values in zip(self.chunks, room, strict=True)]
-        return Scattered(self.size, self.dtype, given), room
+        """Prepare reading, into buffers for the chunks in the memory of the CPU."""
+        buffers = [torch.empty(chunk.block.shape, dtype=chunk.members[0][1].dtype) for chunk in self.chunks]
+        targets = [(chunk.block, partial(_same, values)) for chunk, values in zip(self.chunks, buffers, strict=True)]
+        return Scattered(self.size, self.dtype, targets), buffers
 
-    def take(self, room: Sequence[Tensor]) -> None:
-        """Take over what was read."""
-        for chunk, values in zip(self.chunks, room, strict=True):
+    def take(self, buffers: Sequence[Tensor]) -> None:
+        """Copy what was read into the state."""
+        for chunk, values in zip(self.chunks, buffers, strict=True):
             chunk.write(values)
 
 
@@ -184,10 +185,10 @@ def _same(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights on this rank.
+    """Weights on this rank.
 
     Attributes:
-        flats: of each place, in row-major order.
+        flats: those of each group tensor, in row-major order.
         models: the model's own parameters beside these, by name, where an engine keeps master copies.
     """
 
@@ -195,9 +196,9 @@ class Weights:
     models: Mapping[str, Tensor]
 
     def stored(self, team: Team, binding: Binding) -> Iterator[tuple[Piece, Tensor]]:
-        """All that is stored here of a matrix, in views."""
-        for part in parts_of(team, binding, everything=True):
-            for piece in binding.matrix.pieces(part):
+        """Yield all that is stored here of a matrix, in views."""
+        for shard in parts_of(team, binding, everything=True):
+            for piece in binding.matrix.pieces(shard):
                 yield piece, binding.view(self.flats[binding.group_tensor], piece)
             if binding.matrix.name in self.models:
                 for flat, there in engine().model_storage(self.models[binding.matrix.name], part):
@@ -206,7 +207,7 @@ class Weights:
                         yield piece, flat.as_strided(piece.box.shape, piece.strides, start)
 
     def at_home(self, team: Team, binding: Binding) -> Iterator[tuple[Piece, Tensor]]:
-        """Those that are changed here, in views; each element of a matrix on one rank."""
+        """Yield those whose home is this rank, in views; each element of a matrix on one rank."""
         for piece in _at_home(team, binding):
             yield piece, binding.view(self.flats[binding.group_tensor], piece)
 
@@ -214,26 +215,26 @@ class Weights:
 def held(
     teams: Sequence[Team], called: Mapping[Binding, str], weights: Weights | None, *, everything: bool
 ) -> list[Held]:
-    """What this rank has of the state and the weights.
+    """Collect what this rank has of the state and the weights.
 
     Args:
         called: the names of the matrices that are wanted.
         weights: None for the state alone.
-        everything: all that is kept here, as it has to be read; else each element on one rank only, which writes it.
+        everything: all that is kept here, for reading; else, for writing, each element on one rank only.
     """
     sizes: dict[tuple[str, str], Shape] = {}
     parts: dict[tuple[str, str], list[tuple[Block, Tensor]]] = {}
     for team in teams:
-        for binding, what, size, block, values in _rectangles(team, weights, everything=everything):
+        for binding, kind, size, block, values in _rectangles(team, weights, everything=everything):
             if binding in called:
-                key = called[binding], what
+                key = called[binding], kind
                 sizes[key] = size
                 parts.setdefault(key, []).append((block, values))
-    return [Held(*key, sizes[key], tuple(merge_chunks(found))) for key, found in parts.items()]
+    return [Held(*key, sizes[key], tuple(merge_chunks(members))) for key, members in parts.items()]
 
 
 Rectangle = tuple[Binding, str, Shape, Block, Tensor]
-"""Of which tensor of which matrix: its shape, a rectangle of it, the values."""
+"""Matrix, kind of tensor, its shape, a rectangle of it, the values."""
 
 
 def _rectangles(team: Team, weights: Weights | None, *, everything: bool) -> Iterator[Rectangle]:
@@ -241,17 +242,17 @@ def _rectangles(team: Team, weights: Weights | None, *, everything: bool) -> Ite
     for binding in team.bindings:
         if weights is None:
             break
-        found = weights.stored(team, binding) if everything else weights.at_home(team, binding)
-        for piece, values in found:
+        pieces = weights.stored(team, binding) if everything else weights.at_home(team, binding)
+        for piece, values in pieces:
             yield binding, WEIGHT, binding.matrix.merged, piece.box, values
     of_elements = owned_names(team.hp)
     equals = {binding: among_equals(binding.matrix.blocks) for binding in team.bindings if binding.matrix.factored}
     for binding, block, views, guest in factors_of(team):
-        for what, values in views.items() if everything or not guest else ():
-            if what in of_elements:
-                yield binding, what, binding.matrix.merged, block, values
+        for kind, values in views.items() if everything or not guest else ():
+            if kind in of_elements:
+                yield binding, kind, binding.matrix.merged, block, values
             else:
-                yield binding, *stacked(block, what, values, *equals[binding][block])
+                yield binding, *stacked(block, kind, values, *equals[binding][block])
 
 
 def stacked(block: Block, what: str, values: Tensor, index: int, count: int) -> tuple[str, Shape, Block, Tensor]:
@@ -266,23 +267,23 @@ def stacked(block: Block, what: str, values: Tensor, index: int, count: int) -> 
 
 @lru_cache(maxsize=64)
 def among_equals_of(cuts: tuple[Cuts, ...]) -> Mapping[Block, tuple[int, int]]:
-    """:func:`among_equals` of the blocks of a grid."""
+    """Compute :func:`among_equals` of the blocks of a grid."""
     return among_equals(grid(cuts))
 
 
 def among_equals(blocks: Sequence[Block]) -> dict[Block, tuple[int, int]]:
-    """For each block its place among those of its shape, and how many these are."""
+    """Return for each block its index among those of its shape, and their number."""
     counts = Counter(block.shape for block in blocks)
     seen: Counter[Shape] = Counter()
-    found = {}
+    indices = {}
     for block in blocks:
-        found[block] = seen[block.shape], counts[block.shape]
+        indices[block] = seen[block.shape], counts[block.shape]
         seen[block.shape] += 1
-    return found
+    return indices
 
 
 def block_name(block: Block) -> str:
-    """What the blocks of one shape are called."""
+    """Name the blocks of one shape."""
     return "x".join(map(str, block.shape))
 
 
@@ -295,9 +296,9 @@ def _momenta(team: Team, *, everything: bool) -> Iterator[Rectangle]:
                     yield binding, what, binding.matrix.merged, fragment.box, values[row]
     for binding in (binding for binding in team.bindings if binding.matrix.sharded):
         tensors = team.flat_buckets[binding.group_tensor].momenta.tensors()
-        for part in parts_of(team, binding, everything=everything):
-            for piece, what in product(binding.matrix.pieces(part), momenta_names(team.hp, binding.matrix.factored)):
-                yield binding, what, binding.matrix.merged, piece.box, binding.view(tensors[what], piece)
+        for shard in parts_of(team, binding, everything=everything):
+            for piece, kind in product(binding.matrix.pieces(shard), momenta_names(team.hp, binding.matrix.factored)):
+                yield binding, kind, binding.matrix.merged, piece.box, binding.view(tensors[kind], piece)
 
 
 def _at_home(team: Team, binding: Binding) -> Iterator[Piece]:
