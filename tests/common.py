@@ -1,4 +1,4 @@
-"""Parameters, gradients and steps that are the same in every test, and exact comparison of what comes of them."""
+"""Parameters, gradients and steps that are the same in every test, and exact comparison of the results."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def paths(optimizer: Shampoo) -> dict[str, str]:
 
 
 def put_gradients(params: Iterable[Tensor], t: int) -> None:
-    """The same gradient for the same (t, place in the list) in every test; frozen parameters get none."""
+    """Set the same gradient for the same (t, index in the list) in every test; frozen parameters get none."""
     for k, p in enumerate(params):
         p.grad = draw(p.shape, 1000 * t + k, p.dtype) if p.requires_grad else None
 
@@ -75,7 +75,7 @@ def gradients(params: Iterable[Tensor]) -> list[Array | None]:
 
 
 def step_both(optimizer: Shampoo, reference: Reference, tolerance: float = TOLERANCE) -> None:
-    """One step with the gradients that are there, after which both agree."""
+    """Take one step with the present gradients, after which both agree."""
     params = params_of(optimizer)
     reference.step(gradients(params))
     optimizer.step()
@@ -125,7 +125,7 @@ MODELS: dict[str, list[tuple[int, ...]]] = {
     "ViT-B/16": transformer(12, 768, 1000, (768, 3, 16, 16), (1, 197, 768)),
 }
 
-# ---- layouts, as random as can be, and what is stored where, element by element ----
+# ---- layouts, as random as can be, and their storage, element by element ----
 
 Numbers = NDArray[np.int64]
 
@@ -135,30 +135,30 @@ def replicated(name: str, shape: Sequence[int], ranks: Iterable[int] = (0,), **s
     return Sharding(name, tuple(shape), "float32", holders, **settings)
 
 
-def stored(part: Shard, shape: Sequence[int]) -> Numbers:
-    """The numbers of the elements of a matrix that a part stores, in the order in which it stores them."""
-    rows = [[i for a, b in spans for i in range(a, b)] for spans in part.spans]
+def stored(shard: Shard, shape: Sequence[int]) -> Numbers:
+    """Return the numbers of the elements of a matrix that a shard stores, in the order of storage."""
+    rows = [[i for a, b in spans for i in range(a, b)] for spans in shard.spans]
     spanned = np.arange(np.prod(shape, dtype=int)).reshape(shape)[np.ix_(*rows)]
-    return spanned.reshape(-1)[part.first : part.last]
+    return spanned.reshape(-1)[shard.first : shard.last]
 
 
 def positions(piece: Piece) -> Numbers:
-    """Where a piece's elements lie in the storage of its part, by the definition of strides."""
+    """Return the positions of a piece's elements in the storage of its shard, by the definition of strides."""
     index = np.indices(piece.box.shape)
     return piece.offset + sum(i * stride for i, stride in zip(index, piece.strides, strict=True))
 
 
 def numbers_of(matrix: Matrix) -> Numbers:
-    """The numbers of the elements of a matrix, in the shape of the merged matrix."""
+    """Number the elements of a matrix, in the shape of the merged matrix."""
     return np.arange(np.prod(matrix.shape, dtype=int)).reshape(matrix.merged)
 
 
 RANDOM = st.integers(0, 2**32 - 1).map(random.Random)
-"""Layouts are drawn from plain generators: hypothesis prefers small cases, which seldom combine all features."""
+"""Seeds of plain generators, for layouts: hypothesis prefers small cases, which seldom combine all features."""
 
 
 def dealt(chance: random.Random, length: int, parts: int) -> list[list[Span]]:
-    """An axis dealt out: to each part ranges of it, in any order, some of them neighbours; to some parts nothing."""
+    """Deal out an axis: to each part ranges of it, in any order, some of them neighbours; to some parts nothing."""
     labels = [(chance.randrange(parts), chance.random() < 0.2) for _ in range(length)]
     if chance.random() < 0.5:
         labels.sort()
@@ -172,7 +172,7 @@ def dealt(chance: random.Random, length: int, parts: int) -> list[list[Span]]:
 
 
 def partition(chance: random.Random, shape: Sequence[int], count: int) -> list[Shard]:
-    """Parts that store each element once between them: axes dealt out, then cut at any element as ZeRO does."""
+    """Draw shards that store each element once between them: axes dealt out, then cut at any element as ZeRO does."""
     sides: list[list[list[Span]]] = [[[(0, n)] for n in shape]]
     for axis in chance.sample(range(len(shape)), len(shape)):
         ways = chance.choice([k for k in range(1, count + 1) if count % k == 0])
@@ -180,12 +180,12 @@ def partition(chance: random.Random, shape: Sequence[int], count: int) -> list[S
         if ways > 1 or chance.random() < 0.1:
             axes = dealt(chance, shape[axis], ways)
             sides = [[*side[:axis], spans, *side[axis + 1 :]] for side in sides for spans in axes]
-    parts = []
+    shards = []
     for spanned in map(Shard.of, sides):
         n = spanned.elements
         cuts = [chance.choice([0, n, chance.randint(0, n), chance.randint(0, n)]) for _ in range(count - 1)]
-        parts += [Shard(spanned.spans, a, b) for a, b in itertools.pairwise([0, *sorted(cuts), n])]
-    return parts
+        shards += [Shard(spanned.spans, a, b) for a, b in itertools.pairwise([0, *sorted(cuts), n])]
+    return shards
 
 
 def a_shape(chance: random.Random) -> tuple[int, ...]:
@@ -197,9 +197,9 @@ def a_team(chance: random.Random) -> list[int]:
 
 
 def a_storage(chance: random.Random, ranks: Sequence[int], name: str = "w", copies: int = 1) -> Sharding:
-    """A matrix stored by these ranks: once, once in each of two covers, or by replicas, evenly or not.
+    """Draw a matrix stored by these ranks: once, once in each of two shard groups, or by replicas, evenly or not.
 
-    With ``copies``, a divisor of the number of ranks, each part has so many times as many replicas.
+    With ``copies``, a divisor of the number of ranks, each shard has so many times as many replicas.
     """
     shape, order = a_shape(chance), chance.sample(ranks, len(ranks))
     sharded = copies == 1 and chance.random() < 0.6
@@ -208,8 +208,8 @@ def a_storage(chance: random.Random, ranks: Sequence[int], name: str = "w", copi
     for team in (order[i::shard_groups] for i in range(shard_groups)):
         different = len(team) // copies
         count = different if sharded else chance.randint(1, different)
-        parts = partition(chance, shape, count)
-        holders += [Holder(rank, parts[i % different % count], min(team)) for i, rank in enumerate(team)]
+        shards = partition(chance, shape, count)
+        holders += [Holder(rank, shards[i % different % count], min(team)) for i, rank in enumerate(team)]
     holders.sort(key=lambda holder: holder.rank)
     dtype, excluded = chance.choice(["float32", "float64", "bfloat16"]), "embedding" * (chance.random() < 0.2)
     divided = chance.choice([None, *range(len(shape))])
@@ -217,7 +217,7 @@ def a_storage(chance: random.Random, ranks: Sequence[int], name: str = "w", copi
 
 
 def a_split(chance: random.Random, shape: Sequence[int]) -> Split:
-    """Several matrices along some axes, told by their number or by their lengths."""
+    """Draw several matrices along some axes, by their number or by their lengths."""
     split: dict[int, int | tuple[int, ...]] = {}
     for axis, n in enumerate(shape):
         edges = sorted({0, n, chance.randint(0, n), chance.randint(0, n)})
@@ -242,7 +242,7 @@ def some_hyperparams(chance: random.Random) -> ShampooHyperParams:
 
 
 def grafted(graft: LayerwiseGrafting) -> dict[str, Any]:
-    """Settings of the graft, with the average that Adam's needs."""
+    """Return settings of the graft, with the average that Adam's needs."""
     return {"graft_type": graft, "variant": Variant(beta1=0.9 if graft is LayerwiseGrafting.ADAM else 0.0)}
 
 
@@ -254,14 +254,14 @@ def clones(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def snapshot(optimizer: Shampoo) -> dict[str, Any]:
-    """Everything that a step could change, by value."""
+    """Copy everything that a step could change."""
     return {"weights": clones(params_of(optimizer)), "state": copy.deepcopy(optimizer.state_dict())}
 
 
 def random_states() -> list[Any]:
-    """Of all global generators; none may be touched."""
-    name, keys, *place = np.random.get_state()
-    return [torch.get_rng_state(), random.getstate(), name, keys.tolist(), place]
+    """Return the states of all global generators; none may be touched."""
+    name, keys, *position = np.random.get_state()
+    return [torch.get_rng_state(), random.getstate(), name, keys.tolist(), position]
 
 
 def saved_and_loaded(state: Any) -> Any:
@@ -287,7 +287,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def assert_equal(a: Any, b: Any, at: str = "") -> None:
-    """Bitwise, through dicts and sequences, dtypes included."""
+    """Compare bitwise, through dicts and sequences, dtypes included."""
     assert type(a) is type(b) or isinstance(a, Tensor), f"{at}: {type(a)} and {type(b)}"
     if isinstance(a, Tensor):
         assert a.dtype == b.dtype, at
