@@ -85,19 +85,19 @@ class Reblocking:
         rows: dict[tuple[Name, str], tuple[Shape, list[tuple[Block, Tensor]]]] = {}
         for name, blocks in self._old.items():
             for old in blocks.values():
-                for what, values in old.tiles.items():
-                    key, size, row, stack = stacked(old.block, what, values, old.index, old.count)
-                    found.setdefault((name, key), (size, []))[1].append((row, stack))
-        return [Held(*key, size, tuple(merge_chunks(parts))) for key, (size, parts) in found.items()]
+                for kind, values in old.tiles.items():
+                    key, size, row, stack = stacked(old.block, kind, values, old.index, old.count)
+                    rows.setdefault((name, key), (size, []))[1].append((row, stack))
+        return [Held(*key, size, tuple(merge_chunks(parts))) for key, (size, parts) in rows.items()]
 
     def finish(self, hp: ShampooHyperParams) -> None:
         """Set the new statistics, once the old ones are read, and compute their roots."""
         rows: dict[tuple[Batch, int], list[int]] = {}
         for batch, row, _, new, name in self._new():
             old = [self._old[name][block] for block in _reached(self.saved[name].cuts, new)]
-            for group_tensor, axis in enumerate(batch.stack.axes):
-                of = batch.stack.statistics[group_tensor]
-                of.put(row, _statistics(new, axis, old, kl=hp.variant.statistics == "kl"))
+            for number, axis in enumerate(batch.stack.axes):
+                statistics = batch.stack.statistics[number]
+                statistics.put(row, _statistics(new, axis, old, kl=hp.variant.statistics == "kl"))
                 same = hp.variant.statistics != "kl" and _is_exact(new, axis, old)
                 self.exact[name] = self.exact.get(name, True) and same
             rows.setdefault((batch, self.saved[name].step), []).append(row)

@@ -201,7 +201,7 @@ class Weights:
             for piece in binding.matrix.pieces(shard):
                 yield piece, binding.view(self.flats[binding.group_tensor], piece)
             if binding.matrix.name in self.models:
-                for flat, there in engine().model_storage(self.models[binding.matrix.name], part):
+                for flat, there in engine().model_storage(self.models[binding.matrix.name], shard):
                     for piece in binding.matrix.pieces(there):
                         start = flat.storage_offset() + piece.offset
                         yield piece, flat.as_strided(piece.box.shape, piece.strides, start)

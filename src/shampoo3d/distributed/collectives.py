@@ -132,8 +132,8 @@ class Communicator:
                 arrived |= zip(bucket[peer], _split(row, [items[n][1] for n in bucket[peer]]), strict=True)
             yield arrived
 
-    def all_reduce(self, what: str, values: Tensor) -> Tensor:
-        """The sum over the ranks, in place."""
+    def all_reduce(self, kind: str, values: Tensor) -> Tensor:
+        """Sum over the ranks, in place, and return the sum."""
         if self.group.size > 1:
             total = values.to(self.device)
             with _exchanging(kind, self.group):
