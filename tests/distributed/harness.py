@@ -1,21 +1,25 @@
 """Run a function on N real processes that talk over gloo on loopback, and bring every rank's result back to the test.
 
-A fork server imports torch and DeepSpeed once; every rank of every case is forked from it in milliseconds, although
-pytest's own process may already have threads.
+A fork server imports torch, DeepSpeed and the package once; every rank is forked from it in milliseconds, although
+pytest's own process may already have threads. Within `shared` the processes go on to the next case of as many ranks:
+what DeepSpeed and the case itself leave behind in them is undone in between. After a case that fails they are ended.
 """
 
 import faulthandler
 import functools
+import gc
+import importlib
 import importlib.util
 import multiprocessing
 import os
 import pickle
+import resource
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerContext
@@ -31,10 +35,13 @@ import torch.distributed as dist
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 SECONDS_AFTER_FAILURE = 5.0
 SECONDS_TO_LEAVE = 2.0
+CASES_PER_START = 16
+"""Their process groups stay open, with threads and sockets."""
 PRELOADED = [
     *("numpy", "pytest", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"),
     *("torch._dynamo", "deepspeed.pipe", "deepspeed.runtime.pipe.engine", "deepspeed.runtime.zero.muon.muon_optimizer"),
     *("deepspeed.runtime.zero.stage3", "deepspeed.runtime.superoffload.superoffload_stage3"),
+    *("distributed.zero", "distributed.fsdp", "distributed.settings"),
 ]
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
@@ -44,17 +51,46 @@ class RankFailedError(RuntimeError):
     """One or more ranks raised, died or hung; the message holds each one's traceback."""
 
 
+patches = pytest.MonkeyPatch()
+"""For what a case changes in its own process: undone after it."""
+counts = {"starts": 0, "cases": 0}
+"""Sets of processes that were started in this session, and cases that ran on them."""
+_kept: dict[int, "Ranks"] | None = None
+
+
 def run(case: Callable[..., Any], world: int, *args: Any, seconds: float = 120.0) -> list[Any]:
     """Call `case(*args)` on `world` ranks of one gloo process group; return the results in rank order.
 
     `case`, its arguments and its results are pickled. A rank's exception fails the test with the rank's traceback.
     Ranks that take longer than `seconds` are killed, and the error shows where each of them stood.
     """
-    with started(case, world, *args, seconds=seconds) as ranks:
-        wait(ranks, seconds)
-    if failures := [rank.failure for rank in ranks if rank.error]:
-        raise RankFailedError("\n".join(failures))
-    return [rank.result for rank in ranks]
+    ranks = (_kept.pop(world, None) if _kept is not None else None) or Ranks(world)
+    succeeded = False
+    try:
+        ranks.give(case, args, seconds)
+        wait(ranks.members, seconds)
+        succeeded = not any(rank.error for rank in ranks.members)
+    finally:
+        if succeeded and _kept is not None and ranks.cases < CASES_PER_START:
+            _kept[world] = ranks
+        else:
+            ranks.end()
+    if not succeeded:
+        raise RankFailedError("\n".join(rank.failure for rank in ranks.members if rank.error))
+    return [rank.result for rank in ranks.members]
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """Within it, processes are started once for all cases of `run` with as many ranks."""
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        kept, _kept = _kept, None
+        for ranks in kept.values():
+            ranks.end()
 
 
 @contextmanager
@@ -65,16 +101,39 @@ def started(
     seconds: float = 120.0,
     timeout: timedelta = COLLECTIVE_TIMEOUT,
 ) -> Iterator[list["Rank"]]:
-    """As `run`, for tests in which ranks are lost: the processes, which are ended on the way out."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory() as folder:
-        given = (Path(folder), seconds, timeout, case, args)
-        ranks = [Rank(rank, world, store.port, *given) for rank in range(world)]
-        try:
-            yield ranks
-        finally:
-            for rank in ranks:
-                rank.end()
+    """As `run`, for tests in which ranks are lost: processes of its own, which are ended on the way out."""
+    ranks = Ranks(world, timeout)
+    try:
+        ranks.give(case, args, seconds)
+        yield ranks.members
+    finally:
+        ranks.end()
+
+
+class Ranks:
+    """Processes of one process group, that do one case after another."""
+
+    def __init__(self, world: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.folder = tempfile.TemporaryDirectory()
+        self.members = [Rank(rank, world, self.store.port, Path(self.folder.name), timeout) for rank in range(world)]
+        self.cases = 0
+        counts["starts"] += 1
+
+    def give(self, case: Callable[..., Any], args: tuple[Any, ...], seconds: float) -> None:
+        work = pickle.dumps((seconds, case, args))
+        for rank in self.members:
+            with suppress(BrokenPipeError):  # a rank that is dead says so when its result is awaited
+                rank.connection.send_bytes(work)
+        self.cases += 1
+        counts["cases"] += 1
+
+    def end(self) -> None:
+        for rank in self.members:
+            rank.connection.close()
+        for rank in self.members:
+            rank.end()
+        self.folder.cleanup()
 
 
 class Rank:
@@ -84,15 +143,12 @@ class Rank:
         result: what its case returned; ``error``: why there is none, and ``failure`` the same with what it printed.
     """
 
-    def __init__(
-        self, rank: int, world: int, port: int, folder: Path, seconds: float, timeout: timedelta, case: Any, args: Any
-    ) -> None:
+    def __init__(self, rank: int, world: int, port: int, folder: Path, timeout: timedelta) -> None:
         self.rank, self.result, self.error, self.failure = rank, None, "", ""
         self.log = folder / f"rank{rank}.log"
         self.connection, theirs = connection.Pipe()
-        work = pickle.dumps((case, args))
         self.process: BaseProcess = _server().Process(
-            target=_rank_main, args=(rank, world, port, str(self.log), seconds, timeout, work, theirs), daemon=True
+            target=_rank_main, args=(rank, world, port, str(self.log), timeout, theirs), daemon=True
         )
         self.process.start()
         theirs.close()
@@ -100,12 +156,11 @@ class Rank:
     def receive(self) -> None:
         try:
             self.result, self.error = pickle.loads(self.connection.recv_bytes())
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self.process.join()
             self.error = f"died with exit code {self.process.exitcode}"
 
     def end(self) -> None:
-        self.connection.close()
         self.process.join(0 if self.error else SECONDS_TO_LEAVE)
         if self.process.is_alive():
             self.process.kill()
@@ -147,28 +202,44 @@ def _server() -> ForkServerContext:
     return context
 
 
-def _rank_main(
-    rank: int,
-    world: int,
-    port: int,
-    log: str,
-    seconds: float,
-    timeout: timedelta,
-    work: bytes,
-    results: connection.Connection,
-) -> None:
+def _rank_main(rank: int, world: int, port: int, log: str, timeout: timedelta, cases: connection.Connection) -> None:
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    faulthandler.dump_traceback_later(seconds, file=descriptor)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    try:
-        case, args = pickle.loads(work)
-        store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
-        results.send_bytes(pickle.dumps((case(*args), "")))
-        results.poll(None)  # until all ranks are done: leaving earlier would cut the connections of the others
-    except BaseException:
-        results.send_bytes(pickle.dumps((None, traceback.format_exc())))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # for the sockets of many process groups
+    gc.freeze()  # what is imported already need not be looked through after each case
+    with suppress(EOFError):  # no more cases: all ranks are done; leaving earlier would cut the others' connections
+        while True:
+            work = cases.recv_bytes()
+            os.ftruncate(descriptor, 0)
+            try:
+                seconds, case, args = pickle.loads(work)
+                faulthandler.dump_traceback_later(seconds, file=descriptor)
+                if dist.is_initialized():
+                    dist.barrier()  # fails if the case before has left ranks out of step
+                else:
+                    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+                    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+                with _undone():
+                    result = pickle.dumps((case(*args), ""))
+                faulthandler.cancel_dump_traceback_later()
+                cases.send_bytes(result)
+            except BaseException:
+                cases.send_bytes(pickle.dumps((None, traceback.format_exc())))
+                break
     os._exit(0)  # the threads of process groups that are left over after an error may never end
+
+
+@contextmanager
+def _undone() -> Iterator[None]:
+    """Every case finds the process as a new one: DeepSpeed knows no groups, and ZeRO 3 has replaced no function."""
+    torch.manual_seed(0)
+    patches.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
+    yield
+    patches.undo()
+    if groups := sys.modules.get("deepspeed.utils.groups"):
+        importlib.reload(groups)
+    gc.collect()

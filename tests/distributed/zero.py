@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .harness import run
+from .harness import patches, run
 from .models import Shape, Shards, Whole, load_weights
 from .training import (
     MakeOptimizer,
@@ -119,10 +119,10 @@ def _allow(zero: Zero) -> None:
 
     get_accelerator().is_fp16_supported = lambda: True
     if zero.precision == "float64":
-        DeepSpeedEngine.communication_data_type = torch.float64
+        patches.setattr(DeepSpeedEngine, "communication_data_type", torch.float64)
         if zero.stage > 0:
-            ZeROOptimizer._configure_master_weights = lambda *_, **__: torch.float64
-            DeepSpeedEngine.get_data_types = lambda _: (torch.float64, torch.float64)
+            patches.setattr(ZeROOptimizer, "_configure_master_weights", lambda *_, **__: torch.float64)
+            patches.setattr(DeepSpeedEngine, "get_data_types", lambda _: (torch.float64, torch.float64))
 
 
 def _built_under_zero_init(shape: Shape, config: dict[str, Any]) -> nn.Module:
