@@ -14,10 +14,10 @@ from .fsdp import Sharding, with_torch
 from .harness import needs_deepspeed, run
 from .models import Shape
 from .settings import shampoo
-from .training import Session, Topology, data_parallel, one_process, with_deepspeed
+from .training import Session, Topology, data_parallel, one_process, one_process_weights, with_deepspeed
 from .zero import Recipe, Zero, with_zero
 
-STEPS = 10
+STEPS = 6
 TOLERANCE = 1e-9
 SHAPE = Shape()
 
@@ -26,13 +26,12 @@ def _with(distribution: Distribution, name: str) -> partial[Shampoo]:
     return partial(shampoo(name), distribution=distribution)
 
 
-def _distances(make: Callable[..., Session], *arguments: Any, reference: dict[str, Tensor]) -> dict[str, float]:
+def _distances(reference: dict[str, Tensor], make: Callable[..., Session], *arguments: Any) -> dict[str, float]:
     return make(SHAPE, *arguments).train(0, STEPS).distances(reference)
 
 
 def _worst(world: int, name: str, make: Callable[..., Session], *arguments: Any) -> float:
-    reference = one_process(SHAPE, shampoo(name)).train(0, STEPS).weights()
-    found = run(partial(_distances, reference=reference), world, make, *arguments)
+    found = run(_distances, world, one_process_weights(SHAPE, shampoo(name), STEPS), make, *arguments)
     return max(max(distances.values()) for distances in found)
 
 
@@ -56,17 +55,6 @@ def test_copies_of_roots_with_shards_and_tied_weights(topology: Topology) -> Non
     assert _worst(4, "uneven-blocks", with_deepspeed, topology, make_optimizer) < TOLERANCE
 
 
-@needs_deepspeed
-@pytest.mark.parametrize(
-    "topology",
-    [Topology(data=2), Topology(data=3), Topology(data=2, model=2), Topology(pipe=2, data=2)],
-    ids=str,
-)
-def test_reduction_to_owners(topology: Topology) -> None:
-    make_optimizer = _with(Distribution(reduce_to_owners=True), "adagrad-decay")
-    assert _worst(topology.world, "adagrad-decay", with_deepspeed, topology, make_optimizer) < TOLERANCE
-
-
 def _column_major(shape: Shape, make_optimizer: Any) -> Session:
     """Parameters, and so gradients, that are not stored in row-major order."""
     session = with_deepspeed(shape, Topology(data=2), make_optimizer)
@@ -76,32 +64,17 @@ def _column_major(shape: Shape, make_optimizer: Any) -> Session:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("distribution", [Distribution(), Distribution(reduce_to_owners=True)], ids=["all", "owners"])
-def test_weights_in_column_major_order(distribution: Distribution) -> None:
-    assert _worst(2, "uneven-blocks", _column_major, _with(distribution, "uneven-blocks")) < TOLERANCE
+def test_weights_in_column_major_order() -> None:
+    assert _worst(2, "uneven-blocks", _column_major, shampoo("uneven-blocks")) < TOLERANCE
 
 
-def _complaint(make: Callable[..., Session], *arguments: Any, **named: Any) -> str:
-    session = make(*arguments, **named)
+def _complaint(make: Callable[..., Session], *arguments: Any) -> str:
+    session = make(*arguments)
     try:
         session.train(0, 3)
     except RuntimeError as error:
         return str(error)
     return ""
-
-
-@needs_deepspeed
-def test_clipping_with_reduction_to_owners_is_refused() -> None:
-    make_optimizer = _with(Distribution(reduce_to_owners=True), "uneven-blocks")
-    clipped = partial(_complaint, with_deepspeed, gradient_clipping=0.01)
-    for message in run(clipped, 2, SHAPE, Topology(data=2), make_optimizer):
-        assert "the gradients changed after they were reduced to their owners" in message
-
-
-def test_reduction_to_owners_without_an_engine_is_refused() -> None:
-    make_optimizer = _with(Distribution(reduce_to_owners=True), "uneven-blocks")
-    for message in run(_complaint, 2, data_parallel, SHAPE, make_optimizer):
-        assert "no engine asked which gradients to reduce" in message
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from .training import (
     Topology,
     data_parallel,
     one_process,
+    one_process_weights,
     without_engine,
     worst_distance,
 )
 
-STEPS = 10
 TOLERANCE = 1e-9
 
 TOPOLOGIES = [
@@ -41,18 +41,19 @@ ALL = Topology(model=2, data=2)
 TABLE = cases([*product([ALL], SETTINGS), *product(TOPOLOGIES + MORE_TOPOLOGIES, A_FEW)], every=TOPOLOGIES)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("topology", TOPOLOGIES + MORE_TOPOLOGIES, ids=str)
-def test_the_model_itself_does_not_depend_on_the_topology(topology: Topology) -> None:
+def test_the_model_itself_does_not_depend_on_the_topology(topology: Topology, steps: int) -> None:
     """The check of the checks: with PyTorch's SGD, nothing of ours in it, all topologies agree."""
     sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-    assert worst_distance(Shape(), topology, sgd, STEPS) < 1e-13
+    assert worst_distance(Shape(), topology, sgd, steps) < 1e-13
 
 
 @needs_deepspeed
 @pytest.mark.parametrize(("topology", "name"), TABLE)
-def test_parity(topology: Topology, name: str) -> None:
-    assert worst_distance(Shape(), topology, shampoo(name), STEPS) < TOLERANCE
+def test_parity(topology: Topology, name: str, steps: int) -> None:
+    assert worst_distance(Shape(), topology, shampoo(name), steps) < TOLERANCE
 
 
 def test_fused_matrices_are_split_at_all() -> None:
@@ -65,38 +66,41 @@ def test_fused_matrices_are_split_at_all() -> None:
 
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["whole", "uneven-blocks"])
-def test_parity_with_more_ranks_than_blocks(name: str) -> None:
+def test_parity_with_more_ranks_than_blocks(name: str, steps: int) -> None:
     few = Shape(layers=0, mix=False, vocabulary=6)  # a matrix and two vectors
-    assert worst_distance(few, Topology(data=4), shampoo(name), STEPS) < TOLERANCE
+    assert worst_distance(few, Topology(data=4), shampoo(name), steps) < TOLERANCE
 
 
 @needs_deepspeed
-def test_parity_with_an_untied_head() -> None:
+def test_parity_with_an_untied_head(steps: int) -> None:
     untied = Shape(tied=False)
     topology = Topology(pipe=2, data=2)
-    assert worst_distance(untied, topology, shampoo("adagrad-decay"), STEPS) < TOLERANCE
+    assert worst_distance(untied, topology, shampoo("adagrad-decay"), steps) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["adagrad-decay", "uneven-blocks"])
-def test_parity_with_plain_torch_distributed(name: str) -> None:
+def test_parity_with_plain_torch_distributed(name: str, steps: int) -> None:
     """DistributedDataParallel averages the gradients; no DeepSpeed in it."""
     make_optimizer = shampoo(name)
-    reference = one_process(Shape(), make_optimizer).train(0, STEPS).weights()
-    found = run(_ddp_distances, 2, make_optimizer, reference)
+    reference = one_process_weights(Shape(), make_optimizer, steps)
+    found = run(_ddp_distances, 2, make_optimizer, steps, reference)
     assert max(max(distances.values()) for distances in found) < TOLERANCE
 
 
-def _ddp_distances(make_optimizer: Any, reference: dict[str, Tensor]) -> dict[str, float]:
-    return data_parallel(Shape(), make_optimizer).train(0, STEPS).distances(reference)
+def _ddp_distances(make_optimizer: Any, steps: int, reference: dict[str, Tensor]) -> dict[str, float]:
+    return data_parallel(Shape(), make_optimizer).train(0, steps).distances(reference)
 
 
-def test_parity_of_a_topology_without_an_engine() -> None:
+def test_parity_of_a_topology_without_an_engine(steps: int) -> None:
     topology = Topology(data=2, model=2)
     make_optimizer = shampoo("adagrad-decay")
-    reference = one_process(Shape(), make_optimizer).train(0, STEPS).weights()
-    found = run(_engineless_distances, topology.world, topology, partial(make_optimizer, topology=topology), reference)
+    reference = one_process_weights(Shape(), make_optimizer, steps)
+    make = partial(make_optimizer, topology=topology)
+    found = run(_engineless_distances, topology.world, topology, make, steps, reference)
     assert max(max(distances.values()) for distances in found) < TOLERANCE
 
 
-def _engineless_distances(topology: Topology, make_optimizer: Any, reference: dict[str, Tensor]) -> dict[str, float]:
-    return without_engine(Shape(), topology, make_optimizer).train(0, STEPS).distances(reference)
+def _engineless_distances(
+    topology: Topology, make_optimizer: Any, steps: int, reference: dict[str, Tensor]
+) -> dict[str, float]:
+    return without_engine(Shape(), topology, make_optimizer).train(0, steps).distances(reference)

@@ -99,14 +99,6 @@ def test_replicas_give_each_other_the_weights(topology: Topology) -> None:
 
 
 @needs_deepspeed
-def test_reduction_to_owners_brings_each_gradient_once() -> None:
-    topology = Topology(data=4)
-    sums = _check(run(_stage_0, 4, topology, Distribution(reduce_to_owners=True)))
-    elements = sum(p.numel() for p in _parameters())
-    assert sums["reduced"] == 8 * elements * (topology.data - 1)  # an all-reduce: twice as much
-
-
-@needs_deepspeed
 def test_more_root_copies_take_fewer_bytes_and_more_memory() -> None:
     found = {copies: run(_stage_0, 4, Topology(data=4), Distribution(root_copies=copies)) for copies in (1, 2, 4)}
     sums = {copies: _check(results) for copies, results in found.items()}

@@ -292,6 +292,11 @@ def with_deepspeed(shape: Shape, topology: Topology, make_optimizer: MakeOptimiz
     return Session(shape, module, optimizer, topology, shards, engine, replica)
 
 
+def one_process_weights(shape: Shape, make_optimizer: MakeOptimizer, steps: int) -> dict[str, Tensor]:
+    """The reference after training, once per test session."""
+    return _one_process_weights(pickle.dumps((shape, make_optimizer, steps)))
+
+
 @functools.cache
 def _one_process_weights(run_of: bytes) -> dict[str, Tensor]:
     shape, make_optimizer, steps = pickle.loads(run_of)
@@ -307,7 +312,7 @@ def _distances(
 
 def worst_distance(shape: Shape, topology: Topology, make_optimizer: MakeOptimizer, steps: int) -> float:
     """Train on the topology and in one process; the largest relative distance of any parameter on any rank."""
-    reference = _one_process_weights(pickle.dumps((shape, make_optimizer, steps)))
+    reference = one_process_weights(shape, make_optimizer, steps)
     found = run(_distances, topology.world, shape, topology, make_optimizer, steps, reference)
     assert set().union(*found) == set(reference)
     return max(max(distances.values()) for distances in found)
