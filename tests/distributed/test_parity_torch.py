@@ -24,27 +24,27 @@ UNEQUAL = [Sharding(shards=3), Sharding(shards=3, dim=1)]
 
 
 @pytest.mark.parametrize(("sharding", "name"), cases(paired(ONE_AXIS), every=UNEQUAL))
-def test_one_axis(sharding: Sharding, name: str) -> None:
+def test_one_axis(sharding: Sharding, name: str, steps: int) -> None:
     """Three and four shards: of unequal sizes, some of them empty."""
-    assert distance_from_one_process(sharding, shampoo(name), STEPS) < 1e-9
+    assert distance_from_one_process(sharding, shampoo(name), steps) < 1e-9
 
 
 @pytest.mark.parametrize(("sharding", "name"), cases(paired(TWO_AXES), every=TWO_AXES))
-def test_two_axes(sharding: Sharding, name: str) -> None:
+def test_two_axes(sharding: Sharding, name: str, steps: int) -> None:
     """Hybrid sharding, and FSDP2 over the shards of tensor parallelism."""
-    assert distance_from_one_process(sharding, shampoo(name), STEPS) < 1e-9
+    assert distance_from_one_process(sharding, shampoo(name), steps) < 1e-9
 
 
 @pytest.mark.parametrize("sharding", [Sharding(replicas=2), Sharding(shards=3)], ids=str)
-def test_single_precision(sharding: Sharding) -> None:
+def test_single_precision(sharding: Sharding, steps: int) -> None:
     make_optimizer = shampoo("adagrad-decay", "float32")
-    assert distance_from_one_process(sharding, make_optimizer, STEPS, "float32") < 1e-5
+    assert distance_from_one_process(sharding, make_optimizer, steps, "float32") < 1e-5
 
 
 @pytest.mark.parametrize("name", ["uneven-blocks", "refresh-3-start-4"])
-def test_ddp_with_gradients_that_are_missing_on_a_rank(name: str) -> None:
+def test_ddp_with_gradients_that_are_missing_on_a_rank(name: str, steps: int) -> None:
     shape = replace(ODD, branch=True)
-    assert distance_from_one_process(Sharding(replicas=2), shampoo(name), STEPS, shape=shape) < 1e-9
+    assert distance_from_one_process(Sharding(replicas=2), shampoo(name), steps, shape=shape) < 1e-9
 
 
 def _mixed(shards: int) -> dict[str, Tensor]:

@@ -1,7 +1,5 @@
 """Under ZeRO, which cuts the matrices anywhere, Shampoo follows the same trajectory as one plain process."""
 
-from typing import Any
-
 import pytest
 
 from .harness import needs_deepspeed
@@ -11,13 +9,12 @@ from .zero import TWO, Recipe, Zero, distance_from_one_process
 
 pytestmark = needs_deepspeed
 
-STEPS = 10
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 
 
-def _check(zero: Zero, name: str, **recipe: Any) -> None:
-    recipe_of = Recipe(shampoo(name, zero.precision), **recipe)
-    assert distance_from_one_process(zero, recipe_of, STEPS) < TOLERANCE[zero.precision]
+def _check(zero: Zero, name: str, steps: int) -> None:
+    recipe = Recipe(shampoo(name, zero.precision))
+    assert distance_from_one_process(zero, recipe, steps) < TOLERANCE[zero.precision]
 
 
 def _zeros(topologies: list[Topology], stages: tuple[int, ...], precision: str = "float64") -> list[Zero]:
@@ -32,27 +29,27 @@ SINGLE = _zeros([TWO, Topology(data=3)], (0, 1, 2, 3), "float32")
 
 
 @pytest.mark.parametrize(("zero", "name"), cases(paired(DATA), every=DATA[4:8]))
-def test_stages(zero: Zero, name: str) -> None:
-    _check(zero, name)
+def test_stages(zero: Zero, name: str, steps: int) -> None:
+    _check(zero, name, steps)
 
 
 @pytest.mark.parametrize(("zero", "name"), cases(paired(PIPE[1:]), every=PIPE))
-def test_stages_under_the_pipeline(zero: Zero, name: str) -> None:
+def test_stages_under_the_pipeline(zero: Zero, name: str, steps: int) -> None:
     """An embedding that two pipeline stages share lies in a flat tensor of each."""
-    _check(zero, name)
+    _check(zero, name, steps)
 
 
 @pytest.mark.parametrize(("zero", "name"), cases(paired(MODEL[1:]), every=MODEL))
-def test_stages_with_tensor_parallelism(zero: Zero, name: str) -> None:
+def test_stages_with_tensor_parallelism(zero: Zero, name: str, steps: int) -> None:
     """DeepSpeed cuts the shards of matrices that are cut already; blocks are those of the whole matrices."""
-    _check(zero, name)
+    _check(zero, name, steps)
 
 
 @pytest.mark.parametrize(("zero", "name"), cases([(ALL_AXES[1], "uneven-blocks")], every=ALL_AXES))
-def test_stages_with_all_axes(zero: Zero, name: str) -> None:
-    _check(zero, name)
+def test_stages_with_all_axes(zero: Zero, name: str, steps: int) -> None:
+    _check(zero, name, steps)
 
 
 @pytest.mark.parametrize(("zero", "name"), cases(paired(SINGLE)))
-def test_stages_in_single_precision(zero: Zero, name: str) -> None:
-    _check(zero, name)
+def test_stages_in_single_precision(zero: Zero, name: str, steps: int) -> None:
+    _check(zero, name, steps)
