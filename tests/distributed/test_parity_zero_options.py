@@ -16,7 +16,6 @@ from .zero import ODD, TWO, Recipe, Zero, alone, distance_from_one_process
 
 pytestmark = needs_deepspeed
 
-STEPS = 10
 THREE = Topology(data=3)
 MANY = 10**6
 
@@ -76,18 +75,18 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 
 
 @pytest.mark.parametrize("option", [pytest.param(o, marks=[pytest.mark.slow] * (o not in FAST)) for o in OPTIONS])
-def test_an_option_changes_nothing(option: str) -> None:
+def test_an_option_changes_nothing(option: str, steps: int) -> None:
     way, name = OPTIONS[option]
-    distance = distance_from_one_process(way, Recipe(shampoo(name, way.precision)), STEPS)
+    distance = distance_from_one_process(way, Recipe(shampoo(name, way.precision)), steps)
     assert distance < TOLERANCE[way.precision]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_changes_nothing_for_sgd_either(option: str) -> None:
+def test_an_option_changes_nothing_for_sgd_either(option: str, steps: int) -> None:
     """The check of the checks, with nothing of ours in it."""
     way, _ = OPTIONS[option]
-    assert distance_from_one_process(way, Recipe(sgd), STEPS) < {"float64": 1e-13, "float32": 2e-6}[way.precision]
+    assert distance_from_one_process(way, Recipe(sgd), steps) < {"float64": 1e-13, "float32": 2e-6}[way.precision]
 
 
 BOTH = pytest.mark.parametrize(
@@ -102,17 +101,17 @@ BOTH = pytest.mark.parametrize(
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("batch", [12, 10], ids=["accumulated", "at-once"])
 @BOTH
-def test_clipping_accumulation_and_a_schedule(stage: int, batch: int, make: Any) -> None:
+def test_clipping_accumulation_and_a_schedule(stage: int, batch: int, make: Any, steps: int) -> None:
     """DeepSpeed takes the norm of the accumulated gradient, in single precision."""
-    recipe, shape = Recipe(make, clip=0.2, halve_rate_after=3), replace(ODD, batch=batch)
-    assert distance_from_one_process(Zero(stage), recipe, STEPS, shape) < TOLERANCE["float32"]
+    recipe, shape = Recipe(make, clip=0.2, halve_rate_after=2), replace(ODD, batch=batch)
+    assert distance_from_one_process(Zero(stage), recipe, steps, shape) < TOLERANCE["float32"]
 
 
 @BOTH
-def test_clipping_and_the_schedule_do_something(make: Any) -> None:
+def test_clipping_and_the_schedule_do_something(make: Any, steps: int) -> None:
     plain, clipped, slowed = (
-        alone(ODD, recipe, STEPS, "float32")
-        for recipe in (Recipe(make), Recipe(make, clip=0.2), Recipe(make, halve_rate_after=3))
+        alone(ODD, recipe, steps, "float32")
+        for recipe in (Recipe(make), Recipe(make, clip=0.2), Recipe(make, halve_rate_after=2))
     )
     assert min(relative_distance(clipped, plain), relative_distance(slowed, plain)) > 0.01
 
@@ -122,5 +121,5 @@ def test_clipping_and_the_schedule_do_something(make: Any) -> None:
     "make",
     [pytest.param(sgd, id="sgd", marks=pytest.mark.slow), pytest.param(shampoo("uneven-blocks"), id="shampoo")],
 )
-def test_groups_with_settings_of_their_own(way: Zero, make: Any) -> None:
-    assert distance_from_one_process(way, Recipe(partial(in_groups, make)), STEPS) < TOLERANCE["float64"]
+def test_groups_with_settings_of_their_own(way: Zero, make: Any, steps: int) -> None:
+    assert distance_from_one_process(way, Recipe(partial(in_groups, make)), steps) < TOLERANCE["float64"]

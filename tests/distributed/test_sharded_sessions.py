@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,8 @@ ROUNDING = {"float64": 1e-13, "float32": 2e-6}
 
 sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
-slow = pytest.mark.slow
+pytestmark = pytest.mark.slow
+
 STAGES = [Zero(stage, Topology(data=data), "float64") for data in (2, 3, 4) for stage in range(4)]
 GRID = [
     *(Zero(stage, Topology(pipe=2, data=2), "float64") for stage in (0, 1)),
@@ -29,12 +29,8 @@ GRID = [
 SINGLE = [Zero(stage, TWO, "float32") for stage in range(4)]
 
 
-def _zero_cases() -> list[Any]:
-    return [pytest.param(z, id=str(z), marks=[slow] * (z.topology.world > 2)) for z in STAGES + GRID + SINGLE]
-
-
 @needs_deepspeed
-@pytest.mark.parametrize("layout", _zero_cases())
+@pytest.mark.parametrize("layout", STAGES + GRID + SINGLE, ids=str)
 def test_zero(layout: Zero) -> None:
     distance = zero.distance_from_one_process(layout, Recipe(sgd), STEPS)
     assert distance < ROUNDING[layout.precision]
@@ -46,7 +42,7 @@ TORCH = [
 ]
 
 
-@pytest.mark.parametrize("sharding", [pytest.param(s, id=str(s), marks=[slow] * (s.world > 3)) for s in TORCH])
+@pytest.mark.parametrize("sharding", TORCH, ids=str)
 def test_plain_torch(sharding: Sharding) -> None:
     assert fsdp.distance_from_one_process(sharding, sgd, STEPS) < ROUNDING["float64"]
 
