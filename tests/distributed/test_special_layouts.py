@@ -1,6 +1,5 @@
 """Layouts in which a rank's part of a matrix is more than one range of it: AutoTP, Megatron's strides, experts."""
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 
 from shampoo3d import Shampoo, ShampooHyperParams
 
-from .harness import needs_deepspeed
+from .harness import needs_deepspeed, patches
 from .settings import cases, paired, shampoo
 from .special_layouts import AutoTensorParallel, Experts, Layout, Stripes, Transformer, worst_distance
 
 pytestmark = needs_deepspeed
 
-STEPS = 10
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 
 LAYOUTS: list[Layout] = [
@@ -51,12 +49,6 @@ PAIRS = [
     # DeepSpeed wants experts in groups, which are lists, and these do not tell which parameters are embeddings.
     if not (isinstance(case.values[0], Experts) and case.values[1] == "embeddings-excluded")
 ]
-FAST_MODELS = {AutoTensorParallel(stage=2), Stripes(stage=1), Experts(stage=1), Experts(spread=(2, 4))}
-
-
-def named(layouts: list[Layout], fast: Collection[Layout]) -> list[Any]:
-    """Those that are not among the fast ones are slow."""
-    return [pytest.param(x, id=str(x), marks=() if x in fast else pytest.mark.slow) for x in layouts]
 
 
 def slower(layout: Layout, name: str) -> partial[Shampoo]:
@@ -68,16 +60,17 @@ def slower(layout: Layout, name: str) -> partial[Shampoo]:
     return partial(found, lr=found.keywords["lr"] / 4, hyperparams=hp)
 
 
-@pytest.mark.parametrize("layout", named(LAYOUTS + MORE_LAYOUTS, FAST_MODELS))
-def test_the_model_itself_does_not_depend_on_the_layout(layout: Layout) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS + MORE_LAYOUTS, ids=str)
+def test_the_model_itself_does_not_depend_on_the_layout(layout: Layout, steps: int) -> None:
     """The check of the checks: with PyTorch's SGD, nothing of ours in it, all layouts agree."""
     sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-    assert worst_distance(layout, sgd, STEPS) < {"float64": 1e-13, "float32": 2e-6}[layout.precision]
+    assert worst_distance(layout, sgd, steps) < {"float64": 1e-13, "float32": 2e-6}[layout.precision]
 
 
 @pytest.mark.parametrize(("layout", "name"), PAIRS)
-def test_parity(layout: Layout, name: str) -> None:
-    assert worst_distance(layout, slower(layout, name), STEPS) < TOLERANCE[layout.precision]
+def test_parity(layout: Layout, name: str, steps: int) -> None:
+    assert worst_distance(layout, slower(layout, name), steps) < TOLERANCE[layout.precision]
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,8 @@ class ExpertsOnShards(Experts):
         def gather(output: Tensor, part: Tensor, *rest: Any, **options: Any) -> Any:  # gloo wants equal shapes
             return original(output, part.flatten() if output.dim() == 1 else part, *rest, **options)
 
-        original, comm.all_gather_into_tensor = comm.all_gather_into_tensor, gather
+        original = comm.all_gather_into_tensor
+        patches.setattr(comm, "all_gather_into_tensor", gather)
         return super().local()
 
     def given(self, name: str, full: Tensor) -> Tensor:
@@ -130,10 +124,18 @@ RARE: list[Layout] = [
     *(EmptyShards(double=True), EmptyShards(stage=1), EmptyShards(stage=2)),
     *(ExpertsOnShards(stage=stage) for stage in range(3)),
 ]
+RARE_ONES = pytest.mark.parametrize(
+    "layout", [pytest.param(x, id=str(x), marks=() if x.stage == 1 else pytest.mark.slow) for x in RARE]
+)
 
 
-@pytest.mark.parametrize("layout", named(RARE, {EmptyShards(stage=1), ExpertsOnShards(stage=1)}))
-def test_parity_where_tensor_parallel_ranks_hold_nothing_or_other_experts(layout: Layout) -> None:
+@RARE_ONES
+def test_parity_where_tensor_parallel_ranks_hold_nothing_or_other_experts(layout: Layout, steps: int) -> None:
+    assert worst_distance(layout, slower(layout, "uneven-blocks"), steps) < TOLERANCE[layout.precision]
+
+
+@pytest.mark.slow
+@RARE_ONES
+def test_these_models_themselves_do_not_depend_on_the_layout(layout: Layout, steps: int) -> None:
     sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
-    assert worst_distance(layout, sgd, STEPS) < TOLERANCE[layout.precision]
-    assert worst_distance(layout, slower(layout, "uneven-blocks"), STEPS) < TOLERANCE[layout.precision]
+    assert worst_distance(layout, sgd, steps) < TOLERANCE[layout.precision]
