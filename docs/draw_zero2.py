@@ -16,7 +16,8 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from shampoo3d import ShampooHyperParams
 from shampoo3d.cli.draw import FAINT, INK, PALETTE
 from shampoo3d.planning.blocks import Block
-from shampoo3d.planning.layout import Holder, Shard, Sharding, describe
+from shampoo3d.planning.grid import describe
+from shampoo3d.planning.layout import Holder, Shard, Sharding
 from shampoo3d.planning.plan import make_plan
 from shampoo3d.planning.routes import Transfers
 

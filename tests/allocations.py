@@ -14,7 +14,7 @@ from common import put_gradients, replicated
 from shampoo3d import Shampoo, ShampooHyperParams
 from shampoo3d.numerics.roots import choice
 from shampoo3d.planning import memory as room
-from shampoo3d.planning.layout import describe
+from shampoo3d.planning.grid import describe
 from shampoo3d.planning.memory import Memory, memory
 from shampoo3d.planning.plan import make_plan
 from shampoo3d.runtime import team as holdings

@@ -14,7 +14,8 @@ from shampoo3d import Plan, ShampooHyperParams
 from shampoo3d.cli.draw import _matrix, loss_figure, memory_table, ownership_figure, ownership_table, traffic_table
 from shampoo3d.cli.train.results import Curve, Run
 from shampoo3d.planning.blocks import cut
-from shampoo3d.planning.layout import Holder, Shard, Sharding, describe
+from shampoo3d.planning.grid import describe
+from shampoo3d.planning.layout import Holder, Shard, Sharding
 from shampoo3d.planning.memory import Memory
 from shampoo3d.planning.plan import make_plan
 

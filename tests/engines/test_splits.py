@@ -14,7 +14,7 @@ from common import REFUSED, assert_equal, draw, replicated, saved_and_loaded, sn
 from shampoo3d import Shampoo, ShampooHyperParams, StepRefusedError, Variant
 from shampoo3d.engines.parameters import ParameterRegistry
 from shampoo3d.planning.blocks import Split, concatenate_cuts, lengths_of, merge_dims
-from shampoo3d.planning.layout import describe
+from shampoo3d.planning.grid import describe
 
 SETTINGS: list[dict[str, Any]] = [
     {},

@@ -19,7 +19,7 @@ from shampoo3d.numerics.roots import inverse_diagonal_roots, inverse_roots
 from shampoo3d.numerics.symmetric import Diagonal, Symmetric
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.cost import block_cost
-from shampoo3d.planning.layout import describe
+from shampoo3d.planning.grid import describe
 from shampoo3d.planning.plan import Plan
 
 CPU = torch.device("cpu")

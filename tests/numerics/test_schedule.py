@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from common import MODELS, RANDOM, a_storage, replicated
 from shampoo3d.numerics.schedule import equivalent_step, offsets, phase
 from shampoo3d.planning.cost import root_cost
-from shampoo3d.planning.layout import describe
+from shampoo3d.planning.grid import describe
 from shampoo3d.planning.plan import Plan, make_plan, make_plans
 from shampoo3d.planning.stagger import factored_blocks, refresh_offsets
 from shampoo3d.settings.computation import Computation

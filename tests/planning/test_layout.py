@@ -26,7 +26,8 @@ from common import (
     some_hyperparams,
     stored,
 )
-from shampoo3d.planning.layout import GRAFTED_BLOCK, Holder, Shard, Sharding, describe
+from shampoo3d.planning.grid import GRAFTED_BLOCK, describe
+from shampoo3d.planning.layout import Holder, Shard, Sharding
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.variant import Variant
 

@@ -34,7 +34,8 @@ from distributed.zero import Recipe, Zero, with_zero
 from shampoo3d import Distribution, Shampoo, ShampooHyperParams
 from shampoo3d.numerics import background
 from shampoo3d.numerics.roots import choice
-from shampoo3d.planning.layout import ITEM_BYTES, describe
+from shampoo3d.planning.grid import describe
+from shampoo3d.planning.layout import ITEM_BYTES
 from shampoo3d.planning.memory import Memory, memory
 from shampoo3d.planning.plan import make_plan
 from shampoo3d.runtime import team as holdings

@@ -25,7 +25,8 @@ from common import (
     stored,
     transformer,
 )
-from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding, describe
+from shampoo3d.planning.grid import describe
+from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding
 from shampoo3d.planning.plan import Plan, PlannedBlock, make_plan, make_plans
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 

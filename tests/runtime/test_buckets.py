@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from common import replicated
-from shampoo3d.planning.layout import Matrix, describe
+from shampoo3d.planning.grid import describe
+from shampoo3d.planning.layout import Matrix
 from shampoo3d.runtime.bindings import Binding, GroupTensor
 from shampoo3d.runtime.buckets import Member, patches
 from shampoo3d.settings.hyperparams import ShampooHyperParams

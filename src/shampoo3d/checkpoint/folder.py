@@ -182,7 +182,8 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _share(parallel: ParallelGroups) -> tuple[int, int]:
     """Return the index of this rank and the number of ranks."""
-    return parallel.world.ranks.index(parallel.rank), parallel.world.size
+    world = parallel.world
+    return world.ranks.index(parallel.rank), world.size
 
 
 def _checksums(parallel: ParallelGroups, folder: Path) -> dict[str, tuple[int, int]]:
@@ -294,7 +295,8 @@ class Loading:
         """Return why state cannot be carried over into other blocks, or empty."""
         if not reblock:
             return "reblock=True carries momenta over, and statistics as far as they are known"
-        if self.source.hp.variant.direction == "adam":
+        variant = self.source.hp.variant
+        if variant.direction == "adam":
             return "eigenbases and what is kept in them cannot be cut or joined; take the block_size that they had"
         if any(len(block.keepers) > 1 for team in self.source.teams for block in team.plan.blocks):
             return "reblock=True needs root_copies=1"
@@ -355,9 +357,8 @@ class Loading:
 
     def _read(self, into: Mapping[str, Tensor]) -> None:
         with _quiet():
-            state_dict_loader.load(
-                dict(into), storage_reader=Reader(self.folder), no_dist=self.source.parallel.world.size == 1
-            )
+            world = self.source.parallel.world
+            state_dict_loader.load(dict(into), storage_reader=Reader(self.folder), no_dist=world.size == 1)
 
     def loaded(self) -> Loaded:
         """Report what was done. Collective."""

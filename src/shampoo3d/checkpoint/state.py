@@ -17,7 +17,8 @@ from shampoo3d.numerics.momenta import kept_dtype
 from shampoo3d.numerics.preconditioner import factor_shapes, state_shapes
 from shampoo3d.numerics.state_names import momenta_names
 from shampoo3d.planning.blocks import Block
-from shampoo3d.planning.layout import Holder, Matrix, Piece, Shard, describe
+from shampoo3d.planning.grid import describe
+from shampoo3d.planning.layout import Holder, Matrix, Piece, Shard
 from shampoo3d.planning.routes import BUCKET_ELEMENTS, Transfers
 from shampoo3d.runtime.bindings import Binding, state_dtype
 from shampoo3d.runtime.team import Team

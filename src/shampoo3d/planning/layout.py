@@ -18,24 +18,13 @@ from shampoo3d.planning.blocks import (
     Cuts,
     Span,
     Split,
-    concatenate_cuts,
-    cut,
-    grid,
     lengths_of,
     located,
-    merge_dims,
     merged_spans,
     overlap,
-    parts_at_most,
     rectangles,
     strides_of,
 )
-from shampoo3d.planning.factors import factor_axes
-from shampoo3d.settings.hyperparams import ShampooHyperParams
-from shampoo3d.settings.variant import LONGEST_KERNEL
-
-GRAFTED_BLOCK = 2**18
-"""Elements in a block without factors: small enough that the rows of a large embedding spread over the ranks."""
 
 
 @dataclass(frozen=True)
@@ -347,69 +336,3 @@ class Matrix:
         if self.sharding.sharded and any(len(ranks) > 1 for ranks in self.sharding.replica_groups.values()):
             return "elements that should be stored once are stored by several ranks"
         return ""
-
-
-def describe(sharding: Sharding, hp: ShampooHyperParams, world_size: int) -> Matrix:
-    """Cut the logical matrix into blocks.
-
-    ``world_size`` is the number of pieces that ``fair_blocks`` cuts a tensor-parallel matrix into.
-
-    Raises:
-        ValueError: naming the parameter and the numbers, if its split does not fit its shape.
-    """
-    split = [axis for axis, _ in sharding.split if sharding.lengths(axis)]
-    if sharding.excluded:
-        return _without_factors(sharding, "excluded", sharding.excluded)
-    shape = tuple(max(sharding.lengths(axis)) for axis in range(len(sharding.shape)))  # of the largest matrix in it
-    groups = _merged_axes(shape, hp, split)
-    if len(groups) < 2:
-        kind = ("scalar", "vector")[min(1, len(shape))]
-        merged = f"{shape} merged into a vector: at most block_size={hp.block_size} elements"
-        return _without_factors(sharding, "grafted only", kind if len(shape) < 2 else merged)
-    cuts = tuple(_cuts(sharding, group, hp, world_size) for group in groups)
-    axes, diagonal, reason = factor_axes(cuts, [max(_lengths(sharding, group)) for group in groups], hp.variant)
-    if not axes:
-        return _without_factors(sharding, "grafted only", reason)
-    return Matrix(sharding, groups, cuts, grid(cuts), axes, "preconditioned", reason, diagonal)
-
-
-def _merged_axes(shape: Shape, hp: ShampooHyperParams, split: Collection[int]) -> tuple[tuple[int, ...], ...]:
-    """Return the groups of axes to merge; an axis that is split is not merged with the ones before it."""
-    if hp.variant.kernels == "matrix":
-        long = [axis for axis, length in enumerate(shape) if length > LONGEST_KERNEL]
-        return merge_dims(shape, math.prod(shape), {1, *split, *long})
-    return merge_dims(shape, hp.block_size if hp.best_effort_shape_interpretation else 0, split)
-
-
-def _lengths(sharding: Sharding, group: Sequence[int]) -> list[int]:
-    """Return the lengths along a merged axis of the matrices in a parameter; only its first axis may be split."""
-    inner = math.prod(sharding.shape[axis] for axis in group[1:])
-    return [length * inner for length in sharding.lengths(group[0])]
-
-
-def _cuts(sharding: Sharding, group: Sequence[int], hp: ShampooHyperParams, world_size: int) -> Cuts:
-    """Return the boundaries of the blocks along a merged axis: each matrix in it is cut as if it stood alone."""
-    fair = hp.fair_blocks and sharding.divided in group
-    return concatenate_cuts(
-        cut(length, min(world_size, length) if fair else parts_at_most(length, hp.block_size))
-        for length in _lengths(sharding, group)
-    )
-
-
-def _without_factors(sharding: Sharding, path: str, reason: str) -> Matrix:
-    """Make a matrix without factors."""
-    axes = tuple(range(len(sharding.shape)))
-    rows_and_rest = tuple(group for group in (axes[:1], axes[1:]) if group) or ((),)
-    matrix = Matrix(sharding, rows_and_rest, (), (), (), path, reason)
-    if sharding.sharded:
-        return matrix
-    # Nothing but the balance depends on these blocks. They do not cross shards, so that each has one replica group.
-    pieces = [piece.box for _, shard in sharding.replica_groups for piece in matrix.pieces(shard)]
-    return replace(matrix, blocks=tuple(block for box in dict.fromkeys(pieces) for block in _by_rows(box)))
-
-
-def _by_rows(box: Block) -> Iterator[Block]:
-    rows = box.shape[0]
-    at_most = max(1, GRAFTED_BLOCK // max(1, math.prod(box.shape[1:])))
-    for a, b in itertools.pairwise(cut(rows, parts_at_most(rows, at_most))):
-        yield Block((box.start[0] + a, *box.start[1:]), (b - a, *box.shape[1:]))

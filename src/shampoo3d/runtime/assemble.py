@@ -16,7 +16,8 @@ from shampoo3d.engines.engine import LocalShard
 from shampoo3d.engines.parameters import ParameterRegistry
 from shampoo3d.engines.reading import contents, engine, local, read
 from shampoo3d.numerics.schedule import BlockId
-from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding, describe
+from shampoo3d.planning.grid import describe
+from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding
 from shampoo3d.planning.plan import Plan, in_order, make_plans
 from shampoo3d.planning.stagger import factored_blocks, refresh_offsets
 from shampoo3d.runtime.bindings import Binding, GroupTensor

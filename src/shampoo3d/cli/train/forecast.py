@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from shampoo3d.engines.native import embedding_weights
 from shampoo3d.engines.tensor_parallel import shard_of
-from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding, describe
+from shampoo3d.planning.grid import describe
+from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding
 from shampoo3d.planning.memory import Memory, memory
 from shampoo3d.planning.plan import Plan, make_plans
 from shampoo3d.planning.share import RankShare, traffic
