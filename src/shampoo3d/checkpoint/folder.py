@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -219,36 +219,46 @@ def _sync(path: Path) -> None:
 class Loading:
     """Loading of a folder into an optimizer: first all is read and checked, then all is taken over."""
 
-    def __init__(
-        self, source: Source, path: str | os.PathLike[str], *, weights: bool, strict: bool, reblock: bool
-    ) -> None:
+    def __init__(self, source: Source, folder: Path, manifest: Manifest, *, weights: bool) -> None:
+        """Use :meth:`open` instead, which reads the manifest and compares it with the optimizer."""
+        self.source, self.folder, self.manifest = source, folder, manifest
+        self.weights = source.weights() if weights else None
+        self.groups: list[dict[str, Any]] = [dict(group) for group in source.groups]
+        self.called = for_loading(source.parallel, source.teams, manifest.parameters)
+        self.parameters = source.parameters(self.called)
+
+    @classmethod
+    def open(
+        cls, source: Source, path: str | os.PathLike[str], *, weights: bool, strict: bool, reblock: bool
+    ) -> "Loading":
         """Read the manifest and compare it with the optimizer. Collective.
 
         Raises:
             CheckpointError: on all ranks, naming what is damaged or does not fit; nothing was changed.
         """
-        self.source, self.folder = source, Path(path)
-        self.weights = source.weights() if weights else None
-        self.groups: list[dict[str, Any]] = [dict(group) for group in source.groups]
-        error = ""
+        folder, error = Path(path), ""
         try:
-            self.manifest = Manifest.read(self.folder)
+            manifest = Manifest.read(folder)
         except CheckpointError as raised:
             error = str(raised)
         _refuse(source.parallel, error)
-        self.called = for_loading(source.parallel, source.teams, self.manifest.parameters)
-        self.parameters, idle = source.parameters(self.called), source.everyones_idle()
+        loading = cls(source, folder, manifest, weights=weights)
+        _refuse(source.parallel, loading._compare(source.everyones_idle(), strict=strict, reblock=reblock))
+        return loading
+
+    def _compare(self, idle: Collection[str], *, strict: bool, reblock: bool) -> str:
+        """Return an error if the folder is damaged or does not fit, or empty; take over its settings of groups."""
         try:
-            index, size = _share(source.parallel)
+            index, size = _share(self.source.parallel)
             error = self.manifest.damage(self.folder, share=index, of=size)
             error = error or self._misfit({*idle} if strict else None, reblock) or self._unequal_steps()
             if not error and (strict or len(self.groups) == len(self.manifest.groups)):
                 self.groups = self._settings()
         except OSError as raised:  # a disk error on any rank
-            error = f"{self.folder} could not be read: {_words(raised)}"
+            return f"{self.folder} could not be read: {_words(raised)}"
         except (TypeError, ValueError) as raised:
-            error = str(raised)
-        _refuse(source.parallel, error)
+            return str(raised)
+        return error
 
     def _settings(self) -> list[dict[str, Any]]:
         """Return the optimizer's groups with the settings of the folder."""

@@ -230,7 +230,7 @@ class Checkpointed(Optimizer):
             check_bool(name, value)
         with during(f"about the checkpoint {os.fspath(path)}"):
             self.bind()
-            loading = folder.Loading(self._source(), path, weights=weights, strict=strict, reblock=reblock)
+            loading = folder.Loading.open(self._source(), path, weights=weights, strict=strict, reblock=reblock)
             loading.finish()
         for tensor, step in loading.steps().items():
             self.state[tensor]["step"] = step

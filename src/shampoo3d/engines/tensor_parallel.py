@@ -73,36 +73,37 @@ def _cut_by_sizes(meta: Mapping[str, Any], rank: int) -> tuple[int, list[Span]]:
 
 def _cut_by_map(affine: Mapping[str, Any], rank: int, shape: Shape, name: str) -> tuple[int, list[Span]]:
     """Find the axis and its ranges from strided pieces of the whole matrix, in the order of the shard's storage."""
-    pieces = affine["ranks"][rank]["pieces"]
-    total = math.prod(shape)
     axes: dict[int, list[Span]] = {}
-    for piece in sorted(pieces, key=lambda piece: piece["dest"][0]):
-        sizes, (offset, strides) = tuple(piece["shape"]), piece["source"]
+    for piece in sorted(affine["ranks"][rank]["pieces"], key=lambda piece: piece["dest"][0]):
         if piece.get("scale", 1.0) != 1.0:
             raise ValueError(
                 f"parameter {name!r} is stored by AutoTP with a factor {piece['scale']}, which is not supported"
             )
         if len(piece.get("locations", ())) > 1:
             raise ValueError(f"parameter {name!r} is stored by AutoTP partly on ranks {piece['locations']} at once")
-        if 0 in sizes and len(sizes) == len(shape):  # a rank beyond the last head stores nothing
-            axes.setdefault(sizes.index(0), []).append((0, 0))
-            continue
-        ends = [int(offset), int(offset) + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))]
-        corners = torch.stack(torch.unravel_index(torch.tensor(ends), shape), 1).tolist()
-        box = [(int(a), int(b) + 1) for a, b in zip(*corners, strict=True)]
-        if math.prod(b - a for a, b in box) == math.prod(sizes):
-            spans = [(i, [side]) for i, (side, n) in enumerate(zip(box, shape, strict=True)) if side != (0, n)]
-        else:  # a range of an inner axis of the view in which the shard was cut: one range per row of the outer ones
-            rows = [int(offset) + i * strides[0] for i in range(sizes[0])]
-            inner = math.prod(sizes[1:])
-            spans = [(0, [(row * shape[0] // total, (row + inner) * shape[0] // total) for row in rows])]
-        for axis, ranges in spans or [(0, [(0, shape[0])])]:
+        for axis, ranges in _ranges_of(piece, shape):
             axes.setdefault(axis, []).extend(ranges)
     if len(axes) != 1:
         raise ValueError(
             f"parameter {name!r} is cut by AutoTP along axes {sorted(axes)} at once, which is not supported"
         )
     return next(iter(axes.items()))
+
+
+def _ranges_of(piece: Mapping[str, Any], shape: Shape) -> list[tuple[int, list[Span]]]:
+    """Find the axes that a piece cuts, with its ranges of each: empty, a rectangle, or rows of a view."""
+    sizes, (offset, strides) = tuple(piece["shape"]), piece["source"]
+    if 0 in sizes and len(sizes) == len(shape):  # a rank beyond the last head stores nothing
+        return [(sizes.index(0), [(0, 0)])]
+    ends = [int(offset), int(offset) + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))]
+    corners = torch.stack(torch.unravel_index(torch.tensor(ends), shape), 1).tolist()
+    box = [(int(a), int(b) + 1) for a, b in zip(*corners, strict=True)]
+    if math.prod(b - a for a, b in box) == math.prod(sizes):
+        cut = [(i, [side]) for i, (side, n) in enumerate(zip(box, shape, strict=True)) if side != (0, n)]
+        return cut or [(0, [(0, shape[0])])]
+    # A range of an inner axis of the view in which the shard was cut: one range per row of the outer ones.
+    rows, inner, total = [int(offset) + i * strides[0] for i in range(sizes[0])], math.prod(sizes[1:]), math.prod(shape)
+    return [(0, [(row * shape[0] // total, (row + inner) * shape[0] // total) for row in rows])]
 
 
 def _along(shape: Shape, axis: int, ranges: list[Span]) -> Spans:
