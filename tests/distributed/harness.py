@@ -13,7 +13,6 @@ import importlib.util
 import multiprocessing
 import os
 import pickle
-import resource
 import sys
 import tempfile
 import time
@@ -35,8 +34,8 @@ import torch.distributed as dist
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 SECONDS_AFTER_FAILURE = 5.0
 SECONDS_TO_LEAVE = 2.0
-CASES_PER_START = 16
-"""Their process groups stay open, with threads and sockets."""
+CASES_PER_START = 8
+"""Their process groups stay open, and the threads of gloo wake up a hundred times a second."""
 PRELOADED = [
     *("numpy", "pytest", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"),
     *("torch._dynamo", "deepspeed.pipe", "deepspeed.runtime.pipe.engine", "deepspeed.runtime.zero.muon.muon_optimizer"),
@@ -76,13 +75,14 @@ def run(case: Callable[..., Any], world: int, *args: Any, seconds: float = 120.0
         else:
             ranks.end()
     if not succeeded:
-        raise RankFailedError("\n".join(rank.failure for rank in ranks.members if rank.error))
+        failures = [rank.failure for rank in ranks.members if rank.error]
+        raise RankFailedError("\n".join([f"case {ranks.cases} of these processes", *failures]))
     return [rank.result for rank in ranks.members]
 
 
 @contextmanager
 def shared() -> Iterator[None]:
-    """Within it, processes are started once for all cases of `run` with as many ranks."""
+    """Within it, the cases of `run` with as many ranks use the same processes."""
     global _kept
     _kept = {}
     try:
@@ -208,29 +208,37 @@ def _rank_main(rank: int, world: int, port: int, log: str, timeout: timedelta, c
     os.dup2(descriptor, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # for the sockets of many process groups
     gc.freeze()  # what is imported already need not be looked through after each case
+    join = functools.partial(_join, rank, world, port, timeout)
     with suppress(EOFError):  # no more cases: all ranks are done; leaving earlier would cut the others' connections
         while True:
             work = cases.recv_bytes()
             os.ftruncate(descriptor, 0)
             try:
-                seconds, case, args = pickle.loads(work)
-                faulthandler.dump_traceback_later(seconds, file=descriptor)
-                if dist.is_initialized():
-                    dist.barrier()  # fails if the case before has left ranks out of step
-                else:
-                    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-                    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
                 with _undone():
-                    result = pickle.dumps((case(*args), ""))
-                faulthandler.cancel_dump_traceback_later()
-                cases.send_bytes(result)
+                    cases.send_bytes(_done(work, join, descriptor))
             except BaseException:
                 cases.send_bytes(pickle.dumps((None, traceback.format_exc())))
                 break
     os._exit(0)  # the threads of process groups that are left over after an error may never end
+
+
+def _join(rank: int, world: int, port: int, timeout: timedelta) -> None:
+    if dist.is_initialized():
+        dist.barrier()  # fails if the case before has left ranks out of step
+        return
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def _done(work: bytes, join: Callable[[], None], log: int) -> bytes:
+    """The pickled result of a pickled case."""
+    seconds, case, args = pickle.loads(work)
+    faulthandler.dump_traceback_later(seconds, file=log)
+    join()
+    result = pickle.dumps((case(*args), ""))
+    faulthandler.cancel_dump_traceback_later()
+    return result
 
 
 @contextmanager
