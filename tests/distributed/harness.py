@@ -250,4 +250,5 @@ def _undone() -> Iterator[None]:
     patches.undo()
     if groups := sys.modules.get("deepspeed.utils.groups"):
         importlib.reload(groups)
+        sys.modules["deepspeed.comm.comm"].cdb = None  # type: ignore[attr-defined]  # it is running no more
     gc.collect()
