@@ -19,7 +19,7 @@ from shampoo3d.planning.blocks import Block
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Holder, Shard, Sharding
 from shampoo3d.planning.plan import make_plan
-from shampoo3d.planning.routes import Transfers
+from shampoo3d.planning.routes import transfers_of
 
 SHAPE, BIAS, RANKS, BLOCK_SIZE = (12, 8), 12, 3, 6
 """A linear layer of 12 outputs and 8 inputs: its weight, then its bias, in one flat buffer that ZeRO divides evenly."""
@@ -38,7 +38,7 @@ def planned() -> tuple[list[tuple[Block, int]], list[list[tuple[Block, int]]]]:
     matrix = describe(Sharding("weight", SHAPE, "float32", holders, sharded=True), hp, RANKS)
     plan = make_plan([matrix], range(RANKS), hp)
     homes: list[list[tuple[Block, int]]] = [[] for _ in matrix.blocks]
-    for transfer in Transfers.of(plan, [matrix]).transfers:
+    for transfer in transfers_of(plan, [matrix]):
         homes[transfer.slot].append((transfer.box, transfer.home))
     return [(block, of.owner) for block, of in zip(matrix.blocks, plan.blocks, strict=True)], homes
 

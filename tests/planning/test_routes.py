@@ -22,7 +22,7 @@ from common import RANDOM, Numbers, a_storage, a_team, replicated, some_hyperpar
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import ITEM_BYTES, Holder, Matrix, Shard, Sharding
 from shampoo3d.planning.plan import Plan, make_plan
-from shampoo3d.planning.routes import Transfer, Transfers, buckets, rounds, travels, width
+from shampoo3d.planning.routes import Transfer, buckets, rounds, transfers_of, travels, width
 from shampoo3d.planning.share import RankShare, traffic
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
@@ -40,8 +40,8 @@ class Case:
     plan: Plan
 
     @cached_property
-    def routes(self) -> Transfers:
-        return Transfers.of(self.plan, self.matrices)
+    def routes(self) -> tuple[Transfer, ...]:
+        return transfers_of(self.plan, self.matrices)
 
     def slots(self) -> list[tuple[int, int, int]]:
         """Enumerate the blocks of each matrix: (slot, matrix, block)."""
@@ -86,7 +86,7 @@ def storing(matrix: Matrix) -> dict[int, Numbers]:
 
 def homes(case: Case, number: int) -> dict[int, Numbers]:
     """Return, for each rank, a mask of the elements of a matrix whose home it is."""
-    transfers = [transfer for transfer in case.routes.transfers if transfer.matrix == number]
+    transfers = [transfer for transfer in case.routes if transfer.matrix == number]
     return {
         rank: painted(case, [transfer for transfer in transfers if transfer.home == rank], number)
         for rank in case.ranks
@@ -99,7 +99,7 @@ def homes(case: Case, number: int) -> dict[int, Numbers]:
 @EXAMPLES
 @given(case=CASES)
 def test_every_element_is_gathered_once_by_each_keeper(case: Case) -> None:
-    transfers = case.routes.transfers
+    transfers = case.routes
     for slot, number, block in case.slots():
         planned, box = case.plan.blocks[slot], case.matrices[number].blocks[block].slices
         if not planned.axes:
@@ -122,7 +122,7 @@ def test_an_owner_that_stores_nothing_gathers_from_its_own_cover() -> None:
     matrix = describe(Sharding("w", (2, 2), "float32", holders, sharded=True), hp, 4)
     for owner in range(4):
         plan = make_plan([matrix], range(4), hp, {("w", "0:2,0:2"): owner})
-        gathered = {transfer.home: transfer.gathered for transfer in Transfers.of(plan, [matrix]).transfers}
+        gathered = {transfer.home: transfer.gathered for transfer in transfers_of(plan, [matrix])}
         assert gathered == {0: owner < 2, 2: owner >= 2}
 
 
@@ -149,7 +149,7 @@ def test_new_weights_reach_every_replica_once(case: Case) -> None:
     for number, matrix in enumerate(case.matrices):
         if not matrix.blocks:
             continue
-        transfers = [transfer for transfer in case.routes.transfers if transfer.matrix == number]
+        transfers = [transfer for transfer in case.routes if transfer.matrix == number]
         home = homes(case, number)
         for rank, here in storing(matrix).items():
             arriving = painted(
@@ -167,15 +167,11 @@ def test_a_rank_sees_what_it_stores_and_the_blocks_that_it_keeps_in_the_order_of
         return tuple(vars(transfer).values())
 
     everything = case.routes
-    assert [transfer.slot for transfer in everything.transfers] == sorted(
-        transfer.slot for transfer in everything.transfers
-    )
+    assert [transfer.slot for transfer in everything] == sorted(transfer.slot for transfer in everything)
     for rank in case.ranks:
-        concerned = [
-            rank in (*case.plan.blocks[transfer.slot].keepers, *transfer.ranks) for transfer in everything.transfers
-        ]
-        seen = Transfers.of(case.plan, case.matrices, rank).transfers
-        assert list(map(shown, seen)) == list(map(shown, itertools.compress(everything.transfers, concerned)))
+        concerned = [rank in (*case.plan.blocks[transfer.slot].keepers, *transfer.ranks) for transfer in everything]
+        seen = transfers_of(case.plan, case.matrices, rank)
+        assert list(map(shown, seen)) == list(map(shown, itertools.compress(everything, concerned)))
 
 
 # ---- bytes ----
@@ -221,7 +217,7 @@ def test_bytes_are_those_of_the_elements_that_are_not_where_they_are_needed(case
         assert found.keys() >= {"gradients", "updates", "weights", "roots"}
         assert Counter(found) == expected[rank]
     away = any(found["gradients"] or found["updates"] for found in expected.values())
-    assert case.routes.travels == away
+    assert travels(case.plan, case.matrices) == away
     slices = any(matrix.axes and matrix.sharding.sharded for matrix in case.matrices)
     assert travels(case.plan, case.matrices) or not away
     assert away or slices or not travels(case.plan, case.matrices)
@@ -247,7 +243,7 @@ def replicas_of_two_shards(blocks: int) -> tuple[list[Matrix], Plan]:
 
 def test_homes_of_replicas_are_balanced_as_the_owners_are() -> None:
     matrices, plan = replicas_of_two_shards(16)
-    home = Counter(transfer.home for transfer in Transfers.of(plan, matrices).transfers)
+    home = Counter(transfer.home for transfer in transfers_of(plan, matrices))
     assert home == dict.fromkeys(range(8), 4)
 
 
@@ -267,7 +263,7 @@ from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Holder, Shard, Sharding
 from shampoo3d.planning.plan import make_plans
-from shampoo3d.planning.routes import Transfers, rounds
+from shampoo3d.planning.routes import transfers_of, rounds
 
 hp = ShampooHyperParams(block_size=4)
 def matrix(name, shape, ranks, kind):
@@ -283,8 +279,8 @@ teams = {
     for ranks in ((0, 1, 2, 3), (0, 1), (2, 3))
 }
 for plan in make_plans(teams, hp):
-    transfers = Transfers.of(plan, teams[plan.ranks])
-    routes = [(t.slot, t.home, t.keeper, t.gathered) for t in transfers.transfers]
+    transfers = transfers_of(plan, teams[plan.ranks])
+    routes = [(t.slot, t.home, t.keeper, t.gathered) for t in transfers]
     print(plan.digest(), routes, rounds(plan, 50))
 """
 WITHOUT_TORCH = """

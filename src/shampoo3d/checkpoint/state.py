@@ -19,7 +19,7 @@ from shampoo3d.numerics.state_names import momenta_names
 from shampoo3d.planning.blocks import Block
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Holder, Matrix, Piece, Shard
-from shampoo3d.planning.routes import BUCKET_ELEMENTS, Transfers
+from shampoo3d.planning.routes import BUCKET_ELEMENTS, transfers_of
 from shampoo3d.runtime.bindings import Binding, state_dtype
 from shampoo3d.runtime.team import Team
 from shampoo3d.settings.groups import check_group
@@ -116,10 +116,10 @@ def _whole_momenta(team: Team, communicator: Communicator) -> dict[int, dict[str
         if binding.matrix.sharded:
             for holder in binding.matrix.holders:
                 items += ((holder.rank, binding.number, piece) for piece in binding.matrix.pieces(holder.shard))
-    routes = Transfers.of(team.plan, [binding.matrix for binding in team.bindings])
+    routes = transfers_of(team.plan, [binding.matrix for binding in team.bindings])
     items += (
         (transfer.home, transfer.matrix, transfer.piece)
-        for transfer in routes.transfers
+        for transfer in routes
         if not team.bindings[transfer.matrix].matrix.sharded
     )
     items = [item for item in items if names[item[1]]]  # Adam in eigenbases needs nothing at the homes

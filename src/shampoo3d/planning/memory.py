@@ -14,11 +14,11 @@ from shampoo3d.planning.routes import (
     BUCKET_ELEMENTS,
     CACHED_ELEMENTS,
     Transfer,
-    Transfers,
     buckets,
     local_blocks,
     packed,
     rounds,
+    transfers_of,
     travels,
     width,
 )
@@ -150,7 +150,7 @@ class _Share:
 
     def __init__(self, plan: Plan, matrices: Sequence[Matrix], rank: int, hp: ShampooHyperParams) -> None:
         self.plan, self.matrices, self.rank, self.hp = plan, matrices, rank, hp
-        self.transfers = Transfers.of(plan, matrices, rank).transfers
+        self.transfers = transfers_of(plan, matrices, rank)
         self.local_blocks = local_blocks(plan, matrices, self.transfers, rank)
         self.travels = travels(plan, matrices)
         self.rounds = rounds(plan, BUCKET_ELEMENTS if self.travels else math.inf)

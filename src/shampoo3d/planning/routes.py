@@ -42,31 +42,19 @@ class Transfer(Fragment):
     gathered: bool
 
 
-@dataclass(frozen=True)
-class Transfers:
-    """All transfers of a team, in one order on all its ranks."""
+def transfers_of(plan: Plan, matrices: Sequence[Matrix], rank: int | None = None) -> tuple[Transfer, ...]:
+    """List all transfers of a team, in one order on all its ranks.
 
-    plan: Plan
-    transfers: tuple[Transfer, ...]
-
-    @classmethod
-    def of(cls, plan: Plan, matrices: Sequence[Matrix], rank: int | None = None) -> "Transfers":
-        """List all transfers, or those that concern a rank: of what it stores and of the blocks whose roots it has."""
-        return cls(plan, tuple(itertools.chain.from_iterable(_transfers(plan, matrices, rank))))
-
-    @property
-    def travels(self) -> bool:
-        """True if any preconditioned block's keeper is not the home of all its elements."""
-        return any(
-            transfer.home != transfer.keeper and self.plan.blocks[transfer.slot].axes for transfer in self.transfers
-        )
+    If ``rank`` is given, only those that concern it: of what it stores and of the blocks whose roots it has.
+    """
+    return tuple(itertools.chain.from_iterable(_transfers(plan, matrices, rank)))
 
 
 def travels(plan: Plan, matrices: Sequence[Matrix]) -> bool:
     """Return True, on all ranks alike, if gradients may have to travel; sharded matrices need no list of transfers."""
-    if any(matrix.axes and matrix.sharding.sharded and len(matrix.sharding.replica_groups) > 1 for matrix in matrices):
+    if any(matrix.axes and matrix.sharded and len(matrix.sharding.replica_groups) > 1 for matrix in matrices):
         return True
-    return Transfers.of(plan, matrices).travels
+    return any(t.home != t.keeper and plan.blocks[t.slot].axes for t in transfers_of(plan, matrices))
 
 
 def _transfers(plan: Plan, matrices: Sequence[Matrix], rank: int | None) -> Iterator[list[Transfer]]:
@@ -74,14 +62,14 @@ def _transfers(plan: Plan, matrices: Sequence[Matrix], rank: int | None) -> Iter
     for number, matrix in enumerate(matrices):
         planned = plan.blocks[slot : slot + len(matrix.blocks)]
         kept = {i for i, block in enumerate(planned) if rank in block.keepers}
-        shard_groups = list(matrix.sharding.shard_groups)
         sharding = matrix.sharding
+        shard_groups = list(sharding.shard_groups)
         position = {rank: i for ranks in sharding.replica_groups.values() for i, rank in enumerate(ranks)}
-        shard_group_of = {holder.rank: holder.shard_group for holder in matrix.sharding.holders}
+        shard_group_of = {holder.rank: holder.shard_group for holder in matrix.holders}
         transfers = []
         for fragment in matrix.fragments(rank, kept):
             block = planned[fragment.block]
-            keeper = block.owner if matrix.sharding.sharded else block.keepers[shard_groups.index(fragment.shard_group)]
+            keeper = block.owner if matrix.sharded else block.keepers[shard_groups.index(fragment.shard_group)]
             # The keeper, if it stores the fragment; else replicas take turns as keepers do, so that they are balanced.
             home = fragment.ranks[position.get(keeper, 0) % len(fragment.ranks)]
             gathered = fragment.shard_group == shard_group_of[keeper]

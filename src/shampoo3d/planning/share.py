@@ -11,10 +11,10 @@ from shampoo3d.planning.plan import Plan
 from shampoo3d.planning.routes import (
     BUCKET_ELEMENTS,
     Transfer,
-    Transfers,
     buckets,
     local_blocks,
     rounds,
+    transfers_of,
     travels,
     width,
 )
@@ -37,7 +37,7 @@ class RankShare:
     @cached_property
     def transfers(self) -> tuple[Transfer, ...]:
         """What it stores, and all fragments of the blocks whose roots it keeps."""
-        return Transfers.of(self.plan, self.matrices, self.rank).transfers
+        return transfers_of(self.plan, self.matrices, self.rank)
 
     @cached_property
     def travels(self) -> bool:
