@@ -21,8 +21,8 @@ from distributed.harness import run as run_ranks
 from shampoo3d.cli import commands as cli
 from shampoo3d.cli.train.log import Record, read
 from shampoo3d.cli.train.settings import Settings, log_file
-from shampoo3d.planning.memory import Memory
 from shampoo3d.planning.plan import Plan
+from shampoo3d.runtime.memory import Memory
 
 TINY = (
     "--layers 2 --width 16 --heads 2 --context 16 --batch 4 --micro-batches 2 --block-size 8 --refresh 2 --device cpu"

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from shampoo3d.numerics.background import Background
+from shampoo3d.numerics.background import Background, any_or_unknown, set_entries
 
 CPU = torch.device("cpu")
 
@@ -39,3 +39,11 @@ def test_what_it_raises_is_raised() -> None:
 
     with pytest.raises(ValueError, match=r"^no$"):
         Background(fails, CPU).result()
+
+
+def test_without_data_everything_may_be() -> None:
+    """And work is done at once, by the caller, whose counter of tensors no thread would tell."""
+    mask = torch.zeros(3, dtype=torch.bool)
+    assert (any_or_unknown(mask), set_entries(mask).tolist()) == (False, [])
+    assert (any_or_unknown(mask.to("meta")), set_entries(mask.to("meta")).shape) == (True, (3,))
+    assert Background(threading.current_thread, mask.to("meta").device).result() is threading.current_thread()

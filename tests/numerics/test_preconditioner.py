@@ -229,24 +229,22 @@ def test_the_shapes_of_diagonal_factors() -> None:
     assert state_shapes((3, 4), (0, 1), hp, (1,)).items() >= shapes.items()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize("settings", STATES.values(), ids=STATES.keys())
-@pytest.mark.parametrize("shape", [(3, 4, 5), (256, 257)])
 @pytest.mark.parametrize("kept", [Computation(), Computation(root_storage="bfloat16", momentum_storage="bfloat16")])
-def test_the_plan_counts_the_bytes_of_the_state(
-    dtype: str, sharded: bool, settings: dict[str, Any], shape: tuple[int, ...], kept: Computation
-) -> None:
+def test_the_plan_counts_the_bytes_of_the_state(dtype: str, settings: dict[str, Any], kept: Computation) -> None:
+    shape = (256, 257)
     hp = ShampooHyperParams(**settings, computation=kept)
-    storage = replace(replicated("w", shape), dtype=dtype, sharded=sharded)
-    matrix = describe(storage, hp, 1)
-    (block,) = make_plan([matrix], (0,), hp).blocks
+    matrix = describe(replace(replicated("w", shape), dtype=dtype), hp, 1)
+    sharded = replace(matrix, sharding=replace(matrix.sharding, sharded=True))
     state = torch.float64 if dtype == "float64" else torch.float32
     make = EigenStack if hp.variant.direction == "adam" else Stack
     owner, guest = (
         make(shape, matrix.axes, 1, hp, state, torch.device("cpu"), guest=guest, diagonal=matrix.diagonal)
         for guest in (False, True)
     )
-    momenta = [] if sharded else list(Momenta(shape, hp, state, torch.device("cpu")).tensors().values())
-    assert block.bytes == sum(x.nbytes for x in [*owner.tensors().values(), *momenta])
-    assert block.kept_bytes == sum(x.nbytes for x in [*guest.tensors().values(), *momenta])
+    elements = list(Momenta(shape, hp, state, torch.device("cpu")).tensors().values())
+    for whose, momenta in ((matrix, elements), (sharded, [])):
+        (block,) = make_plan([whose], (0,), hp).blocks
+        assert block.bytes == sum(x.nbytes for x in [*owner.tensors().values(), *momenta])
+        assert block.kept_bytes == sum(x.nbytes for x in [*guest.tensors().values(), *momenta])

@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shampoo3d.planning.memory import Memory
 from shampoo3d.planning.plan import Plan, PlannedBlock
+from shampoo3d.runtime.memory import Memory
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -84,21 +84,24 @@ class Communicator:
             torch._foreach_copy_([p.view(x.shape) for p, x in zip(targets, pieces, strict=True)], pieces)
         # As bytes, since not every backend carries every dtype.
         with _exchanging(kind, self.group):
-            work = dist.all_to_all_single(
-                receive.view(torch.uint8),
-                send.view(torch.uint8),
-                [n * dtype.itemsize for n in counts_in],
-                [n * dtype.itemsize for n in counts_out],
-                group=self.group.handle,
-                async_op=True,
-            )
+            work = None
+            if not receive.is_meta:
+                work = dist.all_to_all_single(
+                    receive.view(torch.uint8),
+                    send.view(torch.uint8),
+                    [n * dtype.itemsize for n in counts_in],
+                    [n * dtype.itemsize for n in counts_out],
+                    group=self.group.handle,
+                    async_op=True,
+                )
         self.received[kind] += receive.nbytes
         arrived = receive.split_with_sizes([into[i][2] for i in receive_order]) if into else ()
         piece_of = dict(zip(receive_order, arrived, strict=True))
 
         def finish() -> None:
-            with _exchanging(kind, self.group):
-                work.wait()
+            if work is not None:
+                with _exchanging(kind, self.group):
+                    work.wait()
 
         return PendingAllToAll(here, {key: piece_of[i] for i, (key, _, _) in enumerate(into)}, finish)
 
@@ -125,7 +128,8 @@ class Communicator:
             for number, target in zip(own, _split(send, [items[n][1] for n in own]), strict=True):
                 target.copy_(mine(number).reshape(-1))
             with _exchanging(kind, self.group):
-                all_gather(receive.view(torch.uint8), send.view(torch.uint8), group=self.group.handle)
+                if not receive.is_meta:
+                    all_gather(receive.view(torch.uint8), send.view(torch.uint8), group=self.group.handle)
             self.received[kind] += receive.nbytes - send.nbytes
             arrived: dict[int, Tensor] = {}
             for peer, row in zip(self.group.ranks, receive.view(self.group.size, wide), strict=True):
@@ -137,10 +141,15 @@ class Communicator:
         if self.group.size > 1:
             total = values.to(self.device)
             with _exchanging(kind, self.group):
-                dist.all_reduce(total, group=self.group.handle)
+                if not total.is_meta:
+                    dist.all_reduce(total, group=self.group.handle)
             self.received[kind] += total.nbytes
             values.copy_(total)
         return values
+
+    @property
+    def buffer_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def _sorted(self, peers: Sequence[int]) -> list[int]:
         """Return the order by rank in the group; within a rank, as given."""

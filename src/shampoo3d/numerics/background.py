@@ -30,12 +30,14 @@ class Background(Generic[T]):
 
     def __init__(self, work: Callable[[], T], device: torch.device) -> None:
         self._device = device
+        self._done: Future[T] = Future()
         if device.type == "cuda":
             side = _stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
-                self._done: Future[T] = Future()
                 self._done.set_result(work())
+        elif device.type == "meta":  # without data there is nothing to wait for
+            self._done.set_result(work())
         else:
             self._done = _thread(torch.get_num_threads()).submit(torch.no_grad()(work))
 
@@ -52,3 +54,8 @@ def any_or_unknown(mask: Tensor) -> bool:
     On an accelerator, whose answer the host would have to wait for, and in a graph that is being compiled it is True.
     """
     return torch.compiler.is_compiling() or mask.device.type != "cpu" or bool(mask.any())
+
+
+def set_entries(mask: Tensor) -> Tensor:
+    """Return the numbers of the entries that are set, for which the host waits; all of them where there is no data."""
+    return torch.arange(len(mask), device=mask.device) if mask.is_meta else mask.nonzero()[:, 0]

@@ -57,9 +57,11 @@ class Stack:
         *,
         guest: bool = False,
         diagonal: Collection[int] = (),
+        device_type: str = "",
     ) -> None:
+        """Allocate them; ``device_type`` is that of the device that a stack without data, on "meta", stands for."""
         self.shape, self.axes, self.diagonal, self.n, self.hp = shape, tuple(axes), diagonal, n, hp
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.device_type = dtype, device, device_type or device.type
         self.statistics: list[Symmetric | Diagonal] = []
         self.roots: list[Tensor] = []
         root_dtype = kept_dtype("P", hp, dtype)
@@ -74,7 +76,8 @@ class Stack:
         self.root_failures = torch.zeros((), dtype=torch.int64, device=device)
         self._enqueued: list[tuple[Rows, int]] = []
         self._launched: list[Background[list[tuple[int, Rows, tuple[Tensor, ...]]]]] = []
-        self._products = reduced_products if hp.computation.products == "bfloat16" else nullcontext
+        reduced = hp.computation.products == "bfloat16" and device.type != "meta"  # the switches are the process's
+        self._products = reduced_products if reduced else nullcontext
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state by its name in a checkpoint, see :func:`factor_shapes`; the first axis counts the blocks."""
@@ -184,7 +187,7 @@ class Stack:
             if axis in self.diagonal:
                 yield index, rows
             else:
-                yield from ((index, part) for part in self._at_once(rows, at_once(self.shape[axis], self.device.type)))
+                yield from ((index, part) for part in self._at_once(rows, at_once(self.shape[axis], self.device_type)))
 
     def _at_once(self, rows: Rows, most: int) -> Iterator[Rows]:
         if isinstance(rows, Tensor):
@@ -214,8 +217,8 @@ class Stack:
         p, eps, pseudo = self.exponent, self.hp.matrix_eps, self.hp.pseudo_inverse
         if self.axes[index] in self.diagonal:
             return inverse_diagonal_roots(L, p, eps, pseudo_inverse=pseudo, previous=previous)
-        method = self.hp.computation.root_method
-        return inverse_roots(L, p, eps, method=method, pseudo_inverse=pseudo, previous=previous)
+        method, kind = self.hp.computation.root_method, self.device_type
+        return inverse_roots(L, p, eps, method=method, pseudo_inverse=pseudo, previous=previous, device_type=kind)
 
     def _take(self, index: int, rows: Rows, new: Tensor, failed: Tensor) -> None:
         roots, rounded = self.roots[index], new.to(self.roots[index].dtype)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from shampoo3d.numerics.background import set_entries
 from shampoo3d.numerics.eigenbasis import (
     PerAxis,
     eigenvalues,
@@ -67,7 +68,7 @@ class EigenStack(Stack):
                 yield index, part
                 continue
             within = turned(self.statistics[index].whole(part), self.roots[index][part].to(self.dtype)) <= tolerance
-            far = within.logical_not().nonzero()[:, 0]  # NaN is not within
+            far = set_entries(within.logical_not())  # NaN is not within
             if len(far):
                 yield index, torch.arange(self.n, device=self.device)[part][far]
 

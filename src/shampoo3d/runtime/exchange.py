@@ -48,6 +48,12 @@ class Exchange:
         copies = (communicator.received for communicator, *_ in self._copies)
         return sum(copies, self.communicator.received.copy())
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffers through which things travel, as far as they were needed."""
+        communicators = [self.communicator, *(communicator for communicator, *_ in self._copies)]
+        return sum(communicator.buffer_bytes for communicator in communicators)
+
     def collect(self, steps: StepCounts) -> Iterator[tuple[list[WorkItem], list[Due]]]:
         """Yield the blocks that are worked on together, with their gradients made whole, and the roots that are due.
 

@@ -66,6 +66,7 @@ class Team:
     Attributes:
         tied: it reaches over stages of a pipeline, and has a weight that is tied across them.
         flat_buckets: of the group tensors in which its matrices are sharded; other teams may have matrices there, too.
+        device_type: that of the device that group tensors without data, on "meta", stand for.
         share: what this rank has to do by the plan.
         slots: the block of each slot of the plan, with the binding of its matrix.
     """
@@ -77,6 +78,7 @@ class Team:
     hp: ShampooHyperParams
     tied: bool
     flat_buckets: dict[GroupTensor, FlatBucket]
+    device_type: str = ""
     share: RankShare = field(init=False)
     slots: list[tuple[Binding, Block]] = field(init=False)
     batches: list[Batch] = field(init=False)
@@ -165,7 +167,7 @@ class Team:
                     same_phase[phases[group_tensor]].append(row)
             stack = batch.stack
             cached = max(1, CACHED_ELEMENTS // math.prod(stack.shape))
-            together = cached if stack.device.type == "cpu" else stack.n
+            together = cached if stack.device_type == "cpu" else stack.n
             for (_, (accumulate, started)), in_phase in same_phase.items():
                 for rows in (in_phase[i : i + together] for i in range(0, len(in_phase), together)):
                     slots = [batch.slots[row] for row in rows]
@@ -190,7 +192,8 @@ class Team:
         batches = []
         make = EigenStack if self.hp.variant.direction == "adam" else Stack
         for (guests, local, shape, axes, diagonal, dtype, device), slots in kinds.items():
-            stack = make(shape, axes, len(slots), self.hp, dtype, device, guest=guests, diagonal=diagonal)
+            n, type_ = len(slots), self.device_type
+            stack = make(shape, axes, n, self.hp, dtype, device, guest=guests, diagonal=diagonal, device_type=type_)
             members = [(self.slots[slot][0], local_blocks[slot]) for slot in slots if local]
             batches.append(Batch(stack, slots, guests, StackedBucket(members, self.hp) if local else None))
         return sorted(batches, key=lambda batch: batch.guests)

@@ -17,9 +17,9 @@ from shampoo3d.engines.native import embedding_weights
 from shampoo3d.engines.tensor_parallel import shard_of
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding
-from shampoo3d.planning.memory import Memory, memory
 from shampoo3d.planning.plan import Plan, make_plans
 from shampoo3d.planning.share import RankShare, traffic
+from shampoo3d.runtime.memory import Memory, memory
 from shampoo3d.settings.distribution import Distribution
 
 from . import gpt

@@ -24,6 +24,7 @@ def inverse_roots(
     method: RootMethod = "auto",
     pseudo_inverse: bool = False,
     previous: Tensor | None = None,
+    device_type: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Compute ``P = (L + eps lambda_max(L) I)^(-1/p)`` for every matrix L of a stack, see ``docs/roots.md``.
 
@@ -37,6 +38,7 @@ def inverse_roots(
         method: the method; "auto" takes the fastest that is accurate.
         pseudo_inverse: make P zero where L is zero up to rounding.
         previous: (n, d, d), the roots that stay where no new one can be computed; None for I.
+        device_type: of the device for which "auto" chooses; that of ``stack`` if not given.
 
     Returns:
         The roots (n, d, d), exactly symmetric, and the failures (n,) bool: input or root not finite, indefinite, not
@@ -45,9 +47,8 @@ def inverse_roots(
     Raises:
         ValueError: the method cannot compute such a root.
     """
-    chosen = choose(
-        method, p, pseudo_inverse, d=stack.shape[-1], device=stack.device.type, double=stack.dtype == torch.float64
-    )
+    kind, double = device_type or stack.device.type, stack.dtype == torch.float64
+    chosen = choose(method, p, pseudo_inverse, d=stack.shape[-1], device=kind, double=double)
     if previous is None:
         previous = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device).expand_as(stack)
     A, exponent, sound, zero = scaled(stack)
