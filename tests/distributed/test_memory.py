@@ -104,7 +104,7 @@ def _measured(cases: list[Case]) -> list[Found]:
         session.train(0, 3)
         teams = [(team.plan, [binding.matrix for binding in team.bindings]) for team in optimizer._teams]
         told, again = (memory(teams, dist.get_rank(), optimizer.hyperparams, optimizer.distribution) for _ in range(2))
-        buffers = sum(exchange.buffer_bytes for exchange in optimizer._exchanges)
+        buffers = sum(exchange.buffer_bytes for exchange in optimizer._bound.exchanges)
         found.append(Found(told, again, optimizer.state_bytes(), buffers, meter.peak))
         session.train(3, 4)  # the ranks still hear each other
     return found

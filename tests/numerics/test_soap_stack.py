@@ -264,7 +264,7 @@ def test_the_first_step_finds_bases_and_nothing_else(beta1: float, asynchronous:
             assert bool(tensor.any()) == name.startswith(("L", "Q")), name
             assert not (name.startswith("Q") and torch.equal(tensor, torch.eye(len(tensor)).to(tensor))), name
     buckets = [bucket for team in optimizer._teams for bucket in team.buckets if isinstance(bucket, StackedBucket)]
-    runs = [run for bucket in buckets for cached in bucket._cached.values() for run, _ in cached]
+    runs = [run for bucket in buckets for made in bucket._runs._made.values() for run in made]
     assert runs
     assert all(run.D is None for run in runs), "a gradient is kept for ever"
     put_gradients(params, 2)

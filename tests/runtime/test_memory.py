@@ -1,7 +1,9 @@
 """The bytes that are foreseen, against those of the tensors of real steps and those that the profiler records."""
 
+import gc
 import itertools
 import math
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import astuple, replace
@@ -18,7 +20,8 @@ from common import MODELS, put_gradients, replicated
 from shampoo3d import Computation, Shampoo, ShampooHyperParams, Variant
 from shampoo3d.numerics import background, momenta
 from shampoo3d.numerics.roots import choice
-from shampoo3d.planning.layout import Matrix, describe
+from shampoo3d.planning.grid import describe
+from shampoo3d.planning.layout import Matrix
 from shampoo3d.planning.plan import Plan, make_plan
 from shampoo3d.runtime import team
 from shampoo3d.runtime.memory import Memory, Meter, memory
@@ -236,3 +239,16 @@ def test_documented_model() -> None:
         team = make_plan(matrices, range(ranks), hp), matrices
         largest = max((memory([team], rank, hp, device=device) for rank in range(ranks)), key=lambda of: of.total)
         assert [int(cell) for cell in cells] == [round(size / 1e6) for size in astuple(largest)]
+
+
+def test_state_is_freed_with_its_optimizer() -> None:
+    """At once, not when Python looks for cycles: the memory of two optimizers may be more than there is."""
+    optimizer, _ = begun([(64, 32), (32,)], ShampooHyperParams.default())
+    optimizer.step()
+    root = weakref.ref(optimizer._teams[0].batches[0].stack.roots[0])
+    gc.disable()
+    try:
+        del optimizer
+        assert root() is None
+    finally:
+        gc.enable()

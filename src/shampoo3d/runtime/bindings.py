@@ -82,23 +82,20 @@ class PhaseIndex(Generic[K, V]):
 
     Args:
         kind: what a step t means.
-        make: what is made of the phases of a step.
     """
 
-    def __init__(
-        self, group_tensors: Iterable[GroupTensor], kind: Callable[[int], K], make: Callable[[Phases[K]], V]
-    ) -> None:
-        self._group_tensors, self._kind, self._make = tuple(dict.fromkeys(group_tensors)), kind, make
+    def __init__(self, group_tensors: Iterable[GroupTensor], kind: Callable[[int], K]) -> None:
+        self._group_tensors, self._kind = tuple(dict.fromkeys(group_tensors)), kind
         self._made: dict[tuple[tuple[int, K] | None, ...], V] = {}
 
-    def at(self, steps: StepCounts) -> V:
-        """Return what is made of the phases of these steps."""
+    def at(self, steps: StepCounts, make: Callable[[Phases[K]], V]) -> V:
+        """Return what ``make`` makes of the phases of these steps, which may be remembered."""
         times = sorted({steps[tensor] for tensor in self._group_tensors if tensor in steps})
         kinds = {t: (number, self._kind(t)) for number, t in enumerate(times)}
         key = tuple(kinds[steps[tensor]] if tensor in steps else None for tensor in self._group_tensors)
         if key not in self._made:
             phases = zip(self._group_tensors, key, strict=True)
-            self._made[key] = self._make({tensor: phase for tensor, phase in phases if phase is not None})
+            self._made[key] = make({tensor: phase for tensor, phase in phases if phase is not None})
         return self._made[key]
 
 

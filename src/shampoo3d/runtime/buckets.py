@@ -239,7 +239,7 @@ class StackedBucket:
         shape = len(members), *self.shape
         self.momenta = Momenta(shape, hp, self.dtype, self.device, factored=self.factored)
         self._group_tensors = list(dict.fromkeys(binding.group_tensor for binding, _ in members))
-        self._runs = PhaseIndex(self._group_tensors, lambda t: phase(t, hp).started, self._make_runs)
+        self._runs = PhaseIndex[bool, list[Run]](self._group_tensors, lambda t: phase(t, hp).started)
 
     def steps(self, steps: StepCounts) -> bool:
         """Whether any of its elements step."""
@@ -247,7 +247,7 @@ class StackedBucket:
 
     def begin(self, steps: StepCounts) -> bool:
         """Take the gradients of the members that step, if any do."""
-        self.runs = self._runs.at(steps)
+        self.runs = self._runs.at(steps, self._make_runs)
         for run in self.runs:
             run.age = self.hp.weight_updates(steps[run.group_tensor])
         if not self.runs:

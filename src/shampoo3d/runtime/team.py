@@ -87,8 +87,11 @@ class Team:
     def __post_init__(self) -> None:
         self.slots = [(binding, block) for binding in self.bindings for block in binding.matrix.blocks]
         self.share = RankShare(self.plan, [binding.matrix for binding in self.bindings], self.rank)
-        self._work = PhaseIndex(self.group_tensors, lambda t: _kind(t, self.hp), self._make_work)
-        self._refreshes = PhaseIndex(self.group_tensors, lambda t: equivalent_step(t, self.hp), self._make_refreshes)
+        hp = self.hp
+        self._work = PhaseIndex[tuple[bool, bool], list[list[WorkItem]]](self.group_tensors, lambda t: _kind(t, hp))
+        self._refreshes = PhaseIndex[int, list[list[tuple[Stack, Rows, GroupTensor]]]](
+            self.group_tensors, lambda t: equivalent_step(t, hp)
+        )
         self.batches = self._make_batches()
         self.stacked_buckets = self._make_stacked_buckets()
         self._bucket_of = {transfer: bucket for bucket in self.stacked_buckets for _, transfer in bucket.members}
@@ -133,12 +136,12 @@ class Team:
 
     def work_items(self, steps: StepCounts) -> Iterator[list[WorkItem]]:
         """Yield for each round the kept blocks that take part in the step, by phase; those that are owned first."""
-        for items in self._work.at(steps):
+        for items in self._work.at(steps, self._make_work):
             yield [replace(item, t=steps[item.group_tensor]) for item in items]
 
     def due(self, steps: StepCounts) -> list[list[Due]]:
         """Return for each round the rows of stacks whose roots are refreshed."""
-        rounds = self._refreshes.at(steps)
+        rounds = self._refreshes.at(steps, self._make_refreshes)
         return [[(stack, rows, steps[group_tensor]) for stack, rows, group_tensor in due] for due in rounds]
 
     def _make_refreshes(self, phases: Phases[int]) -> list[list[tuple[Stack, Rows, GroupTensor]]]:
