@@ -165,7 +165,7 @@ class Case:
         group = next(g for g in self.groups if any(p is q for q in g["params"]))
         if p not in self.bounds:
             bindings = [binding for team in self.optimizer._teams for binding in team.bindings]
-            self.bounds[p] = Bound(next(b.matrix.factored for b in bindings if b.place.tensor is p), self.hp)
+            self.bounds[p] = Bound(next(b.matrix.factored for b in bindings if b.group_tensor.tensor is p), self.hp)
         most = times(group["lr"], self.bounds[p].step(p.grad, W, group))
         rounding, room = torch.finfo(p.dtype).eps, torch.finfo(p.dtype).max
         if not p.isfinite().all() and p.dtype == torch.float16 and W.abs().max().item() + most > 0.9 * room:

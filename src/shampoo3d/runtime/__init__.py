@@ -1,1 +1,1 @@
-"""A step is carried out."""
+"""Execution of a step: agreement, exchange, update."""

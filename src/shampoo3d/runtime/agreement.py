@@ -1,4 +1,4 @@
-"""What ranks tell each other before anything changes, so that they step, skip, bind or raise together."""
+"""Agreement of all ranks before anything changes, so that they step, skip, bind or raise together."""
 
 import enum
 import hashlib
@@ -20,11 +20,11 @@ from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 
 class StepRefusedError(RuntimeError):
-    """What this or another rank was given cannot be used; raised on all ranks, and nothing was changed."""
+    """Error in the input of this or another rank; raised on all ranks, and nothing was changed."""
 
 
 class Verdict(enum.Enum):
-    """What all ranks do next."""
+    """The next action of all ranks."""
 
     STEP = enum.auto()
     SKIP = enum.auto()
@@ -48,13 +48,13 @@ def agree(
     Args:
         present: the group tensors that this call of ``step()`` is about.
         groups: the parameter groups, whose settings must be the same in a team.
-        error: what this rank was given that it cannot use.
+        error: the error in the input of this rank; empty if none.
         unbound: whether this rank has parameters that are not bound yet.
 
     Raises:
         StepRefusedError: on every rank, if one has an error, or if ranks of a team differ in their settings, in
-            which parameters have gradients or, where they store the same, in the size of these; with
-            ``nonfinite_gradient="raise"``, if a gradient is not finite. With "ignore" no gradient is looked at.
+            which parameters have gradients or, if they are exact replicas, in the size of these; with
+            ``nonfinite_gradient="raise"``, if a gradient is not finite. With "ignore" no gradient is read.
     """
     finite, differences = True, ""
     for team in teams:
@@ -67,7 +67,7 @@ def agree(
             differences = _compare(team, names, groups, largest) or differences
     nonfinite, refused, unbound = _vote(parallel, teams, [not finite, bool(error or differences), unbound])
     if refused:
-        # What one rank cannot use is often why it differs from others.
+        # An error of one rank often explains why it differs from others.
         why = first_error(parallel, error) or first_error(parallel, differences)
         raise StepRefusedError(f"{why}; no parameter and no state was changed")
     if unbound:
@@ -76,17 +76,17 @@ def agree(
 
 
 def _gradient_health(team: Team, names: Mapping[GroupTensor, list[str]], hp: ShampooHyperParams) -> tuple[float, str]:
-    """Find the largest norm of a gradient, to be compared with that of replicas, and the error if one is too large."""
+    """Return the largest norm of a gradient, which replicas compare, and the error if one is too large."""
     norms = {} if hp.nonfinite_gradient == "ignore" else gradient_norms(list(names))
     for tensor, norm in norms.items():
         most = largest_norm(state_dtype(tensor.tensor.dtype), hp)
         if not norm <= most:  # NaN is not
-            # On this replica only, perhaps: no number to compare, and the world decides what is done.
+            # Perhaps on this replica only: NaN compares with nothing, and the vote of the world decides.
             return math.nan, (
                 f"the gradient of {names[tensor][0]!r} has a norm of {norm:.3g}: it must be finite and at most "
                 f"{most:.3g}, so that no sum of its squares can overflow"
             )
-    # A shared weight may be clipped by its own stage's norm, so that copies on two stages differ by a factor.
+    # Each stage may clip a tied weight by its own norm, so that copies on two stages differ by a factor.
     return 0.0 if team.tied else max(norms.values(), default=0.0), ""
 
 
@@ -102,10 +102,10 @@ def _vote(parallel: ParallelGroups, teams: Sequence[Team], flags: list[bool]) ->
 
 
 def largest_norm(dtype: torch.dtype, hp: ShampooHyperParams) -> float:
-    """The largest norm of a gradient with state of this dtype of which sums of squares stay finite, however many.
+    """Return the largest norm of a gradient for which a sum of squares of any length is finite in this state dtype.
 
-    A sum that is 4 / eps times as large as what is added does not grow any more. The rest is room for 512 ranks that
-    store a part of one matrix each.
+    A sum that is 4 / eps times as large as the next term no longer grows. The factor 512 leaves room for as many ranks
+    that store a shard of one matrix each.
     """
     c = hp.computation
     if "bfloat16" in (c.products, c.root_storage, c.momentum_storage):
@@ -115,7 +115,7 @@ def largest_norm(dtype: torch.dtype, hp: ShampooHyperParams) -> float:
 
 
 def gradient_norms(group_tensors: Sequence[GroupTensor]) -> dict[GroupTensor, float]:
-    """The norm of each gradient, not finite if its squares are not; one synchronisation per device."""
+    """Compute the norm of each gradient, not finite if its squares are not; one synchronisation per device."""
     gradients = {
         group_tensor: group_tensor.gradient for group_tensor in group_tensors if group_tensor.has_dense_gradient
     }
@@ -124,21 +124,23 @@ def gradient_norms(group_tensors: Sequence[GroupTensor]) -> dict[GroupTensor, fl
         if gradient is not None and gradient.numel():
             kinds[gradient.device, state_dtype(gradient.dtype)][group_tensor] = gradient
     norms: dict[GroupTensor, float] = {}
-    for (_, dtype), found in kinds.items():
-        squared = torch._foreach_norm(list(found.values()), 2, dtype=dtype)
-        norms |= zip(found, torch.stack(squared).double().tolist(), strict=True)
+    for (_, dtype), alike in kinds.items():
+        roots = torch._foreach_norm(list(alike.values()), 2, dtype=dtype)
+        norms |= zip(alike, torch.stack(roots).double().tolist(), strict=True)
     return norms
 
 
 def _compare(
     team: Team, names: Mapping[GroupTensor, list[str]], groups: Sequence[Mapping[str, Any]], largest: float
 ) -> str:
-    """How ranks differ in which of these places have gradients, the largest norm, or settings; empty if not."""
-    given = [name for group_tensor, held in names.items() if group_tensor.tensor.grad is not None for name in held]
-    absent = [name for group_tensor, held in names.items() if group_tensor.tensor.grad is None for name in held]
+    """Describe how ranks differ in settings, in which group tensors have gradients, or in the largest norm, if so."""
+    present = [
+        name for group_tensor, matrices in names.items() if group_tensor.tensor.grad is not None for name in matrices
+    ]
+    absent = [name for group_tensor, matrices in names.items() if group_tensor.tensor.grad is None for name in matrices]
     options = ("lr", "momentum", "weight_decay", "maximize")
     settings = sorted({str({name: groups[group_tensor.group][name] for name in options}) for group_tensor in names})
-    numbers = [len(given), _fingerprint(given), largest, _fingerprint(settings)]
+    numbers = [len(present), _fingerprint(present), largest, _fingerprint(settings)]
     ranks, device = team.group.ranks, communicating_device(team.group, team.device)
     mine = torch.tensor(numbers, dtype=torch.float64, device=device)
     table = torch.empty(len(ranks) * len(numbers), dtype=torch.float64, device=device)
@@ -146,17 +148,17 @@ def _compare(
         all_gather(table, mine, group=team.group.handle)
     rows = dict(zip(ranks, table.view(len(ranks), -1).tolist(), strict=True))
     first = rows[ranks[0]]
-    for other, (count, present, norm, options_) in rows.items():
+    for other, (count, fingerprint, norm, options_) in rows.items():
         if options_ != first[3]:
             return (
                 f"ranks {ranks[0]} and {other} differ in lr, momentum, weight_decay or maximize (rank {team.rank} has "
                 f"{', '.join(settings)}); schedulers must do the same on all ranks"
             )
-        if present != first[1]:
+        if fingerprint != first[1]:
             return (
                 f"rank {ranks[0]} has gradients for {first[0]:.0f} and rank {other} for {count:.0f} of "
-                f"{len(given) + len(absent)} parameters, not the same ones; ranks of one group must have gradients for "
-                f"the same parameters (on rank {team.rank} these have none: {absent[:5]})"
+                f"{len(present) + len(absent)} parameters, not the same ones; ranks of one group must have gradients "
+                f"for the same parameters (on rank {team.rank} these have none: {absent[:5]})"
             )
         if other in team.exact_replicas and abs(norm - largest) > 1e-3 * abs(largest):
             return (
@@ -168,5 +170,5 @@ def _compare(
 
 
 def _fingerprint(texts: Sequence[str]) -> int:
-    """A number of 48 bits, exact in float64."""
+    """Hash the texts to a number of 48 bits, exact in float64."""
     return int.from_bytes(hashlib.sha256("\n".join(texts).encode()).digest()[:6], "big")

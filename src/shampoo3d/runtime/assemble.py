@@ -1,4 +1,4 @@
-"""From parameter groups to teams: reads how parameters are stored, agrees on it with the other ranks, plans, binds."""
+"""Teams from parameter groups: read how parameters are stored, agree on it with the other ranks, plan, bind."""
 
 import math
 from collections import ChainMap, defaultdict
@@ -32,12 +32,12 @@ Checksum = tuple[float, float]
 
 
 def is_trainable(param: Tensor) -> bool:
-    """Whether it takes part in steps: it may get a gradient, or has one, and is not empty."""
+    """Return whether the parameter takes part in steps: it may get a gradient, or has one, and is not empty."""
     return param.numel() > 0 and (param.requires_grad or param.grad is not None)
 
 
 class DisagreementError(ValueError):
-    """Ranks of one team differ in what they hold, and all of them know it."""
+    """Difference between the parameters or settings of the ranks of a team; raised on all of them."""
 
 
 @during("about the plan")
@@ -49,7 +49,7 @@ def assemble(
     known: Collection[Tensor],
     fixed: Mapping[BlockId, int],
 ) -> list[Team]:
-    """Bind the trainable parameters, and those that are ``known`` already, and plan in each team.
+    """Bind the trainable parameters and those that are ``known`` already, and plan in each team.
 
     Collective: each error is raised on all ranks.
 
@@ -57,7 +57,7 @@ def assemble(
         fixed: the owners of blocks that were planned before, which stay.
 
     Raises:
-        DisagreementError: naming the parameter that can't be explained, or in which ranks differ, and how.
+        DisagreementError: naming the parameter whose storage can't be explained, or in which ranks differ, and how.
     """
     stored, tied = _read(groups, registry, parallel, distribution, known)
     by_team = _teams(stored, registry, parallel)
@@ -95,7 +95,7 @@ def assemble(
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """What ranks and parameters were found to be: the groups of ranks, the teams, what travels in them."""
+    """All that is made of the ranks and parameters: groups of ranks, teams, exchanges, group tensors."""
 
     parallel: ParallelGroups
     teams: list[Team]
@@ -105,14 +105,14 @@ class Bound:
     @classmethod
     def of(cls, parallel: ParallelGroups, teams: list[Team], distribution: Distribution) -> "Bound":
         exchanges = [Exchange(team, parallel, distribution.update_precision) for team in teams]
-        group_tensors = {of.tensor: of for team in teams for of in team.group_tensors}
+        group_tensors = {tensor.tensor: tensor for team in teams for tensor in team.group_tensors}
         return cls(parallel, teams, exchanges, group_tensors)
 
 
 def _refuse(parallel: ParallelGroups, error: str) -> None:
-    """Raise on all ranks what one of them has to complain of."""
-    if told := first_error(parallel, error):
-        raise DisagreementError(told)
+    """Raise on all ranks if one of them has an error."""
+    if first := first_error(parallel, error):
+        raise DisagreementError(first)
 
 
 def _read(
@@ -122,7 +122,7 @@ def _read(
     distribution: Distribution,
     known: Collection[Tensor],
 ) -> tuple[list[LocalShard], dict[Tensor, Ranks]]:
-    """What this rank stores of the parameters that take part, and the ranks of those that are tied across stages."""
+    """Read this rank's shards of the parameters that take part, and the ranks of those that are tied across stages."""
     stored: list[LocalShard] = []
     tied: dict[Tensor, Ranks] = {}
     try:
@@ -131,12 +131,12 @@ def _read(
         for model in registry.models:
             tied |= engine().tied_holders(model)
         exact = distribution.tensor_parallel == "exact"
-        found = read(contents(groups, registry.originals, registry.names), parallel, tied, exact=exact)
+        shards = read(contents(groups, registry.originals, registry.names), parallel, tied, exact=exact)
         flat = engine().is_flat
-        taking_part = (s for s in found if flat([s.original]) or is_trainable(s.tensor) or s.tensor in known)
+        taking_part = (s for s in shards if flat([s.original]) or is_trainable(s.tensor) or s.tensor in known)
         stored = [s for s in taking_part if math.prod(s.shape) > 0]
         error = _unknown_ties(stored, registry, tied)
-    except (ValueError, RuntimeError) as raised:  # perhaps on this rank only: all are told of it
+    except (ValueError, RuntimeError) as raised:  # perhaps on this rank only; _refuse raises it on all
         error = str(raised)
     _refuse(parallel, error)
     return stored, tied
@@ -149,17 +149,17 @@ def _planned(
     memory_bound: int | None,
     parallel: ParallelGroups,
 ) -> list[Plan]:
-    """A plan for each team, the same on all its ranks."""
+    """Make a plan for each team, the same on all its ranks."""
     plans: list[Plan] = []
     error = ""
-    # Turns are dealt out over the whole run; the first rank of each team speaks for it.
-    told = {
+    # Refreshes are staggered over the blocks of all teams; the first rank of each team sends its blocks.
+    blocks = {
         id_: block
-        for ranks, held in matrices.items()
+        for ranks, team_matrices in matrices.items()
         if ranks[0] == parallel.rank
-        for id_, block in factored_blocks(held).items()
+        for id_, block in factored_blocks(team_matrices).items()
     }
-    offsets = refresh_offsets(dict(ChainMap(*all_gather_object(parallel.world, told))), hp)
+    offsets = refresh_offsets(dict(ChainMap(*all_gather_object(parallel.world, blocks))), hp)
     try:
         plans = make_plans(matrices, hp, fixed, memory_bound, offsets)
     except ValueError as raised:
@@ -173,7 +173,7 @@ def _unknown_ties(stored: Sequence[LocalShard], registry: ParameterRegistry, tie
     for s in stored:
         if engine().untold_tie(s.original) and s.original not in tied:
             return (
-                f"{registry.names[s.original]!r} is tied to other pipeline stages, and only the model tells to "
+                f"{registry.names[s.original]!r} is tied to other pipeline stages, and only the model knows to "
                 "which: pass model.parameters() itself, or model="
             )
     return ""
@@ -182,26 +182,26 @@ def _unknown_ties(stored: Sequence[LocalShard], registry: ParameterRegistry, tie
 def _teams(
     stored: Sequence[LocalShard], registry: ParameterRegistry, parallel: ParallelGroups
 ) -> dict[Ranks, list[tuple[LocalShard, int]]]:
-    """What is stored by team, each with its cover, in the order of all members. Collective in the model group."""
+    """Group local shards by team, with their shard groups, in one order on all ranks. Collective in the model group."""
     ends = {registry.names[s.original]: (s.holders, s.team) for s in stored if s.meets_shards}
     table: list[dict[str, tuple[Ranks, Ranks]]] = all_gather_object(parallel.model, ends)
-    found: defaultdict[Ranks, list[tuple[LocalShard, int]]] = defaultdict(list)
+    by_team: defaultdict[Ranks, list[tuple[LocalShard, int]]] = defaultdict(list)
     for s in stored:
         peers = [theirs.get(registry.names[s.original], ((), ())) for theirs in table] if s.meets_shards else []
         team = tuple(sorted({*s.team, *(rank for _, ranks in peers for rank in ranks)}))
-        # The shards of a divided matrix make it whole together; each holder group of an undivided one has all of it.
+        # Only all tensor-parallel shards together make a divided matrix; holders have all of an undivided one.
         shards = {rank for ranks, _ in peers for rank in ranks} if s.divided is not None else set()
-        found[team].append((s, min({*s.holders, *shards}) if s.sharded else 0))
-    for ranks, members in found.items():
-        if ranks != parallel.data.ranks:  # these may meet from stages whose parameters come in another order
+        by_team[team].append((s, min({*s.holders, *shards}) if s.sharded else 0))
+    for ranks, members in by_team.items():
+        if ranks != parallel.data.ranks:  # perhaps from several stages, whose parameters differ in order
             members.sort(key=lambda member: registry.names[member[0].original])
-    return dict(found)
+    return dict(by_team)
 
 
 class RankRecord(NamedTuple):
-    """What one rank tells its team: its settings and, of each matrix, how it is stored, what of it is here, a checksum.
+    """Record that one rank sends to its team: settings and, for each matrix, its sharding, local shard and checksum.
 
-    ``shards`` are with the number of their shard group.
+    Each of ``shards`` has the number of its shard group.
     """
 
     settings: dict[str, Any]
@@ -240,7 +240,7 @@ def _matrices(
     parallel: ParallelGroups,
     distribution: Distribution,
 ) -> tuple[list[Matrix], str]:
-    """Describe the matrices of a team by what each of its ranks stores of them, or in what they differ. Collective."""
+    """Describe the matrices of a team by the shards on its ranks, or return how the ranks differ. Collective."""
     record = _record(members, groups, registry, distribution)
     table = all_gather_object(parallel.group(ranks), record)
     matrices: list[Matrix] = []
@@ -261,46 +261,46 @@ def _matrices(
 
 
 def _differences(ranks: Ranks, table: Sequence[RankRecord]) -> str:
-    """Say in what ranks of a team differ: settings, parameters, or the values of what they store alike."""
+    """Describe how ranks of a team differ: in settings, in parameters, or in the values of replicas."""
     first = table[0]
     for rank, row in zip(ranks, table, strict=True):
         pairs: list[tuple[str, Any, Any]] = [(name, first.settings[name], row.settings[name]) for name in row.settings]
         shardings = enumerate(zip(first.shardings, row.shardings, strict=False))
         pairs += ((f"parameter {number}", one, other) for number, (one, other) in shardings)
         pairs.append(("number of parameters", len(first.shardings), len(row.shardings)))
-        for what, one, other in pairs:
+        for subject, one, other in pairs:
             if one != other:
-                return _differ(what, ranks[0], one, rank, other)
+                return _differ(subject, ranks[0], one, rank, other)
     differing = (_other_values(ranks, table, number) for number in range(len(first.shardings)))
     return next(filter(None, differing), "")
 
 
 def _other_values(ranks: Ranks, table: Sequence[RankRecord], number: int) -> str:
-    """Say which ranks store other values of the same elements of a matrix."""
+    """Describe which ranks store different values of the same elements of a matrix."""
     sharding = table[0].shardings[number]
-    what = f"sum and magnitude of {sharding.name}"
+    subject = f"sum and magnitude of {sharding.name}"
     first_of: dict[Any, tuple[int, Checksum]] = {}
     totals: dict[int, tuple[int, Checksum]] = {}
     for rank, row in zip(ranks, table, strict=True):
         own, shard = row.checksums[number], row.shards[number]
         first_rank, first = first_of.setdefault(shard, (rank, own))
         if repr(own) != repr(first):  # also where they are NaN
-            return _differ(what, first_rank, first, rank, own)
+            return _differ(subject, first_rank, first, rank, own)
         group, _ = shard
         start, (total, magnitude) = totals.get(group, (rank, (0.0, 0.0)))
         totals[group] = start, (total + own[0], magnitude + own[1])
-    # Of a sharded matrix every shard group has all; sums in another order differ by rounding.
+    # Every shard group of a sharded matrix has all elements; sums in another order differ by rounding.
     first_rank, first = next(iter(totals.values()))
     for rank, total_ in totals.values():
         if sharding.sharded and abs(total_[1] - first[1]) > 1e-9 * first[1]:
-            return _differ(what, first_rank, first, rank, total_)
+            return _differ(subject, first_rank, first, rank, total_)
     return ""
 
 
-def _differ(what: str, first_rank: int, first: Any, rank: int, other: Any) -> str:
+def _differ(subject: str, first_rank: int, first: Any, rank: int, other: Any) -> str:
     return (
-        f"ranks of one data-parallel group must hold the same parameters, but {what} is {_shown(first)} on rank "
-        f"{first_rank} and {_shown(other)} on rank {rank}; if these ranks are no replicas of each other, give "
+        f"ranks of one data-parallel group must hold the same parameters, but {subject} is {_shown(first)} on rank "
+        f"{first_rank} and {_shown(other)} on rank {rank}; if these ranks are not replicas of each other, pass "
         "topology= or, for shards of one matrix, set tensor_model_parallel and partition_dim on the parameter"
     )
 
@@ -313,7 +313,7 @@ def _shown(value: Any) -> str:
 
 
 def _different_plans(plans: Sequence[Plan], parallel: ParallelGroups) -> str:
-    """Which rank has another plan than the first of its team, and the first block in which they differ. Collective."""
+    """Describe which rank's plan differs from that of the first of its team, and in which block. Collective."""
     error = ""
     for plan in plans:
         digests = all_gather_object(parallel.group(plan.ranks), plan.digest())
@@ -329,7 +329,7 @@ def _different_plans(plans: Sequence[Plan], parallel: ParallelGroups) -> str:
 
 
 def flat_groups(registry: ParameterRegistry) -> bool:
-    """Whether an engine has put flat slices into the groups."""
+    """Return whether an engine has put flat slices into the groups."""
     return any(engine().is_flat(params) for params in registry.originals)
 
 
@@ -339,19 +339,15 @@ def check_shapes(shapes: Sequence[Sequence[int]] | None, params: Sequence[Tensor
         return
     if not isinstance(shapes, Sequence) or not all(isinstance(shape, Sequence) for shape in shapes):
         raise TypeError(f"shapes must be the shapes of the trainable parameters, got {shapes!r}")
-    found = [engine().shape_of(param) for param in params if param.requires_grad]
-    given = [tuple(shape) for shape in shapes]
-    if given != found:
-        group_tensor = next((i for i, (a, b) in enumerate(zip(given, found, strict=False)) if a != b), None)
-        detail = (
-            ""
-            if group_tensor is None
-            else f": number {group_tensor} is {given[group_tensor]}, the parameter's is {found[group_tensor]}"
-        )
-        raise ValueError(f"shapes has {len(given)} entries for {len(found)} trainable parameters{detail}")
+    actual = [engine().shape_of(param) for param in params if param.requires_grad]
+    claimed = [tuple(shape) for shape in shapes]
+    if claimed != actual:
+        index = next((i for i, (a, b) in enumerate(zip(claimed, actual, strict=False)) if a != b), None)
+        detail = "" if index is None else f": number {index} is {claimed[index]}, the parameter's is {actual[index]}"
+        raise ValueError(f"shapes has {len(claimed)} entries for {len(actual)} trainable parameters{detail}")
 
 
 def checksum(tensor: Tensor) -> tuple[float, float]:
-    """Sum and sum of magnitudes in float64: equal on replicas."""
+    """Compute the sum and the sum of magnitudes in float64: equal on replicas."""
     values = tensor.detach().to(torch.float64)
     return values.sum().item(), values.abs().sum().item()

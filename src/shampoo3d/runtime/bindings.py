@@ -1,4 +1,4 @@
-"""What this rank stores: places in the parameter groups, and the parts of matrices in them."""
+"""Tensors of the parameter groups, and the shards of matrices that this rank stores in them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from shampoo3d.planning.layout import Matrix, Piece
 class GroupTensor:
     """A tensor of a parameter group: a parameter, this rank's shard of one, or a flat slice of many.
 
-    ``precondition`` is what its group wanted when it was bound.
+    ``precondition`` is the setting of its group at the time it was bound.
     """
 
     tensor: Tensor
@@ -26,17 +26,17 @@ class GroupTensor:
 
     @property
     def stored(self) -> Tensor:
-        """What this rank stores of it."""
+        """The values on this rank."""
         return local(self.tensor.detach())
 
     @property
     def flat(self) -> Tensor:
-        """All that is stored, in row-major order; a copy where it is stored otherwise."""
+        """The values on this rank, flat in row-major order; a copy if they are stored in another order."""
         return self.stored.contiguous().view(-1)
 
     @property
     def gradient(self) -> Tensor | None:
-        """Of what is stored, in row-major order."""
+        """The gradient of the values on this rank, flat in row-major order; None if there is none."""
         grad = self.tensor.grad
         return None if grad is None else local(grad).contiguous().view(-1)
 
@@ -46,7 +46,7 @@ class GroupTensor:
         return grad is not None and grad.layout == torch.strided
 
     def store(self, flat: Tensor) -> None:
-        """Take over what was written into :attr:`flat`."""
+        """Store values that were written into :attr:`flat`, if that was a copy."""
         stored = self.stored
         if flat.data_ptr() != stored.data_ptr():  # a copy, since it is not stored in row-major order
             stored.copy_(flat.view(stored.shape))
@@ -54,7 +54,7 @@ class GroupTensor:
 
 @dataclass(eq=False)
 class Binding:
-    """A matrix and the place where this rank's part of it begins, ``offset`` elements into the place's storage."""
+    """A matrix and the group tensor in which this rank stores its shard of it, ``offset`` elements into the storage."""
 
     number: int
     matrix: Matrix
@@ -63,7 +63,7 @@ class Binding:
     elements: int
 
     def view(self, flat: Tensor, piece: Piece) -> Tensor:
-        """The piece in the flat storage of the place, or in a buffer of the same layout."""
+        """Return the view of a piece in the flat storage of the group tensor, or in a buffer of the same layout."""
         start = flat.storage_offset() + self.offset + piece.offset
         return flat.as_strided(piece.box.shape, piece.strides, start)
 
@@ -74,11 +74,11 @@ StepCounts = Mapping[GroupTensor, int]
 K = TypeVar("K")
 V = TypeVar("V")
 Phases = Mapping[GroupTensor, tuple[int, K]]
-"""For each group tensor that takes part: the number of its t among those of the step, and what that t is to it."""
+"""For each group tensor that takes part: the index of its t among the distinct ones of the step, and the kind of t."""
 
 
 class PhaseIndex(Generic[K, V]):
-    """What is made of group tensors that are in the same phase at a step; phases come again, so it is remembered.
+    """Cache of values that depend on the phases of the group tensors at a step, since these phases recur.
 
     Args:
         kind: what a step t means.
@@ -100,7 +100,7 @@ class PhaseIndex(Generic[K, V]):
 
 
 def rows_of(rows: Sequence[int], n: int, device: torch.device) -> Rows:
-    """Rows of n as a slice where they are next to each other, which spares copies."""
+    """Index ``rows`` of n: by a slice if they are consecutive, which spares copies."""
     if len(rows) == n:
         return ALL
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
@@ -121,5 +121,5 @@ def _index(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """State and arithmetic are float64 for float64 parameters, float32 for all others."""
+    """Return the dtype of state and arithmetic: float64 for float64 parameters, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Slabs: elements that are updated here in one go."""
+"""Buckets: elements that are updated on this rank together."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 
 class ElementBucket(Protocol):
-    """Elements that are at home here and are updated in one go. During a step S is their direction."""
+    """Elements whose home is this rank and that are updated together. During a step S is their direction."""
 
     momenta: Momenta
 
@@ -36,7 +36,7 @@ class ElementBucket(Protocol):
         ...
 
     def begin(self, steps: StepCounts) -> bool:
-        """Take the gradients of what steps, if anything does; S is the gradient until directions arrive."""
+        """Take the gradients of what steps, as S until directions arrive; return False if nothing steps."""
         ...
 
     def direction(self, binding: Binding, fragment: Fragment) -> Tensor:
@@ -57,10 +57,10 @@ class ElementBucket(Protocol):
 
 
 class FlatBucket:
-    """All elements of a place whose elements are stored once: they are updated where they are, in one piece.
+    """All elements of a group tensor without replicas: they are updated where they are stored, as one tensor.
 
-    S holds the directions during a step, in the layout of the place. The matrices in it may belong to several teams
-    (a tied weight and others, in one slice), each of which grafts its own.
+    During a step S holds the directions, in the layout of the group tensor. The matrices in it may belong to several
+    teams (a tied weight and others, in one slice), each of which grafts its own.
 
     Attributes:
         unfactored: the matrices in it that have no factors.
@@ -74,11 +74,11 @@ class FlatBucket:
         self.unfactored: list[Binding] = []
 
     def steps(self, steps: StepCounts) -> bool:
-        """Whether any of its elements step."""
+        """Return whether any of its elements step."""
         return self.group_tensor in steps
 
     def begin(self, steps: StepCounts) -> bool:
-        """Take the gradient, if the place is among those that step; S is the gradient until directions arrive."""
+        """Take the gradient, as S until directions arrive; return False if the group tensor does not step."""
         gradient = self.group_tensor.gradient
         if gradient is None or not self.steps(steps):
             return False
@@ -99,8 +99,8 @@ class FlatBucket:
     def add_norms(self, norms: Tensor, bindings: Sequence[Binding]) -> None:
         """Add the squared norms of S and D of these matrices to those of their team, (matrices, 2)."""
         if held := self._held(bindings):
-            found = [torch._foreach_norm(_parts(of, held)) for of in (self.S, self.D)]
-            columns = torch.stack([torch.stack(list(column)) for column in found], 1)
+            lengths = [torch._foreach_norm(_parts(direction, held)) for direction in (self.S, self.D)]
+            columns = torch.stack([torch.stack(list(column)) for column in lengths], 1)
             norms[index([binding.number for binding in held], norms.device)] += columns.to(norms).square()
 
     def graft(self, scale: Tensor, bindings: Sequence[Binding]) -> None:
@@ -113,7 +113,7 @@ class FlatBucket:
         return [binding for binding in bindings if binding.group_tensor is self.group_tensor and binding.elements]
 
     def update(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """The step itself, with the settings of the place's group."""
+        """Update the weights, with the settings of the group."""
         settings = groups[self.group_tensor.group]
         if self.age:
             D = None if self.started else self.D.clone()  # it may be the user's gradient
@@ -135,11 +135,11 @@ Member = tuple[Binding, Fragment]
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """Consecutive members that lie in their place like the tiles of a wall, so that one strided view has them all.
+    """Consecutive members at regular distances in their group tensor, so that one strided view covers them all.
 
     Attributes:
         first, count: the members, within their run.
-        offset, shape, strides: the view in the place's flat storage; leading axes count members.
+        offset, shape, strides: the view in the flat storage of the group tensor; leading axes count members.
     """
 
     group_tensor: GroupTensor
@@ -150,16 +150,16 @@ class Patch:
     strides: Shape
 
     def of(self, flat: Tensor) -> Tensor:
-        """The elements in the flat storage of the place, or in a buffer of the same layout."""
+        """Return the view of the members in the flat storage of the group tensor, or in a buffer of the same layout."""
         return flat.as_strided(self.shape, self.strides, flat.storage_offset() + self.offset)
 
     def among(self, stack: Tensor) -> Tensor:
-        """The same members in the stack of the run, as :meth:`of` has them."""
+        """Return the view of the same members in the stack of the run, in the shape of :meth:`of`."""
         return stack.narrow(0, self.first, self.count).view(self.shape)
 
 
 def patches(members: Sequence[Member]) -> list[Patch]:
-    """Cover all members with as few patches as the axes of a grid of blocks make."""
+    """Cover all members with patches: few, if they are the blocks of a grid."""
     merged = [
         Patch(
             binding.group_tensor,
@@ -177,7 +177,7 @@ def patches(members: Sequence[Member]) -> list[Patch]:
 
 
 def _merge_patches(single: Sequence[Patch]) -> list[Patch]:
-    """Consecutive patches that are alike and at equal distances made one, with a leading axis."""
+    """Merge consecutive patches that are alike and at equal distances into one, with a leading axis."""
     rows: list[list[Patch]] = []
     for patch in single:
         row = rows[-1] if rows else []
@@ -191,24 +191,25 @@ def _merge_patches(single: Sequence[Patch]) -> list[Patch]:
             row.append(patch)
         else:
             rows.append([patch])
-    found = []
+    merged = []
     for first, *others in rows:
         strides = (others[0].offset - first.offset if others else 0, *first.strides)
         count, shape = first.count * (1 + len(others)), (1 + len(others), *first.shape)
-        found.append(replace(first, count=count, shape=shape, strides=strides))
-    return found
+        merged.append(replace(first, count=count, shape=shape, strides=strides))
+    return merged
 
 
 @dataclass(eq=False)
 class Run:
-    """Members of a slab that have the same settings and are at the same point of their schedule.
+    """Members of a bucket that have the same settings and are at the same point of their schedule.
 
     Attributes:
-        rows: of the slab.
-        group_tensor: one of those that they belong to, all of one group and at one step.
-        matrices: their numbers in the team.
-        age: see :meth:`ShampooHyperParams.age`.
-        D: the direction whose length is borrowed, its squared norms and, before the start step, itself.
+        rows: the rows of the members in the bucket.
+        group_tensor: one of their group tensors, which are all of one group and at one step.
+        matrices: the numbers of their matrices in the team.
+        age: see :meth:`ShampooHyperParams.weight_updates`.
+        norms: the squared norms of D, the direction whose length is borrowed.
+        D: that direction itself, before the start step only.
     """
 
     rows: Rows
@@ -223,9 +224,9 @@ class Run:
 
 
 class StackedBucket:
-    """Equal cells of which other ranks store replicas, and whose elements are updated here.
+    """Fragments of one shape whose home is this rank and of which other ranks store replicas.
 
-    During a step S is one tensor (n, *shape): the gradients, and then the directions in their place.
+    During a step S is one tensor (n, *shape): first the gradients, then the directions.
     """
 
     def __init__(self, members: Sequence[Member], hp: ShampooHyperParams) -> None:
@@ -242,7 +243,7 @@ class StackedBucket:
         self._runs = PhaseIndex[bool, list[Run]](self._group_tensors, lambda t: phase(t, hp).started)
 
     def steps(self, steps: StepCounts) -> bool:
-        """Whether any of its elements step."""
+        """Return whether any of its elements step."""
         return any(group_tensor in steps for group_tensor in self._group_tensors)
 
     def begin(self, steps: StepCounts) -> bool:
@@ -265,7 +266,7 @@ class StackedBucket:
         return True
 
     def _borrow(self, run: Run, G: Tensor) -> Tensor:
-        """D; what has no factors moves along it or along the average of gradients, which take the place of G."""
+        """Return D; without factors, overwrite G with the direction of the members: D or the average of gradients."""
         if not run.age:
             return G
         average, D = self.momenta.direction(G, run.rows, run.age)
@@ -274,13 +275,13 @@ class StackedBucket:
         return D
 
     def _stack(self, run: Run) -> Tensor:
-        """For the members of a run: their part of S, or, where their rows are scattered, a tensor apart."""
+        """Return a stack for the members of a run: a view of S or, if their rows are scattered, a tensor of its own."""
         if isinstance(run.rows, slice):
             return self.S[run.rows]
         return self.S.new_empty(run.count, *self.shape)
 
     def _make_runs(self, phases: Phases[bool]) -> list[Run]:
-        """The members that step, by group and phase."""
+        """Divide the members that step into runs, by group and phase."""
         kinds: defaultdict[Any, list[int]] = defaultdict(list)
         for row, (binding, _) in enumerate(self.members):
             group_tensor = binding.group_tensor
@@ -309,7 +310,7 @@ class StackedBucket:
             self.S[run.rows] *= scale[run.matrices].to(self.S).view(-1, *[1] * len(self.shape))
 
     def update(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """The step itself, with the settings of each member's group."""
+        """Update the weights, with the settings of each member's group."""
         for run in (run for run in self.runs if run.age):
             settings, S = groups[run.group_tensor.group], self.S[run.rows]
             _turn(settings, S, run.D)
@@ -327,7 +328,7 @@ class StackedBucket:
 
 
 def _views(patches: Sequence[Patch], *, gradient: bool) -> tuple[list[Tensor], dict[GroupTensor, Tensor]]:
-    """The patches' gradients or weights, in what their places hold."""
+    """Return views of the patches in the gradients or weights of their group tensors, and these by group tensor."""
     flats: dict[GroupTensor, Tensor] = {}
     for group_tensor in dict.fromkeys(patch.group_tensor for patch in patches):
         flat = group_tensor.gradient if gradient else group_tensor.flat
@@ -337,7 +338,7 @@ def _views(patches: Sequence[Patch], *, gradient: bool) -> tuple[list[Tensor], d
 
 
 def write(pieces: Sequence[tuple[Binding, Piece]], values: Sequence[Tensor]) -> None:
-    """Put new weights in their places."""
+    """Write new weights into their group tensors."""
     flats = {
         group_tensor: group_tensor.flat for group_tensor in dict.fromkeys(binding.group_tensor for binding, _ in pieces)
     }
@@ -352,6 +353,6 @@ def _step(settings: Mapping[str, Any], started: bool) -> StepSettings:
 
 
 def _turn(settings: Mapping[str, Any], *directions: Tensor | None) -> None:
-    """Turn directions round where the aim is to ascend: both are odd in G."""
+    """Negate directions if the group maximises: both are odd in G."""
     if settings["maximize"]:
         torch._foreach_neg_([direction for direction in directions if direction is not None])

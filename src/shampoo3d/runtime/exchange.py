@@ -1,4 +1,4 @@
-"""Carry out what travels in a step: gradients to owners, directions home, norms, new weights to replicas."""
+"""Communication of a step: gradients to owners, directions home, norms, new weights to replicas."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ class Exchange:
             [transfer for slot in slots if slot not in share.local_blocks for transfer in by_slot[slot]]
             for slots in share.rounds
         ]
-        # The replica groups, each with a communicator; in one order, so that no two wait for each other.
+        # One communicator for each replica group, in the same order on all ranks, so that no two wait for each other.
         self._copies = [
             (Communicator(parallel.rank, parallel.group(ranks), self.communicator.device), dtype, transfers)
             for (ranks, dtype), transfers in share.replica_copies.items()
@@ -44,7 +44,7 @@ class Exchange:
 
     @property
     def received(self) -> Counter[str]:
-        """Bytes that came from other ranks so far, by what they were."""
+        """Bytes received from other ranks so far, by their kind."""
         copies = (communicator.received for communicator, *_ in self._copies)
         return sum(copies, self.communicator.received.copy())
 
@@ -55,10 +55,10 @@ class Exchange:
         return sum(communicator.buffer_bytes for communicator in communicators)
 
     def collect(self, steps: StepCounts) -> Iterator[tuple[list[WorkItem], list[Due]]]:
-        """Yield the blocks that are worked on together, with their gradients made whole, and the roots that are due.
+        """Yield the work items of each round, with their gradients complete, and the roots that are due.
 
-        What the caller leaves in ``blocks`` is sent home as the block's direction. The gradients of the next round
-        travel while those of the current one are worked on, and so do the directions of the one before.
+        The caller leaves the directions in ``blocks``; they are then sent home. Gradients of the next round and
+        directions of the previous one travel while the current round is computed.
         """
         coming, going = self._gather(0, steps), Travelling()
         for number, (items, due) in enumerate(zip(self.team.work_items(steps), self.team.due(steps), strict=True)):
@@ -74,7 +74,7 @@ class Exchange:
         self._take_home(going)
 
     def sum_norms(self, norms: Tensor) -> Tensor:
-        """Sum over the team, in place, what each rank found at the homes of its elements."""
+        """Sum over the team, in place, the squared norms that each rank has computed of the elements at home there."""
         return self.communicator.all_reduce("norms", norms)
 
     def copy(self, steps: StepCounts) -> None:
@@ -100,7 +100,7 @@ class Exchange:
     # ---- between homes and owners ------------------------------------------------------------------------------------
 
     def _gather(self, number: int, steps: StepCounts) -> Travelling:
-        """Start to bring the gradients of a round, if there is such a round, to their owners."""
+        """Start to send the gradients of a round, if there is such a round, to their owners."""
         if number >= len(self._transfers):
             return Travelling()
         views = _Views(self.team.bindings, _gradient)
@@ -112,7 +112,7 @@ class Exchange:
         return self._travel("gradients", number, self._sharding(number).dtype, pieces, ends, anyone)
 
     def _send_home(self, number: int, items: Sequence[WorkItem], steps: StepCounts) -> Travelling:
-        """Start to bring the directions of a round from the owners to the homes of their elements."""
+        """Start to send the directions of a round from the owners to the homes of their elements."""
         blocks = {
             slot: direction
             for item in items
@@ -134,10 +134,10 @@ class Exchange:
 
     @cached_property
     def _sharing(self) -> Moment:
-        """When new roots are brought to other keepers, so that they have the same at their directions as the owner.
+        """The moment at which owners send new roots to the other keepers, so that all use the same ones in a direction.
 
-        Those that were computed in the background are there before; those that are computed in a step come before its
-        directions, or, where these do not use them yet, after them.
+        Roots computed in the background are ready before the round; roots computed in a step are sent before its
+        directions, or after them if these do not use them yet.
         """
         hp = self.team.hp
         if hp.computation.asynchronous:
@@ -145,7 +145,7 @@ class Exchange:
         return "between" if hp.variant.direction == "root" else "after"
 
     def _share_roots(self, moment: Moment, number: int, steps: StepCounts) -> None:
-        """Bring new roots from the owners to the other keepers, if this is the moment."""
+        """Send new roots from the owners to the other keepers, if this is the moment."""
         if moment != self._sharing:
             return
         team, hp, planned = self.team, self.team.hp, self.team.plan.blocks
@@ -188,7 +188,7 @@ class Exchange:
         ends: Sequence[tuple[Transfer, int, int]],
         anyone: bool,
     ) -> Travelling:
-        """``ends``: transfers with the ranks from and to which they go; ``pieces``: what starts here."""
+        """Start to send ``pieces``, by transfer; ``ends``: all transfers with the ranks that they start and end at."""
         here = {transfer: pieces[transfer] for transfer, start, stop in ends if start == stop == self.rank}
         if not (anyone and self.team.share.travels):
             return Travelling(here)
@@ -197,19 +197,19 @@ class Exchange:
         return self.communicator.all_to_all(kind, number, getattr(torch, dtype), out, into, here)
 
     def _due(self, number: int, steps: StepCounts, due: Callable[[Phase], bool]) -> tuple[list[Transfer], bool]:
-        """Select the transfers of a round that are due, and tell, alike on all ranks, whether any rank may have one."""
+        """Return the transfers of a round that are due and, the same on all ranks, whether any rank may have one."""
         team = self.team
         stepping = {group_tensor for group_tensor, t in steps.items() if due(phase(t, team.hp))}
         transfers = [t for t in self._transfers[number] if self._binding(t).group_tensor in stepping]
         return transfers, any(team.slots[slot][0].group_tensor in stepping for slot in team.share.rounds[number])
 
     def _sharding(self, number: int) -> Sharding:
-        """The storage of a round, whose matrices are all stored in one dtype."""
+        """Return the sharding of the first matrix of a round; all of them have one dtype."""
         binding, _ = self.team.slots[self.team.share.rounds[number][0]]
         return binding.matrix.sharding
 
     def _fill(self, items: Sequence[WorkItem], arrived: Mapping[Transfer, Tensor]) -> None:
-        """Put together the blocks of the work items."""
+        """Assemble the blocks of the work items from the fragments that arrived."""
         by_slot: defaultdict[int, list[Transfer]] = defaultdict(list)
         for transfer in arrived:
             by_slot[transfer.slot].append(transfer)
@@ -230,7 +230,7 @@ class Exchange:
 
 
 class _Views:
-    """Fragments of what group tensors hold; each is flattened once."""
+    """Views of fragments in group tensors or their gradients, each of which is flattened once."""
 
     def __init__(self, bindings: Sequence[Binding], flatten: Callable[[GroupTensor], Tensor]) -> None:
         self.bindings, self.flatten = bindings, flatten

@@ -1,4 +1,4 @@
-"""Which path each parameter took. Plain data and text."""
+"""Report of the path that each parameter took. Plain data and text."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,9 +29,9 @@ class Report:
     """All parameters of this rank, and the steps that were skipped. ``str(report)`` is a table.
 
     Attributes:
-        every, oldest: steps between two refreshes of a root, and how many steps old the roots in use can be.
+        every, oldest: steps between two refreshes of a root, and the largest age of a root in use, in steps.
         state_bytes: of statistics, roots and momenta on this rank.
-        traffic: bytes that a step brings from other ranks, see ``routes.traffic``.
+        traffic: bytes that this rank receives in a step, see ``share.traffic``.
     """
 
     rows: tuple[Row, ...]
@@ -45,20 +45,20 @@ class Report:
     def of(
         cls, teams: Sequence[Team], names: Mapping[Tensor, str], skipped_steps: int, distribution: Distribution
     ) -> "Report":
-        found: dict[str, Row] = {}
+        rows_by_name: dict[str, Row] = {}
         for team in teams:
             for binding in team.bindings:
                 matrix = binding.matrix
                 owners = sorted({block.owner for block in team.plan.blocks if block.matrix == matrix.name})
                 row = Row(matrix.name, matrix.shape, matrix.path, matrix.reason, len(matrix.blocks), tuple(owners))
-                found[matrix.name] = row
+                rows_by_name[matrix.name] = row
         idle = "empty or frozen" if teams else "no step yet"
         for param, name in names.items():
-            found.setdefault(name, Row(name, tuple(param.shape), "not trained", idle, 0, ()))
+            rows_by_name.setdefault(name, Row(name, tuple(param.shape), "not trained", idle, 0, ()))
         received: Counter[str] = Counter()
         for team in teams:
             received.update(traffic(team.share, team.hp, distribution))
-        rows = tuple(found[name] for name in names.values() if name in found)
+        rows = tuple(rows_by_name[name] for name in names.values() if name in rows_by_name)
         every = max((team.plan.every for team in teams), default=1)
         oldest = every - 1 + any(hp.computation.asynchronous for hp in (team.hp for team in teams))
         return cls(rows, skipped_steps, every, oldest, state_bytes(teams), dict(received))
@@ -75,13 +75,13 @@ class Report:
         lines.append(f"steps skipped for non-finite gradients: {self.skipped_steps}")
         lines.append(f"roots are refreshed every {self.every} steps, and are at most {self.oldest} steps old")
         lines.append(f"bytes of state on this rank: {self.state_bytes}")
-        received = ", ".join(f"{what} {count}" for what, count in self.traffic.items() if count)
+        received = ", ".join(f"{kind} {count}" for kind, count in self.traffic.items() if count)
         lines.append(f"bytes from other ranks in a step, roots only when they are refreshed: {received or 'none'}")
         return "\n".join(lines)
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``"0-2,5"``."""
+    """Format ``[0, 1, 2, 5]`` as ``"0-2,5"``."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

@@ -13,7 +13,7 @@ from shampoo3d.settings.hyperparams import LayerwiseGrafting, ShampooHyperParams
 
 
 class UnfinishedStepError(RuntimeError):
-    """An earlier step ended in its middle, so that parameters and state are neither those before it nor after it."""
+    """Interruption of an earlier step: parameters and state are neither those before it nor those after it."""
 
 
 def take_step(
@@ -23,12 +23,12 @@ def take_step(
     hp: ShampooHyperParams,
     steps: StepCounts,
 ) -> None:
-    """Update the weights of all places in ``steps``, each at its step t. Collective in each team.
+    """Update the weights of all group tensors in ``steps``, each at its step t. Collective in each team.
 
     Args:
-        groups: the settings, by the places' group numbers.
+        groups: the settings, by the group numbers of the group tensors.
     """
-    # Work in the background may hold PyTorch's switches of precision, which reduced products turn.
+    # Products of reduced precision change PyTorch's global precision flags, which background work may be using.
     join_background_roots(teams, None if hp.computation.products == "bfloat16" else steps)
     buckets = [bucket for bucket in dict.fromkeys(s for team in teams for s in team.buckets) if bucket.begin(steps)]
     for team, exchange in zip(teams, exchanges, strict=True):
@@ -45,7 +45,7 @@ def take_step(
 
 
 def join_background_roots(teams: Sequence[Team], steps: StepCounts | None = None) -> None:
-    """Put the roots that were computed in the background in their place: those of ``steps``, or all."""
+    """Wait for roots computed in the background and use them from now on: those of ``steps``, or all."""
     for team in teams:
         for batch in team.batches:
             if steps is None or any(team.slots[slot][0].group_tensor in steps for slot in batch.slots):
@@ -53,15 +53,15 @@ def join_background_roots(teams: Sequence[Team], steps: StepCounts | None = None
 
 
 def _precondition_all(exchange: Exchange, steps: StepCounts, hp: ShampooHyperParams) -> None:
-    """Turn gradients into directions; the units, which hold on to the slabs' S, end with it."""
+    """Turn gradients into directions. A function of its own, so that no work item holds a bucket's S afterwards."""
     for items, due in exchange.collect(steps):
         _precondition(items, due, hp)
 
 
 def _precondition(items: Sequence[WorkItem], due: Sequence[Due], hp: ShampooHyperParams) -> None:
-    """Turn the gradients of work items into directions, with new roots of all rows that are due in one go.
+    """Turn the gradients of work items into directions, and refresh the roots of all rows that are due together.
 
-    Roots take in the gradient that they are applied to; eigenbases do so afterwards, as in their paper.
+    A root includes the gradient that it is applied to; eigenbases take it in afterwards, as in the paper on SOAP.
     """
     for item in (item for item in items if item.accumulate):
         stack = item.batch.stack
@@ -81,12 +81,12 @@ def _direct(items: Sequence[WorkItem]) -> None:
             stack.update_average(item.blocks, item.rows, item.t)
             continue
         stack.precondition(item.blocks, item.rows, item.t, out=item.blocks)
-        if bucket is not None and isinstance(item.rows, torch.Tensor):  # these are a copy
+        if bucket is not None and isinstance(item.rows, torch.Tensor):  # indexing by a tensor made a copy
             bucket.S[item.rows] = item.blocks
 
 
 def _graft(team: Team, exchange: Exchange, hp: ShampooHyperParams, steps: StepCounts) -> None:
-    """Give the directions, now at home, the lengths of others."""
+    """Scale the directions, now at home, to the lengths of the grafted ones."""
     buckets = [bucket for bucket in team.buckets if bucket.steps(steps)]
     norms = torch.zeros(len(team.bindings), 2, dtype=torch.float64, device=team.device)
     for bucket in buckets:

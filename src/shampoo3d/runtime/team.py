@@ -1,4 +1,4 @@
-"""Stacks of blocks that are owned here, with their factors; and the teams of ranks that share the blocks."""
+"""Teams of ranks that share the blocks of matrices, and the stacks of blocks whose factors this rank keeps."""
 
 import math
 from collections import defaultdict
@@ -29,10 +29,10 @@ class Batch:
     """Blocks of one kind whose roots are kept here, with the stack of their factors; row i is that of ``slots[i]``.
 
     Attributes:
-        slots: their numbers in the plan; those of one round are next to each other.
-        guests: other ranks own them and send their roots.
-        bucket: where all their elements are at home here; its rows are the stack's. Their gradients are taken from it
-            and their directions left in it, without a copy.
+        slots: their numbers in the plan; those of one round are consecutive.
+        guests: True if other ranks own them and send their roots.
+        bucket: set if all their elements are at home here; its rows are those of the stack. Gradients are read from it
+            and directions written into it, without a copy.
     """
 
     stack: Stack
@@ -56,15 +56,15 @@ class WorkItem:
 
 
 Due = tuple[Stack, Rows, int]
-"""Which roots of a stack are refreshed, and their step."""
+"""A stack, its rows whose roots are refreshed, and their step."""
 
 
 @dataclass(eq=False)
 class Team:
-    """Ranks that store the same matrices between them, the plan by which they share the work, and this rank's part.
+    """Ranks that together store the same matrices, the plan by which they share the work, and this rank's share of it.
 
     Attributes:
-        tied: it reaches over stages of a pipeline, and has a weight that is tied across them.
+        tied: True if it spans pipeline stages and has a weight that is tied across them.
         flat_buckets: of the group tensors in which its matrices are sharded; other teams may have matrices there, too.
         device_type: that of the device that group tensors without data, on "meta", stand for.
         share: what this rank has to do by the plan.
@@ -106,7 +106,7 @@ class Team:
 
     @cached_property
     def names(self) -> dict[GroupTensor, list[str]]:
-        """The matrices in each group tensor, also those of which this rank stores nothing."""
+        """Names of the matrices in each group tensor, also of those that this rank stores nothing of."""
         names: dict[GroupTensor, list[str]] = {}
         for binding in self.bindings:
             names.setdefault(binding.group_tensor, []).append(binding.matrix.name)
@@ -118,7 +118,7 @@ class Team:
 
     @cached_property
     def exact_replicas(self) -> set[int]:
-        """The ranks that store the very same as this one, of everything."""
+        """The ranks that store exactly the same shards as this one, of all matrices."""
         if any(binding.matrix.sharded for binding in self.bindings):
             return set()
         ranks = set(self.group.ranks)
@@ -128,7 +128,7 @@ class Team:
         return ranks
 
     def direction(self, transfer: Transfer) -> Tensor:
-        """Return the view into which the direction of a fragment goes whose home is here."""
+        """Return the view for the direction of a fragment whose home is here."""
         binding = self.bindings[transfer.matrix]
         sharded = binding.matrix.sharded
         bucket = self.flat_buckets[binding.group_tensor] if sharded else self._bucket_of[transfer]
@@ -180,14 +180,14 @@ class Team:
 
     def _make_batches(self) -> list[Batch]:
         kinds: defaultdict[Any, list[int]] = defaultdict(list)
-        kept = [
+        by_round = [
             (number, self.slots[slot][0].group_tensor.group, slot)
             for number, slots in enumerate(self.share.rounds)
             for slot in slots
             if self.rank in self.plan.blocks[slot].keepers
         ]
         local_blocks = self.share.local_blocks
-        for *_, slot in sorted(kept):  # what is worked on together is next to each other
+        for *_, slot in sorted(by_round):  # so that the rows of a work item are consecutive
             stored, block = self.slots[slot][0].group_tensor.stored, self.plan.blocks[slot]
             guest = block.owner != self.rank
             kind = (guest, slot in local_blocks, *block.kind, state_dtype(stored.dtype), stored.device)
@@ -203,7 +203,7 @@ class Team:
 
     @cached_property
     def stacked(self) -> dict[int, tuple[Stack, int]]:
-        """The stack and the row of every kept slot."""
+        """The stack and the row of every slot whose roots are kept here."""
         return {slot: (batch.stack, row) for batch in self.batches for row, slot in enumerate(batch.slots)}
 
     def _make_stacked_buckets(self) -> list[StackedBucket]:
@@ -220,15 +220,15 @@ class Team:
 
 
 def _kind(t: int, hp: ShampooHyperParams) -> tuple[bool, bool]:
-    """Whether step t accumulates statistics and uses the preconditioned direction."""
+    """Return whether step t accumulates statistics and whether it uses the preconditioned direction."""
     now = phase(t, hp)
     return now.accumulate, now.started
 
 
 def state_bytes(teams: Iterable[Team]) -> int:
-    """Bytes of all state on this rank."""
-    kept = dict.fromkeys(holder for team in teams for holder in _stateful(team))
-    return sum(tensor.nbytes for holder in kept for tensor in holder.tensors().values())
+    """Count the bytes of all state on this rank."""
+    holders = dict.fromkeys(holder for team in teams for holder in _stateful(team))
+    return sum(tensor.nbytes for holder in holders for tensor in holder.tensors().values())
 
 
 def _stateful(team: Team) -> Iterator[Stack | Momenta]:
