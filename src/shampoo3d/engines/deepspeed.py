@@ -1,6 +1,6 @@
 """DeepSpeed's process groups, its wrappers of the parameters, its tied layers.
 
-DeepSpeed is never imported here: it is read only where the user's script has imported and started it.
+DeepSpeed is never imported here: it is read only if the user's script has imported and started it.
 """
 
 import re
@@ -39,24 +39,24 @@ def _model_group(rank: int) -> Group:
 
 
 def is_expert(param: Tensor) -> bool:
-    """Whether it belongs to an expert, which not all data-parallel ranks have."""
+    """Return whether the parameter belongs to an expert, which not all data-parallel ranks store."""
     return not getattr(param, "allreduce", True) and hasattr(param, "group_name")
 
 
 def expert_names(names: Mapping[Tensor, str]) -> dict[Tensor, str]:
-    """The experts' names with numbers that count over all ranks: DeepSpeed's begin at 0 on each.
+    """Name the experts by their numbers over all ranks, since DeepSpeed's begin at 0 on each rank.
 
     Args:
-        names: as the modules have them, of all parameters on this rank.
+        names: of all parameters on this rank, as in the modules.
     """
-    found = {param: match for param, name in names.items() if is_expert(param) and (match := _EXPERT.fullmatch(name))}
-    held: dict[str, set[str]] = {}
-    for match in found.values():
-        held.setdefault(match[1], set()).add(match[2])
+    matches = {param: match for param, name in names.items() if is_expert(param) and (match := _EXPERT.fullmatch(name))}
+    local: dict[str, set[str]] = {}
+    for match in matches.values():
+        local.setdefault(match[1], set()).add(match[2])
     renamed = {}
-    for param, match in found.items():
-        place = int(_groups()._get_expert_parallel_rank(param.group_name))  # type: ignore[attr-defined]
-        renamed[param] = f"{match[1]}{place * len(held[match[1]]) + int(match[2])}{match[3]}"
+    for param, match in matches.items():
+        rank = int(_groups()._get_expert_parallel_rank(param.group_name))  # type: ignore[attr-defined]
+        renamed[param] = f"{match[1]}{rank * len(local[match[1]]) + int(match[2])}{match[3]}"
     return renamed
 
 
@@ -78,13 +78,13 @@ class DeepSpeed(Torch):
         return ParallelGroups(rank, world_group(), data, _model_group(rank), self.name)
 
     def placed(self, parallel: ParallelGroups) -> bool:
-        """Return whether they were found here: before DeepSpeed was started they were others."""
+        """Return whether the groups were read from DeepSpeed, and not before it was started."""
         return parallel.source == self.name
 
     def tied_holders(self, model: nn.Module) -> dict[Tensor, Ranks]:
         """Find the ranks, of all stages, that hold each parameter that a PipelineModule ties across stages."""
         comms: dict[str, dict[str, Any]] = getattr(model, "tied_comms", None) or {}
-        found: dict[Tensor, Ranks] = {}
+        tied: dict[Tensor, Ranks] = {}
         for comm in comms.values():
             topology = Topology.of(model.topology())  # type: ignore[operator]
             holders = sorted({peer for rank in comm["ranks"] for peer in topology.peers(rank, "data")})
@@ -93,11 +93,11 @@ class DeepSpeed(Torch):
                 weight = comm["module"]
                 for attribute in name.split("."):
                     weight = getattr(weight, attribute)
-                found[weight] = tuple(holders)
-        return found
+                tied[weight] = tuple(holders)
+        return tied
 
     def untold_tie(self, param: Tensor) -> bool:
-        """Return whether a PipelineModule has marked it as the copy of a weight of an earlier stage."""
+        """Return whether a PipelineModule has marked the parameter as the copy of a weight of an earlier stage."""
         return bool(getattr(param, "ds_pipe_replicated", False))
 
     def is_flat(self, originals: Sequence[Tensor]) -> bool:
@@ -119,13 +119,13 @@ class DeepSpeed(Torch):
         ]
 
     def replicas_of(self, param: Tensor, parallel: ParallelGroups) -> Ranks:
-        """Return the data-parallel ranks or, of an expert, those that store the same one."""
+        """Return the data-parallel ranks or, for an expert, those that store the same one."""
         if not is_expert(param):
             return parallel.data.ranks
         return group_of(_groups()._get_expert_data_parallel_group(param.group_name)).ranks  # type: ignore[attr-defined]
 
     def meets_shards(self, param: Tensor) -> bool:
-        """Return whether tensor-parallel ranks have shards or replicas of it: those of a whole expert have others."""
+        """Return whether tensor-parallel ranks store shards or replicas of it; with whole experts they store others."""
         return not is_expert(param) or int(_groups()._get_expert_model_parallel_world_size()) > 1
 
     def unwrapped(self, group: GroupContent) -> dict[Tensor, Tensor]:
@@ -135,14 +135,14 @@ class DeepSpeed(Torch):
             RuntimeError: as without DeepSpeed, and if the wrapper is the float16 one, which divides gradients by a loss
                 scale that was never applied to them.
         """
-        found = super().unwrapped(group)
-        copied = any(param is not tensor for param, tensor in found.items())
-        if copied and any(param.dtype == torch.float16 for param in found):
+        tensors = super().unwrapped(group)
+        copied = any(param is not tensor for param, tensor in tensors.items())
+        if copied and any(param.dtype == torch.float16 for param in tensors):
             raise RuntimeError(
                 "3D-Shampoo refuses DeepSpeed's fp16 at ZeRO stage 0: it divides gradients by a loss scale that was "
                 'not applied to the loss. Use "bf16": {"enabled": true}, float32, or ZeRO stage 1.'
             )
-        return found
+        return tensors
 
     def shape_of(self, param: Tensor) -> Shape:
         return zero.shape_of(param)

@@ -1,4 +1,4 @@
-"""``DTensor`` parameters, as FSDP2 and PyTorch's tensor parallelism make them: what each rank stores of them."""
+"""``DTensor`` parameters, as FSDP2 and PyTorch's tensor parallelism make them, and their local shards."""
 
 from collections.abc import Sequence
 
@@ -11,61 +11,61 @@ from shampoo3d.planning.layout import Shard
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank stores of it."""
+    """Return the part of the tensor on this rank; all of it, if it is not a ``DTensor``."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def team_of(param: DTensor) -> tuple[int, ...]:
-    """The global ranks of its mesh."""
+    """Return the global ranks of the parameter's mesh."""
     mesh = param.device_mesh.mesh
     ranks: list[int] = mesh.flatten().tolist()
     return tuple(sorted(ranks))
 
 
 def is_sharded(param: DTensor) -> bool:
-    """Whether no rank stores what another does."""
+    """Return whether each element is stored on one rank only."""
     mesh = param.device_mesh
     return not any(isinstance(p, Replicate) and mesh.size(axis) > 1 for axis, p in enumerate(param.placements))
 
 
 def shard_of(param: DTensor, name: str) -> Shard:
-    """What this rank stores.
+    """Return the shard on this rank.
 
     Raises:
         ValueError: naming the parameter, if its placements or its local shape can't be explained.
     """
     mesh, coordinate = param.device_mesh, param.device_mesh.get_coordinate()
     assert coordinate is not None
-    kept = [torch.arange(n) for n in param.shape]
+    indices = [torch.arange(n) for n in param.shape]
     for axis, placement in enumerate(param.placements):
         if isinstance(placement, Replicate):
             continue
-        # Not all versions make a strided shard (FSDP over a dimension that is cut already) a subclass of Shard.
+        # In some versions a strided shard (FSDP over an axis that is divided already) is not a subclass of Shard.
         dim = getattr(placement, "dim", None)
         if placement.is_partial() or dim is None:
             raise ValueError(
                 f"parameter {name!r} is a DTensor with placement {placement}, which holds no elements of its own"
             )
-        stripes = kept[dim].chunk(getattr(placement, "split_factor", 1))
-        kept[dim] = torch.cat([_share(stripe, mesh.size(axis), coordinate[axis]) for stripe in stripes])
-    found = Shard.of([_spans(numbers.tolist()) for numbers in kept])
+        stripes = indices[dim].chunk(getattr(placement, "split_factor", 1))
+        indices[dim] = torch.cat([_share(stripe, mesh.size(axis), coordinate[axis]) for stripe in stripes])
+    shard = Shard.of([_spans(numbers.tolist()) for numbers in indices])
     stored = tuple(param.to_local().shape)
-    if found.shape != stored:
+    if shard.shape != stored:
         raise ValueError(
             f"parameter {name!r} of shape {tuple(param.shape)} with placements {param.placements} should store "
-            f"{found.shape} on this rank, but stores {stored}"
+            f"{shard.shape} on this rank, but stores {stored}"
         )
-    return found
+    return shard
 
 
 def _share(numbers: Tensor, parts: int, part: int) -> Tensor:
-    """DTensor's rule: parts of equal size, rounded up, until nothing is left."""
+    """Select a part by DTensor's rule: parts of equal size, rounded up, until nothing is left."""
     size = -(-len(numbers) // parts)
     return numbers[part * size : (part + 1) * size]
 
 
 def _spans(numbers: Sequence[int]) -> list[Span]:
-    """Runs of consecutive numbers."""
+    """Merge consecutive numbers into spans."""
     runs: list[Span] = []
     for number in numbers:
         if runs and runs[-1][1] == number:

@@ -1,4 +1,4 @@
-"""The questions that the optimizer asks of the framework it runs in. A new framework is a new answer to them."""
+"""Interface between the optimizer and the framework that it runs in: a new framework is a new :class:`Engine`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ class LocalShard:
     """The part of one parameter that this rank stores.
 
     Attributes:
-        original: the model's parameter; ``tensor``: what the optimizer updates, a member of group number ``group``.
+        original: the model's parameter; ``tensor``: the tensor that is updated, a member of group number ``group``.
         offset: where the shard begins in the tensor's storage.
-        shape: of the logical matrix; ``shard``: what of it is here.
-        holders: the ranks that store all of this matrix, or of this tensor-parallel shard of it, between them.
-        team: these and, of a weight that is tied across pipeline stages, those of the other stages.
-        sharded: each element is stored by one of the holders only.
+        shape: of the logical matrix; ``shard``: the part of it on this rank.
+        holders: the ranks that together store this matrix, or this tensor-parallel shard of it.
+        team: these and, for a weight that is tied across pipeline stages, those of the other stages.
+        sharded: True if each element is stored by one of the holders only.
         divided: the axis that tensor parallelism divides.
-        meets_shards: the ranks of the tensor-parallel group store the rest of it, or replicas.
+        meets_shards: True if the ranks of the tensor-parallel group store the other shards of it, or replicas.
     """
 
     original: Tensor
@@ -43,7 +43,7 @@ class LocalShard:
 
 @dataclass(frozen=True)
 class GroupContent:
-    """A parameter group: its ``tensors`` now, and the model's parameters that it was made with, by ``names``."""
+    """A parameter group: its current ``tensors``, the model's parameters that it was made with, and their ``names``."""
 
     number: int
     tensors: Sequence[Tensor]
@@ -52,22 +52,22 @@ class GroupContent:
 
 
 class Engine(Protocol):
-    """A framework that may have changed where ranks and parameters are."""
+    """A framework, which may have formed groups of ranks and moved or divided parameters."""
 
     name: str
     set_up: str
-    """The call after which its ranks and parameters are where they will be."""
+    """The call that must precede binding: after it, ranks and parameters no longer move."""
 
     def is_running(self) -> bool:
-        """Return whether this process is under its control."""
+        """Return whether it has been started in this process."""
         ...
 
     def locate(self, topology: Topology | None) -> ParallelGroups:
-        """Find this process's place among the ranks; ``topology`` is what the user says of them."""
+        """Find this process's place among the ranks; ``topology`` is the user's, if given."""
         ...
 
     def placed(self, parallel: ParallelGroups) -> bool:
-        """Return whether these groups are still right, now that this engine is in charge."""
+        """Return whether these groups are those of this engine."""
         ...
 
     def tied_holders(self, model: nn.Module) -> dict[Tensor, Ranks]:
@@ -75,13 +75,13 @@ class Engine(Protocol):
         ...
 
     def is_flat(self, originals: Sequence[Tensor]) -> bool:
-        """Return whether flat slices stand in the group in the place of these parameters."""
+        """Return whether the group holds flat slices instead of these parameters."""
         ...
 
     def local_shards(
         self, group: GroupContent, parallel: ParallelGroups, tied: Mapping[Tensor, Ranks]
     ) -> list[LocalShard]:
-        """Read what this rank stores of the parameters of a group; frozen ones of flat groups are left out.
+        """Read this rank's shards of the parameters of a group; frozen ones of flat groups are left out.
 
         Raises:
             ValueError, RuntimeError: naming the parameter whose storage can't be explained.
@@ -89,11 +89,11 @@ class Engine(Protocol):
         ...
 
     def untold_tie(self, param: Tensor) -> bool:
-        """Return whether the parameter is tied to other pipeline stages, of which only the model tells."""
+        """Return whether the parameter is tied to other pipeline stages, which only the model names."""
         ...
 
     def is_trial_step(self, groups: Sequence[GroupContent]) -> bool:
-        """Return whether a wrapper tries the optimizer out at set-up, with a step that must change nothing.
+        """Return whether this is a wrapper's trial step at set-up, which must change nothing.
 
         Raises:
             RuntimeError: if the wrapper is one whose tensors can't be explained.
@@ -101,9 +101,9 @@ class Engine(Protocol):
         ...
 
     def shape_of(self, param: Tensor) -> Shape:
-        """Return the shape of a model's parameter, also where its values are elsewhere."""
+        """Return the shape of a model's parameter, even if its values are stored elsewhere."""
         ...
 
     def model_storage(self, param: Tensor, shard: Shard) -> Iterator[tuple[Tensor, Shard]]:
-        """Yield the flat tensors in which the model has its own values of ``shard``, each with what of them it has."""
+        """Yield the flat tensors that hold the model's own values of ``shard``, each with the shard it contains."""
         ...

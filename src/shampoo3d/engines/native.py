@@ -16,7 +16,7 @@ from shampoo3d.planning.layout import Shard
 
 
 class Torch:
-    """No engine, or one that leaves parameters and groups as PyTorch makes them."""
+    """PyTorch without an engine, or with one that leaves parameters and groups unchanged."""
 
     name = "torch.distributed"
     set_up = "torch.distributed.init_process_group"
@@ -25,7 +25,7 @@ class Torch:
         return True
 
     def locate(self, topology: Topology | None) -> ParallelGroups:
-        """Find this process's place in the given topology, else every rank is a replica of every other."""
+        """Find this process's place in the given topology; without one, all ranks are replicas of each other."""
         if not (dist.is_available() and dist.is_initialized()):
             return ParallelGroups.alone()
         world = world_group()
@@ -48,7 +48,7 @@ class Torch:
     def local_shards(
         self, group: GroupContent, parallel: ParallelGroups, tied: Mapping[Tensor, Ranks]
     ) -> list[LocalShard]:
-        """Read parameters, or copies of them, that are whole on their holders or ``DTensor``."""
+        """Read parameters or copies of them: whole on each of their holders, or ``DTensor``."""
         shards = []
         for param, tensor in self.unwrapped(group).items():
             shape, number = tuple(tensor.shape), group.number
@@ -68,11 +68,11 @@ class Torch:
         return parallel.data.ranks
 
     def meets_shards(self, param: Tensor) -> bool:
-        """Return whether the tensor-parallel ranks have shards or replicas of it."""
+        """Return whether the tensor-parallel ranks store shards or replicas of the parameter."""
         return True
 
     def unwrapped(self, group: GroupContent) -> dict[Tensor, Tensor]:
-        """Match each model's parameter of a group with the tensor of the same shape in the group's place of it.
+        """Match each of the model's parameters of a group with the tensor in the group that stands for it.
 
         Raises:
             RuntimeError: if the group holds tensors that are neither the parameters nor copies of the trainable ones.
@@ -97,7 +97,7 @@ class Torch:
             return False
         trial = all(copy.grad is None or not copy.grad.any() for copy in copies)
         for group in groups if trial else ():
-            self.unwrapped(group)  # refuses a wrapper that it does not know at once
+            self.unwrapped(group)  # raises at once for an unknown wrapper
         return trial
 
     def shape_of(self, param: Tensor) -> Shape:
@@ -109,7 +109,7 @@ class Torch:
 
 
 def model_behind(params: Iterable[Any]) -> nn.Module | None:
-    """The module whose ``parameters()`` or ``named_parameters()`` generator this is, if it is one, not yet started."""
+    """Return the module, if this is its ``parameters()`` or ``named_parameters()`` generator, not yet started."""
     if not inspect.isgenerator(params) or inspect.getgeneratorstate(params) != inspect.GEN_CREATED:
         return None
     owner = inspect.getgeneratorlocals(params).get("self")
@@ -117,7 +117,7 @@ def model_behind(params: Iterable[Any]) -> nn.Module | None:
 
 
 def embedding_weights(model: nn.Module) -> set[Tensor]:
-    """The weights of all embeddings, by module type; Megatron's is known by the name of its class."""
+    """Find the weights of all embeddings by module type; Megatron's is recognised by the name of its class."""
     return {
         weight
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""Facts about the parameters besides their groups: names, embeddings, fused matrices, the model."""
+"""Names, embeddings and fused matrices of the parameters, and the model that they belong to."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,16 +31,16 @@ def collected(given: Embeddings | None) -> Embeddings | None:
 
 @dataclass
 class ParameterRegistry:
-    """Facts about the parameters that come from the user or the model.
+    """Parameters with their properties that come from the user or the model.
 
     Attributes:
         names: of every parameter, unique.
         embeddings: those that ``ignore_embedding_layer`` leaves without preconditioner.
         given: the user's ``embeddings`` argument.
         splits: the user's ``splits`` argument; ``split``: the parameters that are several matrices, and how.
-        models: the modules that the parameters came from, as far as they could be found.
-        originals: the model's parameters, by group. These are the lists that the groups were made with: an engine puts
-            other tensors into the groups, but where it replaces a parameter of the model it does so in these lists.
+        models: the modules that the parameters belong to, as far as they could be found.
+        originals: the model's parameters, by group, in the very lists that the groups were made with: an engine puts
+            other tensors into the groups, but replaces a parameter of the model in these lists.
     """
 
     hp: ShampooHyperParams
@@ -72,7 +72,7 @@ class ParameterRegistry:
             ):
                 raise ValueError(
                     f"parameter {name!r} of shape {tuple(param.shape)} has strides {param.stride()}: elements that "
-                    "share memory cannot be updated each for itself; clone it"
+                    "share memory cannot be updated independently; clone it"
                 )
         embeddings, split = self._embeddings_of(fresh), splits_of(self.splits, fresh)
         self.embeddings |= embeddings
@@ -92,14 +92,14 @@ class ParameterRegistry:
         for param in self.split.keys() - current:
             if not callable(self.splits) and self.names[param] not in (self.splits or ()):
                 raise ValueError(
-                    f"splits has {self.names[param]!r} as a parameter, which an engine has replaced: give its name"
+                    f"splits has {self.names[param]!r} as a parameter, which an engine has replaced: use its name"
                 )
         self.names = {param: name for param, name in self.names.items() if param in current}
         self.split = {param: split for param, split in self.split.items() if param in current}
         self.embeddings &= current
 
     def count_experts(self) -> None:
-        """Give the experts, once the engine has distributed them over the ranks, names that count over all ranks."""
+        """Name the experts by their numbers over all ranks, once the engine has distributed them."""
         fresh = deepspeed.expert_names(self.names) if not self._counted else {}
         self.names |= fresh
         self._counted |= fresh.keys()
@@ -139,7 +139,7 @@ class ParameterRegistry:
         return embeddings | {param for param, name in fresh.items() if name in wanted or param in wanted}
 
     def check_given(self) -> None:
-        """Raise ValueError if embeddings or splits has anything but parameters; called once all groups are known."""
+        """Raise ValueError if embeddings or splits names no parameter; called once all groups are known."""
         names = set(self.names.values())
         for argument, given in (("embeddings", self.given), ("splits", self.splits)):
             for item in () if given is None or callable(given) else given:

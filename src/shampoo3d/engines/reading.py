@@ -1,4 +1,4 @@
-"""What this rank stores of each parameter, asked of the engine that is in charge. Local: nothing here communicates."""
+"""Local shards of the parameters, read through the engine that is in charge. Nothing here communicates."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from shampoo3d.planning.layout import Shard
 __all__ = ["ENGINES", "contents", "engine", "local", "locate", "read"]
 
 ENGINES: list[Engine] = [DeepSpeed(), Torch()]
-"""The frameworks that can be read; the first that is running is in charge."""
+"""The supported frameworks; the first that is running is in charge."""
 
 
 def engine() -> Engine:
@@ -26,10 +26,10 @@ def engine() -> Engine:
 
 
 def locate(claims: Claims) -> ParallelGroups:
-    """Find this process's place among the ranks, and check it against what the user said.
+    """Find this process's place among the ranks, and check it against the user's claims.
 
     Raises:
-        ValueError: where a claim contradicts what was found.
+        ValueError: if a claim contradicts the ranks that were found.
     """
     parallel = engine().locate(claims.topology)
     claims.check(parallel)
@@ -50,7 +50,7 @@ def read(
     """Read the parameters of all groups, in order; frozen ones of flat groups are left out.
 
     Args:
-        exact: tensor-parallel shards belong to one logical matrix; else each is a matrix of its own.
+        exact: True if tensor-parallel shards belong to one logical matrix; else each is a matrix of its own.
 
     Raises:
         ValueError, RuntimeError: naming the parameter whose storage can't be explained.

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: which elements of which parameter lie where in the flat tensors that it puts into the groups."""
+"""DeepSpeed's ZeRO: positions of the parameters' elements in the flat tensors that it puts into the groups."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +14,12 @@ from shampoo3d.planning.layout import Shard
 
 
 def shape_of(param: Tensor) -> Shape:
-    """Also where stage 3 has taken the values away (on this rank: a tensor-parallel shard stays one)."""
+    """Return the shape, even if stage 3 has freed the values; for a tensor-parallel shard, that of the shard."""
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def is_partitioned(param: Tensor) -> bool:
-    """Whether ZeRO, or a wrapper like it, keeps its master values in flat tensors."""
+    """Return whether ZeRO, or a wrapper like it, keeps the parameter's master values in flat tensors."""
     return is_stage_3(param) or hasattr(param, "_hp_mapping")
 
 
@@ -27,22 +27,22 @@ def is_stage_3(param: Tensor) -> bool:
     return hasattr(param, "ds_id") and hasattr(param, "_z3_optimizer")
 
 
-def model_storage(param: Any, part: Shard) -> Iterator[tuple[Tensor, Shard]]:
-    """Where the model itself keeps its values beside the master copy, of which ``part`` is here: flat, and what of it.
+def model_storage(param: Any, shard: Shard) -> Iterator[tuple[Tensor, Shard]]:
+    """Yield the flat tensors of the model's own values of ``shard``, beside the master copy, each with its shard.
 
-    Stage 3 keeps a slice of the parameter and, while it is in use, all of it; else all of it is there.
+    Stage 3 stores a slice of the parameter and, while it is in use, all of it; other stages store all of it.
     """
     if is_stage_3(param):
-        yield param.ds_tensor.detach().reshape(-1)[: part.elements], part
+        yield param.ds_tensor.detach().reshape(-1)[: shard.elements], shard
     if not is_stage_3(param) or param.ds_status.name == "AVAILABLE":
-        yield param.detach().reshape(-1), Shard.of(part.spans)
+        yield param.detach().reshape(-1), Shard.of(shard.spans)
 
 
 def local_shards(group: GroupContent) -> list[LocalShard]:
-    """Read the slices of the trainable parameters of a group, in the flat tensors that ZeRO has put in their place.
+    """Read the slices of the trainable parameters of a group in ZeRO's flat tensors.
 
     Raises:
-        RuntimeError: naming the parameter whose place in the flat tensors can't be explained to the last element.
+        RuntimeError: naming the parameter whose position in the flat tensors can't be explained to the last element.
     """
     shards: list[LocalShard] = []
     for param in group.originals:
@@ -57,7 +57,7 @@ def local_shards(group: GroupContent) -> list[LocalShard]:
 def _slice(
     param: Tensor, flat: Tensor, group: GroupContent, offset: int, ends: tuple[int, int], ranks: Ranks
 ) -> LocalShard:
-    """Describe the elements from the first to before the last of ``ends``, which begin at ``offset`` in ``flat``."""
+    """Describe the elements from ``ends[0]`` to before ``ends[1]``, which begin at ``offset`` in ``flat``."""
     shape = shape_of(param)
     return LocalShard(
         param, flat, group.number, offset, shape, Shard.whole(shape).range(*ends), ranks, ranks, sharded=True
@@ -65,7 +65,7 @@ def _slice(
 
 
 def _stage_1_or_2(param: Tensor, group: GroupContent) -> LocalShard:
-    """Read the parameter's own place in the buffer of all partitions, of which it is a view: exact in any order."""
+    """Read the parameter's offset in the buffer of all partitions, of which it is a view: exact in any order."""
     ranks = group_of(param._dp_group).ranks  # type: ignore[attr-defined]
     flat = group.tensors[0]
     size, position = flat.numel(), ranks.index(torch.distributed.get_rank())
@@ -73,8 +73,8 @@ def _stage_1_or_2(param: Tensor, group: GroupContent) -> LocalShard:
     if len(group.tensors) != 1 or flat.dim() != 1 or buffer != size * len(ranks) or not param.is_contiguous():
         raise RuntimeError(
             f"can't explain where DeepSpeed keeps {group.names[param]!r}: {len(group.tensors)} tensors of {size} "
-            f"elements in its group, {len(ranks)} partitions, a buffer of {buffer} elements, element "
-            f"{param.storage_offset()} the first"
+            f"elements in its group, {len(ranks)} partitions, a buffer of {buffer} elements, first "
+            f"element {param.storage_offset()}"
         )
     start = int(param.storage_offset())
     first, last = (min(max(edge * size - start, 0), param.numel()) for edge in (position, position + 1))
@@ -98,7 +98,7 @@ def _stage_3(param: Any, group: GroupContent) -> LocalShard:
 
 
 def _check_values(local: LocalShard, name: str) -> None:
-    """Raise unless the slice holds the parameter's values, to the lower of both precisions: the mapping is right."""
+    """Raise unless the slice holds the parameter's values, to the lower of both precisions: a check of the mapping."""
     param: Any = local.original
     first, last, count = local.shard.first, local.shard.last, local.shard.elements
     if count == 0:
