@@ -1,4 +1,4 @@
-"""Shampoo as a ``torch.optim`` optimizer that shares its work over the ranks that it finds."""
+"""Shampoo as a ``torch.optim`` optimizer that shares its work over all ranks."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,7 +36,7 @@ from shampoo3d.settings.validation import check_kind
 class Shampoo(Checkpointed):
     """Shampoo with grafting and momentum; the update rule is stated in ``docs/update-rule.md``.
 
-    Used like any PyTorch optimizer. Where ``torch.distributed`` runs, the blocks of all matrices are shared over the
+    Use it like any PyTorch optimizer. If ``torch.distributed`` runs, the blocks of all matrices are shared over the
     ranks that hold the same parameters (found from DeepSpeed, from ``topology``, or all ranks): each rank keeps the
     state of the blocks that it owns and computes only those, and every rank gets every update.
 
@@ -46,22 +46,22 @@ class Shampoo(Checkpointed):
         lr: learning rate.
         momentum: of both directions; Nesterov's if ``hyperparams.nesterov``. 0.9 if not given, or 0 with
             ``variant.beta1``, which averages the gradient in its place.
-        hyperparams: everything else.
+        hyperparams: all other settings of the update rule.
         maximize: ascend instead of descend.
         model: the module that the parameters belong to, for their names, embeddings and tied layers; found by itself
             when ``params`` is ``model.parameters()`` or ``model.named_parameters()``.
         embeddings: names or parameters of embeddings, or a function of name and parameter, for
             ``hyperparams.ignore_embedding_layer``; embedding modules of the model are found by themselves.
-        splits: which parameters are several matrices in one, such as fused queries, keys and values: by name or
+        splits: parameters that are several matrices in one, such as fused queries, keys and values: by name or
             parameter the number of equal ones along axis 0, their lengths, or by axis either of these; or a function of
             name and parameter that returns one of these or None. See ``docs/update-rule.md``.
-        world_rank, world_size, topology, shapes: what is known of the ranks (``topology`` is DeepSpeed's, as from
-            ``model.topology()``) and the trainable parameters' shapes. All are found out if not given.
-        distribution: how the work is shared; it changes where things are kept and computed, not the result.
+        world_rank, world_size, topology, shapes: the ranks (``topology`` is DeepSpeed's, as from ``model.topology()``)
+            and the shapes of the trainable parameters. They are found if not given, and checked if given.
+        distribution: settings of the sharing of work; they change where state is kept and computed, not the result.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and its bound; also where an argument contradicts what
-            is found.
+        TypeError, ValueError: naming the argument, its value and its bound; also if an argument contradicts the ranks
+            or parameters.
     """
 
     def __init__(
@@ -90,8 +90,10 @@ class Shampoo(Checkpointed):
         self._claims = Claims(world_rank, world_size, None if topology is None else Topology.of(topology))
         if dist.is_available() and dist.is_initialized():
             self._claims.check_ranks(dist.get_rank(), dist.get_world_size(), "torch.distributed")
-        given, models = collected(embeddings), [] if model is None else [model]
-        self._registry = ParameterRegistry(hyperparams, given=given, splits=copied(splits), models=models)
+        models = [] if model is None else [model]
+        self._registry = ParameterRegistry(
+            hyperparams, given=collected(embeddings), splits=copied(splits), models=models
+        )
         self._bound: Bound | None = None
         self._pending = Pending()
         self._groups: list[dict[str, Any]] = []  # engines show one at a time in param_groups
@@ -104,9 +106,9 @@ class Shampoo(Checkpointed):
         check_shapes(shapes, [param for group in self.param_groups for param in group["params"]])
 
     def _learn_model(self, params: Any) -> None:
-        found = native.model_behind(params)
-        if found is not None and all(found is not known for known in self._registry.models):
-            self._registry.models.append(found)
+        model = native.model_behind(params)
+        if model is not None and all(model is not known for known in self._registry.models):
+            self._registry.models.append(model)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with settings of their own; they take part from the next step on.
@@ -139,7 +141,7 @@ class Shampoo(Checkpointed):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # bookkeeping between large products: nothing to fuse
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of the parameters that are in the groups now; collective where the work is shared.
+        """Update the parameters that are in the groups now; collective if the work is shared.
 
         Returns:
             The closure's loss, if there is a closure.
@@ -148,8 +150,8 @@ class Shampoo(Checkpointed):
             StepRefusedError: on every rank alike, before anything changed: sparse gradients, replicas with different
                 parameters or gradients, storage that can't be explained, or gradients that are not finite if
                 ``nonfinite_gradient="raise"``.
-            RankLostError: where others were waited for in vain; the message names what for, and the step.
-            UnfinishedStepError: if an earlier step ended in its middle and nothing was loaded since.
+            RankLostError: if other ranks did not answer; the message names the operation and the step.
+            UnfinishedStepError: if an earlier step was interrupted and nothing was loaded since.
         """
         self._must_be_whole()
         loss = None
@@ -176,7 +178,7 @@ class Shampoo(Checkpointed):
         self._unfinished = 0
 
     def _verdict(self) -> Verdict:
-        """What all ranks do next, once their parameters are bound."""
+        """Agree on the next action of all ranks; bind parameters first, if a rank has unbound ones."""
         parallel = self._located()
         verdict = self._agree(parallel, self._unusable(), self._has_unbound())
         if verdict is Verdict.BIND:
@@ -194,7 +196,7 @@ class Shampoo(Checkpointed):
         return contents(self._groups, self._registry.originals, self._registry.names)
 
     def _steps_taken(self) -> int:
-        """Those of the parameter that has taken most."""
+        """Return the largest step count of a parameter."""
         return max(self._steps.values(), default=0)
 
     def _count(self, group_tensor: GroupTensor) -> int:
@@ -202,7 +204,7 @@ class Shampoo(Checkpointed):
         return int(self.state[group_tensor.tensor]["step"])
 
     def _unusable(self) -> str:
-        """What this step is given that it cannot use, or what has failed too often; empty if nothing."""
+        """Return the error in the input of this step, or about too many failed roots; empty if none."""
         if self._bound and not engine().placed(self._bound.parallel):
             return f"the ranks were found before {engine().name} was started: bind or load after {engine().set_up}"
         most = self.hyperparams.computation.max_root_failures
@@ -222,15 +224,15 @@ class Shampoo(Checkpointed):
                     return f"precondition of group {number} was changed after its first step; make a new optimizer"
         return ""
 
-    # ---- who holds and owns what -------------------------------------------------------------------------------------
+    # ---- binding of parameters ---------------------------------------------------------------------------------------
 
     def _present(self) -> set[GroupTensor]:
-        """The places that the groups show now."""
+        """Find the bound group tensors that are in ``param_groups`` now."""
         bound = self._group_tensors
         return {bound[param] for group in self.param_groups for param in group["params"] if param in bound}
 
     def _has_unbound(self) -> bool:
-        """Whether a parameter has joined, has been unfrozen or has gone since parameters were bound."""
+        """Return whether a parameter was added, unfrozen or removed since parameters were bound."""
         if self._bound is None:
             return True
         bound = self._group_tensors
@@ -241,12 +243,12 @@ class Shampoo(Checkpointed):
         return not flat_groups(self._registry) and not bound.keys() <= shown.keys()
 
     def _bind(self, parallel: ParallelGroups) -> str:
-        """Bind all parameters anew; those bound before keep state and owners. Returns why it can't be done, if so."""
+        """Bind all parameters anew; those bound before keep state and owners. Return the error, if any."""
         shown = {p for group in self._groups for p in group["params"]}
         owned = {tensor: self.state[tensor] for tensor in self._group_tensors if tensor in shown}
         try:
             self._assemble(parallel, self._pending, owned)
-        except ValueError as raised:  # perhaps on this rank only: all are told of it
+        except ValueError as raised:  # perhaps on this rank only; the ranks then agree on it
             return str(raised)
         return ""
 
@@ -256,7 +258,7 @@ class Shampoo(Checkpointed):
         pending: Pending,
         owned: Mapping[Tensor, ParamState],
     ) -> None:
-        """Make teams with new stacks, with the state in them that waits or is owned already.
+        """Make teams with new stacks, and copy the pending or owned state into them.
 
         Raises ValueError if ranks differ or the saved state does not fit; then nothing has changed.
         """
@@ -283,7 +285,7 @@ class Shampoo(Checkpointed):
     def bind(self) -> None:
         """Find the ranks and plan now, instead of at the first step. Collective where the work is shared.
 
-        With DeepSpeed after ``deepspeed.initialize``: before it, parameters are not yet where they will be.
+        With DeepSpeed call it after ``deepspeed.initialize``, which moves parameters.
 
         Raises:
             StepRefusedError: on every rank, as from :meth:`step`.
@@ -296,25 +298,30 @@ class Shampoo(Checkpointed):
 
     @property
     def plans(self) -> tuple[Plan, ...]:
-        """Who owns which block, for each team of ranks that store the same matrices; empty before parameters are bound,
-        at the first step or by :meth:`bind`."""
+        """Owners of the blocks, for each team of ranks that store the same matrices.
+
+        Empty before parameters are bound, at the first step or by :meth:`bind`.
+        """
         return tuple(team.plan for team in self._teams)
 
     def state_bytes(self) -> int:
-        """Bytes of statistics, roots and momenta kept on this rank."""
+        """Count the bytes of statistics, roots and momenta kept on this rank."""
         return state_bytes(self._teams)
 
     def received_bytes(self) -> dict[str, int]:
-        """Bytes that came from other ranks so far, by what they were; the agreement before each step not counted."""
+        """Count the bytes received from other ranks so far, by their kind, without the agreement before each step."""
         return dict(sum((exchange.received for exchange in (self._bound.exchanges if self._bound else [])), Counter()))
 
     @property
     def root_failures(self) -> int:
-        """How many roots of this rank's blocks could not be computed, so that the previous one was kept, or not be
-        used, so that the block was not moved or its statistics started anew, see ``docs/update-rule.md``."""
+        """Number of roots of this rank's blocks that could not be computed or used, see ``docs/update-rule.md``.
+
+        If a root could not be computed, the previous one was kept; if it could not be used, the block was not moved or
+        its statistics started anew.
+        """
         join_background_roots(self._teams)
         return sum(int(batch.stack.root_failures) for team in self._teams for batch in team.batches)
 
     def report(self) -> Report:
-        """Which path each parameter takes, and why; what this rank keeps, and what a step brings from other ranks."""
+        """Report each parameter's path and its reason, the state on this rank, and the bytes received in a step."""
         return Report.of(self._teams, self._registry.names, self.skipped_steps, self.distribution)

@@ -63,7 +63,7 @@ def _lengths(sharding: Sharding, group: Sequence[int]) -> list[int]:
 
 
 def _cuts(sharding: Sharding, group: Sequence[int], hp: ShampooHyperParams, world_size: int) -> Cuts:
-    """Return the boundaries of the blocks along a merged axis: each matrix in it is cut as if it stood alone."""
+    """Return the boundaries of the blocks along a merged axis: each matrix in it is cut separately."""
     fair = hp.fair_blocks and sharding.divided in group
     return concatenate_cuts(
         cut(length, min(world_size, length) if fair else parts_at_most(length, hp.block_size))
@@ -72,13 +72,13 @@ def _cuts(sharding: Sharding, group: Sequence[int], hp: ShampooHyperParams, worl
 
 
 def _without_factors(sharding: Sharding, path: str, reason: str) -> Matrix:
-    """Make a matrix without factors."""
+    """Describe the matrix without factors; its blocks only balance the work."""
     axes = tuple(range(len(sharding.shape)))
     rows_and_rest = tuple(group for group in (axes[:1], axes[1:]) if group) or ((),)
     matrix = Matrix(sharding, rows_and_rest, (), (), (), path, reason)
     if sharding.sharded:
         return matrix
-    # Nothing but the balance depends on these blocks. They do not cross shards, so that each has one replica group.
+    # Only the balance depends on these blocks. They do not cross shards, so that each has one replica group.
     pieces = [piece.box for _, shard in sharding.replica_groups for piece in matrix.pieces(shard)]
     return replace(matrix, blocks=tuple(block for box in dict.fromkeys(pieces) for block in _by_rows(box)))
 

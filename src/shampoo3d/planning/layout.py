@@ -147,7 +147,7 @@ class Sharding:
         return state_dtype(self.dtype)
 
     def update_dtype(self, precision: Literal["state", "parameter"]) -> str:
-        """The dtype in which directions travel home."""
+        """Return the dtype in which directions travel home."""
         return self.model_dtype if precision == "parameter" else self.state_dtype
 
     @cached_property
@@ -268,7 +268,7 @@ class Matrix:
 
     @property
     def sharded(self) -> bool:
-        """Whether each element is stored, and so updated, on one rank of a shard group: ZeRO, FSDP."""
+        """True if each element is stored, and so updated, on one rank of a shard group: ZeRO, FSDP."""
         return self.sharding.sharded
 
     @property

@@ -1,4 +1,4 @@
-"""What one rank has to do with the plan of a team: found once, for the step and for the forecasts. Pure."""
+"""Share of one rank in the plan of a team: computed once, for the step and for the forecasts. Pure."""
 
 import math
 from collections import Counter, defaultdict
@@ -24,7 +24,7 @@ from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 @dataclass(frozen=True, eq=False)
 class RankShare:
-    """The part of one rank in the plan of a team.
+    """The share of one rank in the plan of a team.
 
     Attributes:
         matrices: those of the team, in the order of the plan.
@@ -36,27 +36,27 @@ class RankShare:
 
     @cached_property
     def transfers(self) -> tuple[Transfer, ...]:
-        """What it stores, and all fragments of the blocks whose roots it keeps."""
+        """All fragments that the rank stores, and those of the blocks whose roots it keeps."""
         return transfers_of(self.plan, self.matrices, self.rank)
 
     @cached_property
     def travels(self) -> bool:
-        """Whether gradients may have to travel to owners."""
+        """True if gradients may have to travel to owners."""
         return travels(self.plan, self.matrices)
 
     @cached_property
     def local_blocks(self) -> dict[int, Transfer]:
-        """The blocks, by slot, that it both preconditions and stores completely."""
+        """Blocks, by slot, that the rank both preconditions and stores completely."""
         return local_blocks(self.plan, self.matrices, self.transfers, self.rank)
 
     @cached_property
     def rounds(self) -> list[list[int]]:
-        """The slots that are worked on together."""
+        """Slots of each round, whose blocks are preconditioned together."""
         return rounds(self.plan, BUCKET_ELEMENTS if self.travels else math.inf)
 
     @cached_property
     def replica_copies(self) -> dict[tuple[tuple[int, ...], str], list[Transfer]]:
-        """The fragments whose new weights go to replicas, by the ranks that store them and the dtype; in one order."""
+        """Fragments whose new weights go to replicas, by replica group and dtype, in the same order on all ranks."""
         copies: defaultdict[tuple[tuple[int, ...], str], list[Transfer]] = defaultdict(list)
         for transfer in self.transfers:
             if len(transfer.ranks) > 1 and self.rank in transfer.ranks:
@@ -64,15 +64,15 @@ class RankShare:
         return {key: copies[key] for key in sorted(copies)}
 
     def sharding(self, transfer: Transfer) -> Sharding:
-        """The storage of the matrix that a fragment belongs to."""
+        """Return the sharding of the matrix that a fragment belongs to."""
         return self.matrices[transfer.matrix].sharding
 
 
 def traffic(share: RankShare, hp: ShampooHyperParams, distribution: Distribution) -> dict[str, int]:
-    """Count the bytes that a rank receives from others in a step with gradients for all parameters, by what they are.
+    """Count the bytes that a rank receives from others in a step with gradients for all parameters, by their kind.
 
-    "gradients" on their way to the keepers of roots, "updates" on their way home, "weights" for replicas, and "roots",
-    these only in steps that refresh.
+    These are "gradients" for the keepers of roots, "updates" on their way home, "weights" for replicas and "roots", the
+    last only in steps that refresh.
     """
     plan, rank = share.plan, share.rank
     received: Counter[str] = Counter({"gradients": 0, "updates": 0, "weights": 0, "roots": 0})
