@@ -81,7 +81,7 @@ class PhaseIndex(Generic[K, V]):
     """Cache of values that depend on the phases of the group tensors at a step, since these phases recur.
 
     Args:
-        kind: what a step t means.
+        kind: maps a step t to its kind.
     """
 
     def __init__(self, group_tensors: Iterable[GroupTensor], kind: Callable[[int], K]) -> None:
@@ -89,7 +89,7 @@ class PhaseIndex(Generic[K, V]):
         self._made: dict[tuple[tuple[int, K] | None, ...], V] = {}
 
     def at(self, steps: StepCounts, make: Callable[[Phases[K]], V]) -> V:
-        """Return what ``make`` makes of the phases of these steps, which may be remembered."""
+        """Return the value for the phases of these steps, which ``make`` computes if it is not cached."""
         times = sorted({steps[tensor] for tensor in self._group_tensors if tensor in steps})
         kinds = {t: (number, self._kind(t)) for number, t in enumerate(times)}
         key = tuple(kinds[steps[tensor]] if tensor in steps else None for tensor in self._group_tensors)
@@ -109,7 +109,7 @@ def rows_of(rows: Sequence[int], n: int, device: torch.device) -> Rows:
 
 
 def index(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """The numbers as an index on the device, where each is brought once: it would make the host wait."""
+    """Return the cached index tensor on the device; a fresh host-to-device copy would synchronise."""
     if device.type == "meta":  # not kept: what one forecast counts must not depend on another
         return torch.tensor(numbers, dtype=torch.int64, device=device)
     return _index(tuple(numbers), device)

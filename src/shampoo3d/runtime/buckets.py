@@ -247,7 +247,7 @@ class StackedBucket:
         return any(group_tensor in steps for group_tensor in self._group_tensors)
 
     def begin(self, steps: StepCounts) -> bool:
-        """Take the gradients of the members that step, if any do."""
+        """Take the gradients of the members that step, and return whether any do."""
         self.runs = self._runs.at(steps, self._make_runs)
         for run in self.runs:
             run.age = self.hp.weight_updates(steps[run.group_tensor])

@@ -67,7 +67,7 @@ class Team:
         tied: True if it spans pipeline stages and has a weight that is tied across them.
         flat_buckets: of the group tensors in which its matrices are sharded; other teams may have matrices there, too.
         device_type: that of the device that group tensors without data, on "meta", stand for.
-        share: what this rank has to do by the plan.
+        share: the part of the plan that this rank carries out.
         slots: the block of each slot of the plan, with the binding of its matrix.
     """
 
@@ -135,12 +135,12 @@ class Team:
         return bucket.direction(binding, transfer)
 
     def work_items(self, steps: StepCounts) -> Iterator[list[WorkItem]]:
-        """Yield for each round the kept blocks that take part in the step, by phase; those that are owned first."""
+        """Yield for each round the work items of the step, by phase; those of owned blocks first."""
         for items in self._work.at(steps, self._make_work):
             yield [replace(item, t=steps[item.group_tensor]) for item in items]
 
     def due(self, steps: StepCounts) -> list[list[Due]]:
-        """Return for each round the rows of stacks whose roots are refreshed."""
+        """Return for each round the rows of stacks whose roots are refreshed, with their step."""
         rounds = self._refreshes.at(steps, self._make_refreshes)
         return [[(stack, rows, steps[group_tensor]) for stack, rows, group_tensor in due] for due in rounds]
 
