@@ -1,1 +1,1 @@
-"""Programs for people: users of the package and of DeepSpeed like any other."""
+"""Programs for people; they use the package and DeepSpeed as any user would."""

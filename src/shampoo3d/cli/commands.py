@@ -24,7 +24,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"shampoo3d: the command line needs {missing.name}: {INSTALL}")
 
 UsageError = cast(type[Exception], typer.BadParameter.__base__)
-"""Click's own, which recent versions of typer carry themselves under another name."""
+"""Click's usage error, which recent versions of typer bundle under another name."""
 
 INTERRUPTED = 130
 """The exit code of a process that Ctrl-C ended."""
@@ -53,7 +53,7 @@ PLANNED = (
 
 
 def options(names: Collection[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Put the named settings, each with its type, default and help, in the place of a command's `**given`.
+    """Replace a command's `**chosen` by the named settings, each with its type, default and help.
 
     An option that is not given is None, so that `--resume` can tell it from one that is.
     """
@@ -82,16 +82,16 @@ def train(
     processes: Annotated[
         int | None, typer.Option(help="A check: must equal --pipe x --data x --model-parallel.")
     ] = None,
-    **given: Any,
+    **chosen: Any,
 ) -> None:
     """Train a small GPT on real text, with AdamW and then with 3D-Shampoo, on a grid of processes.
 
-    Starts all of them on this host. Under torchrun (-m shampoo3d.cli train ...) it is one of torchrun's instead.
+    Starts all of them on this host; under torchrun (-m shampoo3d.cli train ...) it runs as one of torchrun's instead.
     """
     from shampoo3d.cli.train.text import read_text
 
     _require("deepspeed", "matplotlib")
-    settings = _settings({name: value for name, value in given.items() if value is not None}, resume)
+    settings = _settings({name: value for name, value in chosen.items() if value is not None}, resume)
     settings = replace(settings, device=_device(settings))
     _check_processes(settings, processes)
     read_text(settings.text, settings.context)
@@ -105,17 +105,17 @@ def train(
 @options(PLANNED)
 def plan(
     picture: Annotated[Path | None, typer.Option(help="Also draw it into this file, such as plan.png.")] = None,
-    **given: Any,
+    **chosen: Any,
 ) -> None:
     """Show which rank would own which block of the GPT, what it would keep and allocate (on CPUs unless --device cuda),
-    and what would reach it from others in a step (roots only when they are refreshed), without starting any process."""
+    and what it would receive from others in a step (roots only when refreshed), without starting any process."""
     from shampoo3d.cli.draw import memory_table, ownership_figure, ownership_table, traffic_table
     from shampoo3d.cli.train.text import read_text
 
     _require("deepspeed", "matplotlib")
-    given = {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
     # The batch does not matter here, so it is one that every topology divides.
-    settings = Settings(**given, batch=given.get("data", Settings.data), micro_batches=1)
+    settings = Settings(**chosen, batch=chosen.get("data", Settings.data), micro_batches=1)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from shampoo3d.cli.train.forecast import foresee
 
@@ -136,7 +136,7 @@ def plan(
 def show(
     path: Annotated[Path, typer.Argument(help="A folder that save_checkpoint wrote, or one of DeepSpeed.")],
 ) -> None:
-    """Show what a checkpoint holds, and whether it is whole."""
+    """Show what a checkpoint holds, and whether it is complete."""
     from shampoo3d.checkpoint.convert import describe
     from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, flatten_settings, holds_checkpoint
     from shampoo3d.cli.draw import checkpoint_table
@@ -154,7 +154,7 @@ def show(
     settings = (f"{name}={value!r}" for name, value in manifest.hyperparams.items() if value != defaults.get(name))
     size = sum(size for size, _ in manifest.files.values())
     kind = (
-        f"3D-Shampoo, format {manifest.format}" if ours else "DeepSpeed: `shampoo3d checkpoint convert` makes it load"
+        f"3D-Shampoo, format {manifest.format}" if ours else "DeepSpeed; `shampoo3d checkpoint convert` makes it load"
     )
     console.print(f"{path}: {kind}", soft_wrap=True)
     console.print(
@@ -166,8 +166,8 @@ def show(
         )
     console.print("settings:", ", ".join(settings) or "the defaults", soft_wrap=True)
     for number, group in enumerate(manifest.groups):
-        told = ", ".join(f"{name}={value!r}" for name, value in group.items())
-        console.print(f"group {number}: {told}", soft_wrap=True)
+        options = ", ".join(f"{name}={value!r}" for name, value in group.items())
+        console.print(f"group {number}: {options}", soft_wrap=True)
     console.print(checkpoint_table(manifest))
 
 
@@ -178,12 +178,12 @@ def convert(
     ],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
 ) -> None:
-    """Make a folder that loads into any layout of what DeepSpeed's engine or torch.save wrote."""
-    from shampoo3d.checkpoint.convert import convert as made
+    """Convert what DeepSpeed's engine or torch.save wrote into a folder that loads into any layout."""
+    from shampoo3d.checkpoint.convert import convert as convert_checkpoint
     from shampoo3d.checkpoint.manifest import CheckpointError
 
     try:
-        manifest = made(path, target)
+        manifest = convert_checkpoint(path, target)
     except CheckpointError as error:
         raise RunError(str(error)) from None
     console = Console(highlight=False)
@@ -196,45 +196,45 @@ def _require(*packages: str) -> None:
             raise RunError(f"this command needs {package}: {INSTALL}")
 
 
-def _settings(given: dict[str, Any], resume: bool) -> Settings:
-    """The settings that the options ask for, or, on `--resume`, those of the run in the output folder."""
+def _settings(chosen: dict[str, Any], resume: bool) -> Settings:
+    """Return the settings that the options ask for, or, on `--resume`, those of the run in the output folder."""
     rank = os.environ.get("RANK")
-    output: Path | None = given.get("output")
+    output: Path | None = chosen.get("output")
     if output is None:
         if resume or rank is not None:
             raise RunError(f"{'--resume' if resume else 'a launcher'} needs --output, the folder of the run")
         output = Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
     if resume:
-        return _resumed(output, given)
-    # Under a launcher the other ranks may look when the first has already begun to write.
+        return _resumed(output, chosen)
+    # Under a launcher the first rank may have begun to write before the others look.
     if rank in (None, "0") and settings_file(output).exists():
         raise RunError(f"--output {output} already holds a run: take another folder, or go on with it by --resume")
-    return Settings(**given | {"output": output})
+    return Settings(**chosen | {"output": output})
 
 
-def _resumed(output: Path, given: dict[str, Any]) -> Settings:
+def _resumed(output: Path, chosen: dict[str, Any]) -> Settings:
     if not settings_file(output).exists():
         raise RunError(f"--output {output} holds no run to resume")
     saved = Settings.load(output)
-    if "text" in given:
-        given["text"] = given["text"].resolve()
+    if "text" in chosen:
+        chosen["text"] = chosen["text"].resolve()
     for setting in fields(Settings):
         name, panel = setting.name, setting.metadata["panel"]
-        if name in given and panel != RUN and given[name] != getattr(saved, name):
-            old, new = getattr(saved, name), given[name]
+        if name in chosen and panel != RUN and chosen[name] != getattr(saved, name):
+            old, new = getattr(saved, name), chosen[name]
             raise RunError(f"{flag(name)} {new} contradicts the run in {output}, which has {old}: leave it out")
-    return replace(saved, **given)
+    return replace(saved, **chosen)
 
 
 def _device(settings: Settings) -> str:
-    """CUDA if it is asked for, or if every process of this host can have a GPU."""
+    """Return "cuda" if it is asked for, or if every process of this host can have a GPU; otherwise "cpu"."""
     if settings.device == "cpu":
         return "cpu"
     import torch
 
-    # torchrun tells the number of processes on this host by the first name, the deepspeed launcher by the second.
-    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    needed, gpus = int(told or settings.world), torch.cuda.device_count()
+    # torchrun sets the number of processes on this host under the first name, the deepspeed launcher under the second.
+    local_world = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    needed, gpus = int(local_world or settings.world), torch.cuda.device_count()
     if settings.device == "cuda" and gpus < needed:
         raise RunError(f"--device cuda needs {needed} GPUs on this host for {needed} processes, there are {gpus}")
     return "cuda" if gpus >= needed else "cpu"
@@ -249,7 +249,7 @@ def _check_processes(settings: Settings, processes: int | None) -> None:
 
 
 def _train_here(settings: Settings) -> None:
-    """Start all processes, show what they report, tell the outcome."""
+    """Start all processes, show what they report, and print the results."""
     from shampoo3d.cli.train.display import Display
     from shampoo3d.cli.train.launch import launch
 
@@ -262,14 +262,14 @@ def _train_here(settings: Settings) -> None:
         with display:
             launch(settings, display.show)
     except KeyboardInterrupt:
-        where = f"Stopped at {display.place}, all processes are ended. Kept in {settings.output}; continue with:"
-        console.print(where, f"  shampoo3d train --resume --output {settings.output}", sep="\n", soft_wrap=True)
+        message = f"Stopped at {display.place}, all processes are ended. Kept in {settings.output}; continue with:"
+        console.print(message, f"  shampoo3d train --resume --output {settings.output}", sep="\n", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
-    _tell(settings, console)
+    _print_results(settings, console)
 
 
 def _train_as_rank(settings: Settings) -> None:
-    """Be the rank that a launcher has started; the first shows what happens."""
+    """Run as the rank that a launcher has started; the first rank shows the progress."""
     from shampoo3d.cli.train.display import Display
     from shampoo3d.cli.train.worker import last_act, quiet, silent, work
 
@@ -283,12 +283,12 @@ def _train_as_rank(settings: Settings) -> None:
         if first:
             with Display(settings, console) as display:
                 work(settings, display.show)
-            _tell(settings, console)
+            _print_results(settings, console)
         else:
             work(settings, silent)
 
 
-def _tell(settings: Settings, console: Console) -> None:
+def _print_results(settings: Settings, console: Console) -> None:
     from shampoo3d.cli.train.results import conclude
 
     table, files = conclude(settings)
@@ -297,7 +297,7 @@ def _tell(settings: Settings, console: Console) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """The console script: whatever is wrong with the input ends in one line."""
+    """Run the console script; an error in the input is reported in one line."""
     try:
         code = app(arguments, prog_name="shampoo3d", standalone_mode=False)
     except (RunError, UsageError) as error:

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 PALETTE = ("#4477AA", "#EE9944", "#44AA99", "#CC6677", "#882255", "#999933", "#88CCEE", "#332288", "#117733", "#AA4499")
 INK, FAINT = "#333333", "#999999"
 VECTOR_WIDTH, GAP, LABEL = 1.0, 1.2, 2.4
-"""In the units of a picture, the square root of a matrix's side: thickness of a vector, gaps, height of a label."""
+"""Thickness of a vector, gaps, height of a label, in the units of a picture: the square root of a matrix's side."""
 HEADING = 0.5
-"""Inches for a heading."""
+"""Height of a heading in inches."""
 ASPECT = 4.0
-"""Width over height at which a set of matrices is best looked at."""
+"""Width over height at which a set of matrices looks best."""
 
 
 class Curve(Protocol):
@@ -51,7 +51,7 @@ class Training(Protocol):
 
 
 def ownership_table(plans: Sequence[Plan]) -> Table:
-    """One row per rank: what it owns, and how its load compares with the mean."""
+    """Make a table with one row per rank: what it owns, and how its load compares with the mean."""
     load = _load(plans)
     mean = sum(load.values()) / len(load)
     rows = []
@@ -67,26 +67,26 @@ def ownership_table(plans: Sequence[Plan]) -> Table:
 
 
 def memory_table(memory: Mapping[int, Memory]) -> Table:
-    """One row per rank: the KiB that it keeps, and those that a step allocates besides."""
+    """Make a table with one row per rank: the KiB that it keeps, and those that a step allocates besides."""
     kinds = [field.name for field in fields(Memory)]
-    rows = [[rank, *(_kib(getattr(of, kind)) for kind in (*kinds, "total"))] for rank, of in memory.items()]
+    rows = [[rank, *(_kib(getattr(sizes, kind)) for kind in (*kinds, "total"))] for rank, sizes in memory.items()]
     return _table(("rank", *kinds, "total"), rows, "KiB on each rank")
 
 
 def checkpoint_table(manifest: Manifest) -> Table:
-    """One row per parameter of a checkpoint."""
+    """Make a table with one row per parameter of a checkpoint."""
     rows = []
-    for name, of in sorted(manifest.parameters.items()):
-        blocks = math.prod(len(edges) - 1 for edges in of.cuts) if of.cuts else 0
-        factors = ", ".join(f"{axis} (diagonal)" if axis in of.diagonal else str(axis) for axis in of.axes)
-        rows.append((name, "x".join(map(str, of.shape)) or "()", of.dtype, blocks, factors or "none", of.step))
+    for name, param in sorted(manifest.parameters.items()):
+        blocks = math.prod(len(edges) - 1 for edges in param.cuts) if param.cuts else 0
+        factors = ", ".join(f"{axis} (diagonal)" if axis in param.diagonal else str(axis) for axis in param.axes)
+        rows.append((name, "x".join(map(str, param.shape)) or "()", param.dtype, blocks, factors or "none", param.step))
     return _table(("parameter", "shape", "state", "blocks", "axes with factors", "step"), rows)
 
 
 def traffic_table(received: Mapping[int, Mapping[str, int]]) -> Table:
-    """One row per rank: the KiB that it receives from others in a step, by what they are."""
-    kinds = list(dict.fromkeys(what for kind in received.values() for what, count in kind.items() if count))
-    rows = [[rank, *(_kib(sizes.get(what, 0)) for what in kinds)] for rank, sizes in received.items()]
+    """Make a table with one row per rank: the KiB of each kind that it receives from others in a step."""
+    kinds = list(dict.fromkeys(kind for sizes in received.values() for kind, size in sizes.items() if size))
+    rows = [[rank, *(_kib(sizes.get(kind, 0)) for kind in kinds)] for rank, sizes in received.items()]
     return _table(("rank", *kinds), rows, "KiB received in a step")
 
 
@@ -106,7 +106,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]], title: str |
 
 
 def _load(plans: Sequence[Plan]) -> dict[int, float]:
-    """Estimated cost per rank over all plans that it takes part in."""
+    """Return the estimated cost of each rank over all plans that it takes part in."""
     ranks = sorted({rank for plan in plans for rank in plan.ranks})
     loads = [plan.load() for plan in plans]
     return {rank: sum(load.get(rank, 0.0) for load in loads) for rank in ranks}
@@ -146,13 +146,13 @@ class Box:
 
 
 def _intervals(key: str) -> list[tuple[int, int]]:
-    """The ranges in a block's key, such as "0:128,64:128"."""
+    """Return the ranges in a block's key, such as "0:128,64:128"."""
     pairs = (part.split(":") for part in key.split(",") if part)
     return [(int(start), int(stop)) for start, stop in pairs]
 
 
 def _matrix(name: str, blocks: Sequence[PlannedBlock]) -> Box:
-    """One matrix, its rows downwards; axes after the second subdivide the columns."""
+    """Lay out one matrix, its rows downwards; axes after the second subdivide the columns."""
     ranges = [_intervals(block.key) for block in blocks]
     shape = [max(stop for _, stop in axis) for axis in zip(*ranges, strict=True)] or [1]
     height = math.sqrt(shape[0])
@@ -162,8 +162,8 @@ def _matrix(name: str, blocks: Sequence[PlannedBlock]) -> Box:
         left, span = 0.0, 1.0
         for (start, stop), length in zip(columns, shape[1:], strict=True):
             left, span = left + span * start / length, span * (stop - start) / length
-        top, part = rows[0] / shape[0], (rows[1] - rows[0]) / shape[0]
-        tiles.append(Tile(left * width, top * height, span * width, part * height, block))
+        top, depth = rows[0] / shape[0], (rows[1] - rows[0]) / shape[0]
+        tiles.append(Tile(left * width, top * height, span * width, depth * height, block))
     labels = []
     if len(shape) > 1:
         labels = [Label(width / 2, height + GAP / 3, f"{name} {'×'.join(map(str, shape))}")]
@@ -171,7 +171,7 @@ def _matrix(name: str, blocks: Sequence[PlannedBlock]) -> Box:
 
 
 def _row(boxes: Iterable[Box], gap: float) -> Box:
-    """Boxes beside each other."""
+    """Lay out boxes beside each other."""
     row = Box(-gap, 0.0, [], [])
     for box in boxes:
         placed = box.shifted(row.width + gap, 0.0)
@@ -183,11 +183,11 @@ def _row(boxes: Iterable[Box], gap: float) -> Box:
 
 
 def _shelves(boxes: Iterable[Box], width: float) -> Box:
-    """Boxes in rows of at most `width`, one below the other."""
+    """Lay out boxes in rows of at most `width`, one below the other."""
     rows: list[list[Box]] = [[]]
     for box in boxes:
-        taken = sum(other.width + 3 * GAP for other in rows[-1])
-        if taken and taken + box.width > width:
+        used = sum(other.width + 3 * GAP for other in rows[-1])
+        if used and used + box.width > width:
             rows.append([])
         rows[-1].append(box)
     page = Box(0.0, 0.0, [], [])
@@ -200,20 +200,20 @@ def _shelves(boxes: Iterable[Box], width: float) -> Box:
 
 
 def _modules(plan: Plan) -> Iterator[Box]:
-    """One box per module, such as a layer with its matrices and biases."""
+    """Yield one box per module, such as a layer with its matrices and biases."""
     for module, owned in itertools.groupby(plan.blocks, key=lambda block: block.matrix.rsplit(".", 2)[0]):
-        parts = []
+        boxes = []
         for matrix, blocks in itertools.groupby(owned, key=lambda block: block.matrix):
             name = matrix.removeprefix(module + ".").removesuffix(".weight")
-            parts.append(_matrix(name, list(blocks)))
-        content = _row(parts, GAP).shifted(0.0, LABEL * 0.8)
+            boxes.append(_matrix(name, list(blocks)))
+        content = _row(boxes, GAP).shifted(0.0, LABEL * 0.8)
         content.height += LABEL * 0.8
         content.labels.append(Label(0.0, 0.0, module, heading=True))
         yield content
 
 
 def _page(plan: Plan) -> Box:
-    """All modules, wrapped so that they look best."""
+    """Lay out all modules, wrapped so that they come closest to ASPECT."""
     boxes = list(_modules(plan))
     widest, total = max(box.width for box in boxes), _row(boxes, 3 * GAP).width
     wraps = [max(widest, total / rows) for rows in range(1, len(boxes) + 1)]
@@ -222,7 +222,7 @@ def _page(plan: Plan) -> Box:
 
 
 def ownership_figure(plans: Sequence[Plan], path: Path) -> None:
-    """Draw the matrices of each set of replicas, cut into blocks that are coloured by owner, and every rank's load."""
+    """Draw the matrices of each set of replicas, cut into blocks coloured by owner, and every rank's load."""
     from matplotlib.figure import Figure
 
     plans = sorted((plan for plan in plans if plan.blocks), key=lambda plan: plan.ranks)
@@ -256,7 +256,7 @@ def _colours(ranks: Sequence[int]) -> dict[int, Any]:
     from matplotlib import colormaps
 
     turbo = colormaps["turbo"]
-    return {rank: turbo(place / (len(ranks) - 1)) for place, rank in enumerate(ranks)}
+    return {rank: turbo(index / (len(ranks) - 1)) for index, rank in enumerate(ranks)}
 
 
 def _draw_page(axes: Any, page: Box, colours: dict[int, Any], size: float) -> None:
@@ -271,8 +271,8 @@ def _draw_page(axes: Any, page: Box, colours: dict[int, Any], size: float) -> No
     for label in page.labels:
         # Smaller letters could not be read.
         if size >= 4:
-            place, colour = ("left", FAINT) if label.heading else ("center", INK)
-            axes.text(label.x, label.y, label.text, fontsize=size, va="top", ha=place, color=colour)
+            alignment, colour = ("left", FAINT) if label.heading else ("center", INK)
+            axes.text(label.x, label.y, label.text, fontsize=size, va="top", ha=alignment, color=colour)
     axes.set_ylim(page.height, 0)
     axes.set_aspect("equal", anchor="NW")
     axes.axis("off")
@@ -285,7 +285,7 @@ def _draw_load(axes: Any, load: dict[int, float], colours: dict[int, Any]) -> No
     axes.set_xticks([])
     every = -(-len(load) // 32)
     shown = list(enumerate(load))[::every]
-    axes.set_yticks([place for place, _ in shown], [f"rank {rank}" for _, rank in shown])
+    axes.set_yticks([index for index, _ in shown], [f"rank {rank}" for _, rank in shown])
     axes.set_title("estimated work of a step\n(dotted: mean)", loc="left", fontsize=10, color=INK)
     _plain(axes)
 

@@ -11,7 +11,7 @@ from .log import Record
 from .settings import TITLES, Settings
 
 SMOOTHING = 0.9
-"""Weight of the past in the shown loss and speed."""
+"""The weight of the past in the shown loss and speed."""
 
 
 class Display:

@@ -1,4 +1,4 @@
-"""Who will own what in a run, found without starting it."""
+"""The forecast of a run: who will own what, found without starting it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Forecast:
 
 
 def foresee(settings: Settings, vocabulary: int) -> Forecast:
-    """What a run with these settings will do."""
+    """Forecast a run with these settings."""
     hp = shampoo_settings(settings)
     stages = _stages(settings, vocabulary, hp.ignore_embedding_layer)
     matrices: defaultdict[tuple[int, ...], list[Matrix]] = defaultdict(list)
@@ -70,22 +70,22 @@ class _Parameter:
     excluded: str
 
     def part_of(self, model: int, models: int) -> tuple[Shard, tuple[int, ...], int | None]:
-        """What of the logical matrix this is on model rank `model`, the matrix's shape, and its divided axis."""
+        """Return the shard of the logical matrix on model rank `model`, the matrix's shape, and its divided axis."""
         shape = tuple(self.tensor.shape)
         shard = shard_of(self.tensor, shape, model, models, self.name)
         return (Shard.of(shard[1]), shard[0], shard[2]) if shard else (Shard.whole(shape), shape, None)
 
 
 def _stages(settings: Settings, vocabulary: int, ignore_embeddings: bool) -> list[list[_Parameter]]:
-    """The parameters of each stage, under the names and in the order that PipelineModule gives them."""
+    """Return the parameters of each stage, under the names and in the order that PipelineModule gives them."""
     specs = gpt.layers(settings, vocabulary, Shards(size=settings.model_parallel))
     edges = partition_balanced([float(spec.typename is gpt.Block) for spec in specs], settings.pipe)
     return [list(_parameters(specs, range(*ends), ignore_embeddings)) for ends in pairwise(edges)]
 
 
-def _parameters(specs: list[Any], places: Iterable[int], ignore_embeddings: bool) -> Iterator[_Parameter]:
-    tied = {f"tied_modules.{specs[i].key}": specs[i] for i in places if isinstance(specs[i], TiedLayerSpec)}
-    own = {str(i): specs[i] for i in places if not isinstance(specs[i], TiedLayerSpec)}
+def _parameters(specs: list[Any], indices: Iterable[int], ignore_embeddings: bool) -> Iterator[_Parameter]:
+    tied = {f"tied_modules.{specs[i].key}": specs[i] for i in indices if isinstance(specs[i], TiedLayerSpec)}
+    own = {str(i): specs[i] for i in indices if not isinstance(specs[i], TiedLayerSpec)}
     for prefix, spec in (tied | own).items():
         with torch.device("meta"):
             module: nn.Module = spec.build()
@@ -95,29 +95,29 @@ def _parameters(specs: list[Any], places: Iterable[int], ignore_embeddings: bool
 
 
 def _storages(settings: Settings, stages: list[list[_Parameter]]) -> list[Sharding]:
-    """How all parameters are stored, stage by stage."""
+    """Return how all parameters are sharded, stage by stage."""
     holders: defaultdict[str, list[Holder]] = defaultdict(list)
     logical: dict[str, tuple[_Parameter, tuple[int, ...], int | None]] = {}
     sharded = settings.zero_stage > 0
     sizes = (settings.pipe, settings.data, settings.model_parallel)
     for rank, (stage, data, model) in enumerate(product(*map(range, sizes))):
         for param, first, last in _slices(settings, stages[stage], data):
-            part, shape, divided = param.part_of(model, settings.model_parallel)
-            # Ranks that store a matrix between them are known by the first: all data ranks, of all shards or of one.
+            shard, shape, divided = param.part_of(model, settings.model_parallel)
+            # A shard group is named by its first rank. It has all data ranks, with all tensor-parallel shards or one.
             shard_group = rank - data * settings.model_parallel - (0 if divided is None else model)
-            holders[param.name].append(Holder(rank, part.range(first, last), shard_group if sharded else 0))
+            holders[param.name].append(Holder(rank, shard.range(first, last), shard_group if sharded else 0))
             logical[param.name] = param, shape, divided
-    storages = []
+    shardings = []
     for name, (param, shape, divided) in logical.items():
         dtype = str(param.tensor.dtype).removeprefix("torch.")
-        storages.append(Sharding(name, shape, dtype, tuple(holders[name]), sharded, divided, param.excluded, dtype))
-    return storages
+        shardings.append(Sharding(name, shape, dtype, tuple(holders[name]), sharded, divided, param.excluded, dtype))
+    return shardings
 
 
 def _slices(settings: Settings, params: list[_Parameter], data: int) -> Iterator[tuple[_Parameter, int, int]]:
-    """The elements ``first <= element < last`` of each parameter of a stage that a data rank stores.
+    """Yield the elements ``first <= element < last`` that a data rank stores of each parameter of a stage.
 
-    ZeRO 1 and 2 cut all of them in one row, padded to an even length for each rank; ZeRO 3 cuts each of them.
+    ZeRO 1 and 2 cut all parameters in one row, padded to an even length for each rank; ZeRO 3 cuts each of them.
     """
     start = 0
     total = sum(param.tensor.numel() for param in params)

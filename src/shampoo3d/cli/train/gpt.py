@@ -1,4 +1,4 @@
-"""A small GPT as a list of layers, which DeepSpeed's PipelineModule cuts into stages, or one module holds together."""
+"""A small GPT as a list of layers, for DeepSpeed's PipelineModule to cut into stages or for one module to hold."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 PARTITION = "type:^block$"
-"""Every stage gets the same number of transformer blocks."""
+"""The rule by which every stage gets the same number of transformer blocks."""
 
 
 class Embedding(nn.Embedding):
-    """Vectors of tokens; given vectors instead, their products with every token's, so that it is the output layer too.
+    """An embedding that is the output layer, too: given vectors, it returns their products with every token's vector.
 
     Hence the small scale.
     """
@@ -32,7 +32,7 @@ class Embedding(nn.Embedding):
 
 
 class Position(nn.Embedding):
-    """Adds the learned position vectors."""
+    """A layer that adds learned position vectors."""
 
     def __init__(self, context: int, width: int) -> None:
         super().__init__(context, width)
@@ -57,16 +57,16 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.up = ColumnParallel(width, 4 * width, shards)
         self.down = RowParallel(4 * width, width, shards)
-        parts = (self.qkv, self.out, self.up, self.down)
-        for part in parts:
-            nn.init.normal_(part.weight, std=0.02)
-            nn.init.zeros_(part.bias)
+        projections = (self.qkv, self.out, self.up, self.down)
+        for projection in projections:
+            nn.init.normal_(projection.weight, std=0.02)
+            nn.init.zeros_(projection.bias)
         with torch.no_grad():
             self.out.weight /= (2 * layers) ** 0.5
             self.down.weight /= (2 * layers) ** 0.5
         # Only now, so that the number of shards does not change what is drawn.
-        for part in parts:
-            part.keep_own_part()
+        for projection in projections:
+            projection.keep_own_part()
 
     def attend(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -86,7 +86,7 @@ def loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def layers(settings: Settings, vocabulary: int, shards: Shards) -> list[Any]:
-    """The specifications of all layers; a process builds only those of its stage, and of them its shard."""
+    """Return the specifications of all layers; a process builds only those of its stage, and its shard of them."""
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
 
     width, depth = settings.width, settings.layers
@@ -100,18 +100,18 @@ def layers(settings: Settings, vocabulary: int, shards: Shards) -> list[Any]:
 
 
 class GPT(nn.Module):
-    """All layers in one module, with the names and, from their seeds, the weights that PipelineModule gives them."""
+    """All layers in one module, with the names and, by their seeds, the weights that PipelineModule would give them."""
 
     def __init__(self, specs: list[Any], seed: int) -> None:
         super().__init__()
         self.tied_modules = nn.ModuleDict()
         self.path: list[nn.Module] = []
-        for place, spec in enumerate(specs):
-            home, name = (self.tied_modules, spec.key) if hasattr(spec, "key") else (self, str(place))
-            if not hasattr(home, name):
-                torch.manual_seed(seed + place)
-                home.add_module(name, spec.build())
-            self.path.append(getattr(home, name))
+        for index, spec in enumerate(specs):
+            parent, name = (self.tied_modules, spec.key) if hasattr(spec, "key") else (self, str(index))
+            if not hasattr(parent, name):
+                torch.manual_seed(seed + index)
+                parent.add_module(name, spec.build())
+            self.path.append(getattr(parent, name))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.path:

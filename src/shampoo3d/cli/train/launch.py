@@ -1,4 +1,4 @@
-"""Starts the processes of a run on this host, passes on what they report, and ends them all together."""
+"""Start the processes of a run on this host, pass on what they report, and end them all together."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .log import Record, Report
 from .settings import RunError, Settings, rank_log
 
 GRACE_SECONDS = 5.0
-"""Between asking a process to end and ending it."""
+"""The time between asking a process to end and killing it."""
 
 
 def launch(settings: Settings, report: Report) -> None:
     """Run `settings` on new processes of this host until all are done.
 
     Raises:
-        RunError: a process died; it says which, how, and what to do. The others are ended.
+        RunError: a process died; the message says which, how, and what to do. The others are ended.
     """
     with _Processes(settings) as processes:
         processes.watch(report)
@@ -50,12 +50,12 @@ class _Processes:
 
     def _start(self, rank: int, port: int) -> None:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.settings.world, "MASTER_PORT": port}
-        place = {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        variables = {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
         command = [sys.executable, "-m", f"{__package__}.worker", str(self.settings.output)]
         with rank_log(self.settings.output, rank).open("a") as log:
             process = subprocess.Popen(
                 command,
-                env=os.environ | place | {"OMP_NUM_THREADS": str(self.settings.threads)},
+                env=os.environ | variables | {"OMP_NUM_THREADS": str(self.settings.threads)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -74,7 +74,7 @@ class _Processes:
         self.messages.put((rank, None))
 
     def watch(self, report: Report) -> None:
-        """Pass reports on until every process has ended well, or the first one badly."""
+        """Pass reports on until every process has succeeded; raise when the first one fails."""
         errors: dict[int, str] = {}
         running = len(self.processes)
         while running:
@@ -83,22 +83,22 @@ class _Processes:
                 running -= 1
                 code = self.processes[rank].wait()
                 if code != 0:
-                    raise RunError(self._obituary(rank, code, errors.get(rank)))
+                    raise RunError(self._failure(rank, code, errors.get(rank)))
             elif record["event"] == "error":
                 errors[rank] = record["message"]
             else:
                 report(record)
 
-    def _obituary(self, rank: int, code: int, message: str | None) -> str:
+    def _failure(self, rank: int, code: int, message: str | None) -> str:
         log = rank_log(self.settings.output, rank)
-        who = f"rank {rank} of {self.settings.world}"
-        again = f"continue with: shampoo3d train --resume --output {self.settings.output}"
+        name = f"rank {rank} of {self.settings.world}"
+        advice = f"continue with: shampoo3d train --resume --output {self.settings.output}"
         if message:
-            return f"{who} stopped: {message} (details in {log})"
+            return f"{name} stopped: {message} (details in {log})"
         if code < 0:
             hint = ", perhaps for lack of memory (try a smaller --batch)" if code == -signal.SIGKILL else ""
-            return f"{who} was killed by {signal.Signals(-code).name}{hint}; the others were ended; {again}"
-        return f"{who} ended with exit code {code} (details in {log}); {again}"
+            return f"{name} was killed by {signal.Signals(-code).name}{hint}; the others were ended; {advice}"
+        return f"{name} ended with exit code {code} (details in {log}); {advice}"
 
     def _end(self) -> None:
         running = [process for process in self.processes if process.poll() is None]

@@ -1,4 +1,4 @@
-"""The log of one optimizer's run: JSON lines that rank 0 writes and that everything shown afterwards is read from."""
+"""The log of one optimizer's run: JSON lines that rank 0 writes, from which all that is shown afterwards is read."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-"""`event` is one of "step", "validation", "finished", "error"; see `Trainer` for the rest."""
+"""A record whose `event` is one of "step", "validation", "finished", "error"; see `Trainer` for the rest."""
 
 Report = Callable[[Record], None]
 
 
 class Log:
-    """Appends records to `path`, each complete on disk before the next step begins."""
+    """A log that appends records to `path`, each complete on disk before the next step begins."""
 
     def __init__(self, path: Path, report: Report, keep: int) -> None:
-        """Go on after step `keep`: report the records up to it, drop the later ones, whose steps are trained again."""
-        kept = [record for record in read(path) if record["step"] <= keep and record["event"] != "finished"]
+        """Continue after step `keep`: report the records up to it, drop later ones, whose steps are trained again."""
+        records = [record for record in read(path) if record["step"] <= keep and record["event"] != "finished"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        self.seconds: float = kept[-1]["seconds"] if kept else 0.0
-        for record in kept:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        self.seconds: float = records[-1]["seconds"] if records else 0.0
+        for record in records:
             report(record)
         self._file = path.open("a", buffering=1)
         self._report = report
@@ -33,7 +33,7 @@ class Log:
 
 
 def read(path: Path) -> list[Record]:
-    """All complete records; a run that was ended in the middle of a line loses that line."""
+    """Read all complete records; a run that was ended in the middle of a line loses that line."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)

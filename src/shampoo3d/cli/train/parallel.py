@@ -22,22 +22,22 @@ from .shards import Shards
 from .text import Batch
 
 WARM_UP = 0.1
-"""Share of the steps in which the learning rate rises; it falls to zero along a cosine."""
+"""The share of steps in which the learning rate rises; it falls to zero along a cosine."""
 
 
 def schedule(steps: int, step: int) -> float:
-    """The factor of the peak learning rate at `step`, counted from 0; the same for every optimizer."""
+    """Return the factor of the peak learning rate at `step`, counted from 0; the same for every optimizer."""
     return min(1.0, (step + 1) / max(1.0, WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def make_grid(settings: Settings) -> Any:
-    """This process's place and its process groups, as DeepSpeed wants to be told them."""
+    """Make DeepSpeed's grid, which holds this process's coordinates and its process groups."""
     axes = {"num_pp": settings.pipe, "num_dp": settings.data, "num_mp": settings.model_parallel}
     return PipelineParallelGrid(topology=PipeModelDataParallelTopology(**axes))
 
 
 def make_module(settings: Settings, vocabulary: int, grid: Any) -> nn.Module:
-    """This rank's part of the model. Its weights are drawn by layer and then cut: they don't depend on the grid."""
+    """Build this rank's part of the model. Weights are drawn by layer and then cut: they do not depend on the grid."""
     shards = Shards(grid.get_slice_parallel_rank(), settings.model_parallel, grid.slice_proc_group)
     layers = gpt.layers(settings, vocabulary, shards)
     if settings.pipe == 1:
@@ -67,19 +67,19 @@ def make_engine(module: nn.Module, optimizer: torch.optim.Optimizer, settings: S
         "steps_per_print": settings.steps + 1,
     }
     scheduler = LambdaLR(optimizer, partial(schedule, settings.steps))
-    # PipelineModule brings its own.
+    # PipelineModule brings its own mpu.
     mpu = grid if settings.pipe == 1 and settings.model_parallel > 1 else None
     return deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, mpu=mpu, config=config)[0]
 
 
 class WholeModel:
-    """The plain engine, given whole batches as PipelineEngine is."""
+    """The plain engine with the interface of PipelineEngine, which takes whole batches."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
 
     def train_batch(self, batches: Iterator[Batch]) -> Tensor:
-        """One optimizer step; the mean loss over all ranks."""
+        """Take one optimizer step; return the mean loss over all ranks."""
         self.engine.train()
         losses = []
         for batch in batches:
@@ -100,7 +100,7 @@ class WholeModel:
 
 
 def mean(losses: list[Tensor]) -> Tensor:
-    """Over all ranks, which have equally many."""
+    """Return the mean over all ranks, which have equally many losses."""
     total = torch.stack(losses).mean()
     dist.all_reduce(total)
     return total / dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What a run came to: read from its logs, told as a table, a JSON summary and pictures."""
+"""The results of a run: read from its logs, presented as a table, a JSON summary and pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .log import read
 from .settings import TITLES, Settings, log_file, plan_file
 
 LAST = 20
-"""The final training loss is the mean over this many steps."""
+"""The number of steps over which the final training loss is averaged."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Curve:
     losses: tuple[float, ...]
 
     def reached(self, loss: float) -> tuple[int, float] | None:
-        """Step and seconds of the first point that is at most `loss`."""
+        """Return step and seconds of the first point whose loss is at most `loss`, or None."""
         points = zip(self.steps, self.seconds, self.losses, strict=True)
         return next(((step, seconds) for step, seconds, value in points if value <= loss), None)
 
@@ -78,14 +78,14 @@ def read_run(output: Path, optimizer: str) -> Run:
 
 
 def read_plans(output: Path) -> list[Plan]:
-    """The plans of all pipeline stages; none without 3D-Shampoo."""
+    """Read the plans of all pipeline stages; there are none without 3D-Shampoo."""
     path = plan_file(output)
     plans = json.loads(path.read_text()) if path.exists() else []
     return sorted((Plan.from_json(json.dumps(plan)) for plan in plans), key=lambda plan: plan.ranks)
 
 
 def summary(runs: list[Run], settings: Settings) -> dict[str, Any]:
-    """The table's numbers, for programs."""
+    """Return the table's numbers, for programs."""
     target = runs[0].validation_loss
 
     def pick(*names: str) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def _numbers(run: Run, target: float) -> dict[str, Any]:
 
 
 def table(runs: list[Run], settings: Settings) -> Table:
-    """Rows of numbers, one column per optimizer."""
+    """Make a table of the results, one column per optimizer."""
     tokens = settings.batch * settings.context
     result = Table("", title=f"{settings.steps} steps of {tokens:,} bytes on {settings.topology}")
     for run in runs:
@@ -128,8 +128,8 @@ def table(runs: list[Run], settings: Settings) -> Table:
 
 def _rows(first: Run) -> dict[str, Callable[[Run], str]]:
     def reached(run: Run, number: Callable[[int, float], str]) -> str:
-        at = run.validation.reached(first.validation_loss)
-        return number(*at) if at else "not reached"
+        point = run.validation.reached(first.validation_loss)
+        return number(*point) if point else "not reached"
 
     return {
         "training loss": lambda run: f"{run.training_loss:.3f}",
@@ -148,7 +148,7 @@ def _span(sizes: tuple[int, ...]) -> str:
 
 
 def conclude(settings: Settings) -> tuple[Table, list[Path]]:
-    """Write summary.json and the pictures of a finished run; return its table and what was written."""
+    """Write summary.json and the pictures of a finished run; return its table and the paths of these files."""
     from shampoo3d.cli.draw import loss_figure, ownership_figure
 
     runs = [read_run(settings.output, name) for name in settings.optimizers]

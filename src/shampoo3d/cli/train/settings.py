@@ -1,4 +1,4 @@
-"""Everything that decides a run, checked once."""
+"""The settings of a run, checked once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ZERO_STAGES = (0, 1, 2, 3)
 
 
 class RunError(Exception):
-    """What stops a run, in one line for the person who started it."""
+    """An error that stops a run, in one line for the person who started it."""
 
 
 RUN = "Run"
@@ -22,13 +22,13 @@ RUN = "Run"
 
 
 def _option(default: Any, help: str, panel: str = "Training") -> Any:
-    """A setting, with what the command line says about it."""
+    """Declare a setting, with its help and its panel on the command line."""
     return field(default=default, metadata={"help": help, "panel": panel})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A run. Equal settings on equal machines give equal runs."""
+    """The settings of a run. Equal settings on equal machines give equal runs."""
 
     output: Path = _option(None, "Folder for logs, checkpoints, pictures. Default: runs/DATE-TIME.", RUN)  # noqa: RUF009
     device: str = _option("auto", "auto, cpu (gloo) or cuda (NCCL).", RUN)
@@ -55,7 +55,7 @@ class Settings:
     block_size: int = _option(128, "3D-Shampoo: largest block of a matrix along an axis, 0 for whole matrices.")
     refresh: int = _option(10, "3D-Shampoo: steps between two computations of the inverse roots.")
     root_copies: int = _option(1, "3D-Shampoo: replicas that keep each block's roots: memory against traffic.")
-    evaluate_every: int = _option(10, "Steps between two looks at the validation text.")
+    evaluate_every: int = _option(10, "Steps between two validations.")
     seed: int = _option(0, "Decides initial weights and batches.")
 
     def __post_init__(self) -> None:
@@ -84,7 +84,8 @@ class Settings:
             raise RunError(f"--heads {self.heads} is not a multiple of --model-parallel {self.model_parallel}")
         if self.root_copies > 1 and self.zero_stage > 0:
             raise RunError(
-                f"--root-copies {self.root_copies} needs replicas, which --zero-stage {self.zero_stage} has not"
+                f"--root-copies {self.root_copies} needs replicas, and --zero-stage {self.zero_stage} has none: take "
+                "--root-copies 1 or --zero-stage 0"
             )
         if self.data % self.root_copies:
             raise RunError(f"--data {self.data} is not a multiple of --root-copies {self.root_copies}")
@@ -105,14 +106,14 @@ class Settings:
 
     @property
     def topology(self) -> str:
-        """For people."""
+        """The topology in words."""
         model = f" x model {self.model_parallel}" if self.model_parallel > 1 else ""
         zero = f", ZeRO {self.zero_stage}" if self.zero_stage else ""
         return f"pipe {self.pipe} x data {self.data}{model}{zero}"
 
     @property
     def micro_batch(self) -> int:
-        """Sequences that one process takes at a time."""
+        """The number of sequences that one process takes at a time."""
         return self.batch // (self.data * self.micro_batches)
 
     @property
@@ -150,10 +151,10 @@ def plan_file(output: Path) -> Path:
 
 
 def log_file(output: Path, optimizer: str) -> Path:
-    """The training log of one optimizer."""
+    """Return the path of the training log of one optimizer."""
     return output / optimizer / "log.jsonl"
 
 
 def rank_log(output: Path, rank: int) -> Path:
-    """What the libraries of one rank print."""
+    """Return the path of the file with what the libraries of one rank print."""
     return output / f"rank-{rank}.log"

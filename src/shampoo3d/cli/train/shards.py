@@ -13,27 +13,27 @@ from torch.nn.functional import linear
 
 @dataclass(frozen=True)
 class Shards:
-    """This process's place among the `size` processes that share every sharded matrix."""
+    """This process's index among the `size` processes that share every sharded matrix, and their group."""
 
     index: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
 
     def cut(self, whole: Tensor, axis: int, pieces: int = 1) -> nn.Parameter:
-        """This process's part of each of `pieces` equal pieces along `axis`."""
-        pieces_and_parts = (pieces, self.size, whole.shape[axis] // pieces // self.size)
-        parts = whole.detach().reshape(*whole.shape[:axis], *pieces_and_parts, *whole.shape[axis + 1 :])
-        part = nn.Parameter(parts.select(axis + 1, self.index).flatten(axis, axis + 1).clone())
-        vars(part).update(tensor_model_parallel=True, partition_dim=axis, partition_stride=pieces)
-        return part
+        """Return this process's shard of each of `pieces` equal pieces along `axis`."""
+        pieces_and_shards = (pieces, self.size, whole.shape[axis] // pieces // self.size)
+        shards = whole.detach().reshape(*whole.shape[:axis], *pieces_and_shards, *whole.shape[axis + 1 :])
+        shard = nn.Parameter(shards.select(axis + 1, self.index).flatten(axis, axis + 1).clone())
+        vars(shard).update(tensor_model_parallel=True, partition_dim=axis, partition_stride=pieces)
+        return shard
 
     def spread(self, x: Tensor) -> Tensor:
-        """`x` for every shard; its gradient is the sum of theirs."""
+        """Pass `x` to every shard; its gradient is the sum of theirs."""
         out: Tensor = _Spread.apply(x, self) if self.size > 1 else x  # type: ignore[no-untyped-call]
         return out
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of every shard's `x`; its gradient is the same for each of them."""
+        """Sum every shard's `x`; the gradient of the sum is that of each of them."""
         out: Tensor = _Total.apply(x, self) if self.size > 1 else x  # type: ignore[no-untyped-call]
         return out
 
@@ -67,7 +67,7 @@ class _Total(torch.autograd.Function):
 class ColumnParallel(nn.Linear):
     """A linear layer of which every shard computes some outputs.
 
-    The outputs may be several `pieces`, such as queries, keys and values, of each of which a shard computes its part.
+    The outputs may be several `pieces`, such as queries, keys and values; a shard computes its part of each piece.
     """
 
     def __init__(self, inputs: int, outputs: int, shards: Shards, pieces: int = 1) -> None:
@@ -83,7 +83,7 @@ class ColumnParallel(nn.Linear):
 
 
 class RowParallel(nn.Linear):
-    """A linear layer of whose inputs every shard has some; the bias is whole on all of them and added once."""
+    """A linear layer of which every shard has some inputs; the bias is whole on all shards and added once."""
 
     def __init__(self, inputs: int, outputs: int, shards: Shards) -> None:
         super().__init__(inputs, outputs)

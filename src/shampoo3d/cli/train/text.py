@@ -39,7 +39,11 @@ class Text:
 
 
 def read_text(path: Path | None, context: int) -> Text:
-    """The text at `path`, by default the manual that comes with Python; long enough for windows of `context`."""
+    """Read the text at `path`, by default the manual that comes with Python.
+
+    Raises:
+        RunError: it cannot be read, or is too short for windows of `context`.
+    """
     if path is None:
         from pydoc_data.topics import topics
 
@@ -57,7 +61,7 @@ def read_text(path: Path | None, context: int) -> Text:
 
 
 def training_batches(text: Text, settings: Settings, step: int, data_rank: int) -> Iterator[Batch]:
-    """The micro-batches of one step for one data rank: a pure function of the arguments.
+    """Return the micro-batches of one step for one data rank: a pure function of the arguments.
 
     The sequences of a step are drawn for all ranks at once, then dealt out: every topology trains on the same ones.
     """
@@ -67,7 +71,7 @@ def training_batches(text: Text, settings: Settings, step: int, data_rank: int) 
 
 
 def validation_batches(text: Text, settings: Settings, data_rank: int) -> tuple[Iterator[Batch], int]:
-    """One rank's micro-batches of evenly spaced validation windows, and how many they are."""
+    """Return one rank's micro-batches of evenly spaced validation windows, and their number."""
     rounds = -(-VALIDATION_WINDOWS // settings.batch)
     count = rounds * settings.batch
     last = len(text.validation) - settings.context - 1

@@ -40,7 +40,7 @@ def shampoo_settings(settings: Settings) -> ShampooHyperParams:
 
 
 class Stopwatch:
-    """Measures the time inside `optimizer.step()`."""
+    """A measurement of the time inside `optimizer.step()`."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.seconds = 0.0
@@ -56,14 +56,14 @@ class Stopwatch:
 
 
 def now() -> float:
-    """The time when all work issued so far is done."""
+    """Return the time when all work issued so far is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class Trainer:
-    """Trains the model of the settings with the optimizer `name`, from its checkpoint where there is one."""
+    """The training of a model with the optimizer `name`, from its checkpoint if there is one."""
 
     def __init__(self, name: str, settings: Settings, text: Text, report: Report) -> None:
         self.name, self.settings, self.text, self.report = name, settings, text, report
@@ -97,9 +97,9 @@ class Trainer:
         before, start = self.stopwatch.seconds, now()
         batches = training_batches(self.text, self.settings, step, self.data_rank)
         loss = float(self.model.train_batch(batches))
-        took, inside = now() - start, self.stopwatch.seconds - before
-        self.seconds += took
-        self._write(event="step", step=step, loss=loss, step_seconds=took, optimizer_seconds=inside)
+        elapsed, inside = now() - start, self.stopwatch.seconds - before
+        self.seconds += elapsed
+        self._write(event="step", step=step, loss=loss, step_seconds=elapsed, optimizer_seconds=inside)
         if not math.isfinite(loss):
             raise RunError(f"the loss is {loss} at step {step}: take a smaller --{self.name}-lr")
         if self.name == "shampoo" and step == 1:
@@ -126,23 +126,23 @@ class Trainer:
         else:
             tensors = (t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
             bytes_here, skipped, failed = sum(t.numel() * t.element_size() for t in tensors), 0, 0
-        all_gather_object = gather((bytes_here, skipped, failed))
+        by_rank = gather((bytes_here, skipped, failed))
         counts = {
-            "state_bytes": [size for size, _, _ in all_gather_object],
-            "skipped_steps": max(skipped for _, skipped, _ in all_gather_object),
-            "root_failures": sum(failed for _, _, failed in all_gather_object),
+            "state_bytes": [size for size, _, _ in by_rank],
+            "skipped_steps": max(skipped for _, skipped, _ in by_rank),
+            "root_failures": sum(failed for _, _, failed in by_rank),
         }
         self._write(event="finished", step=self.settings.steps, **counts)
 
     def _write_plan(self) -> None:
-        """Collect the plan of every pipeline stage; ranks that share a stage have the same one."""
+        """Write the plans of all pipeline stages; ranks that share a stage have the same one."""
         assert isinstance(self.optimizer, Shampoo)
         plans = dict.fromkeys(chain(*gather([plan.to_json() for plan in self.optimizer.plans])))
         if self.log:
             plan_file(self.settings.output).write_text(json.dumps([json.loads(plan) for plan in plans]) + "\n")
 
     def _save(self, step: int) -> None:
-        """Write a checkpoint; `latest` names it only when all ranks have written, and the one before goes only then."""
+        """Write a checkpoint; only when all ranks have written it, `latest` names it and the previous one goes."""
         tag = f"step-{step:06d}"
         self.engine.save_checkpoint(str(self.checkpoints), tag=tag, save_latest=False)
         dist.barrier()
@@ -165,7 +165,7 @@ class Trainer:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all ranks, on every rank."""
+    """Gather the values of all ranks on every rank."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

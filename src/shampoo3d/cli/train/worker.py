@@ -1,4 +1,7 @@
-"""A rank: `python -m shampoo3d.cli.train.worker OUTPUT`, told by RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT."""
+"""One rank of a run: `python -m shampoo3d.cli.train.worker OUTPUT`.
+
+The environment sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +47,11 @@ def work(settings: Settings, report: Report) -> None:
 
 
 def silent(record: Record) -> None:
-    """Rank 0 speaks for all."""
+    """Report nothing: rank 0 reports for all ranks."""
 
 
 def quiet(settings: Settings) -> int:
-    """Send what any library prints to this rank's log file; return a descriptor of the former standard output."""
+    """Redirect what any library prints to this rank's log file; return a descriptor of the former standard output."""
     stdout = os.dup(1)
     log = os.open(rank_log(settings.output, int(os.environ["RANK"])), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
@@ -58,9 +61,9 @@ def quiet(settings: Settings) -> int:
 
 @contextmanager
 def last_act(complain: Callable[[str], None]) -> Iterator[None]:
-    """End this process with the body. What goes wrong there goes to this rank's log, and to `complain` in one line.
+    """End this process with the body. An error in it goes to this rank's log, and to `complain` in one line.
 
-    It ends at once: an ordinary exit joins communication threads, which may wait for other ranks or abort.
+    The process ends at once: an ordinary exit joins communication threads, which may wait for other ranks or abort.
     """
     code = 1
     try:
