@@ -1,9 +1,10 @@
-"""Statistics of blocks from those of other blocks of the same matrix.
+"""Statistics of new blocks from those of the old blocks of the same matrix.
 
-Where a new block intersects old blocks b, its statistics along axis i are those of b, for the rows that are in both,
-times the share of b's other axes that it has: ``L_i = sum_b share_b L_i^b``. For sums of ``G_(i) G_(i)^T`` this is
-exact if the new block has all of the other axes of every b, and its rows lie in one b; entries between rows of two b
-are 0, and a share is what columns contribute on average. Averages ("kl") are weighted by b's share of the new block.
+The statistics of a new block along axis i are the sum over the old blocks b that it intersects of b's statistics, for
+the rows in both, times the share of b's other axes that it has: ``L_i = sum_b share_b L_i^b``. For sums of
+``G_(i) G_(i)^T`` this is exact if the new block has all of the other axes of every b, and its rows lie in one b;
+entries between rows of two b are 0, and a share is the average contribution of columns. Averages ("kl") are weighted by
+b's share of the new block.
 """
 
 import bisect
@@ -41,10 +42,10 @@ class _Old:
 
 @dataclass(eq=False)
 class Reblocking:
-    """New blocks that this rank owns, of matrices that were cut otherwise when they were saved.
+    """New blocks that this rank owns, of matrices that were saved with other blocks.
 
     Attributes:
-        exact: True for each matrix of which all statistics on this rank are carried over exactly.
+        exact: by matrix, True if all its statistics on this rank are carried over exactly.
     """
 
     teams: Sequence[Team]
@@ -56,14 +57,14 @@ class Reblocking:
 
     def __post_init__(self) -> None:
         for _, _, binding, new, name in self._new():
-            known = self._old.setdefault(name, {})
+            blocks = self._old.setdefault(name, {})
             equals = among_equals_of(self.saved[name].cuts)
             for block in _reached(self.saved[name].cuts, new):
-                if block not in known:
-                    known[block] = _Old(block, *equals[block], self._room(name, block, binding.matrix))
+                if block not in blocks:
+                    blocks[block] = _Old(block, *equals[block], self._room(name, block, binding.matrix))
 
     def _new(self) -> Iterator[tuple[Batch, int, Binding, Block, Name]]:
-        """The new blocks, each with its batch and row there."""
+        """Yield the new blocks, each with its batch and its row there."""
         for team in self.teams:
             for batch in (batch for batch in team.batches if not batch.guests):
                 for row, slot in enumerate(batch.slots):
@@ -81,7 +82,7 @@ class Reblocking:
         return {kind: torch.zeros(shape, dtype=dtype) for kind, shape in shapes.items()}
 
     def held(self) -> list[Held]:
-        """Return the statistics of old blocks that are needed here, to be read."""
+        """Return the statistics of old blocks that this rank must read."""
         rows: dict[tuple[Name, str], tuple[Shape, list[tuple[Block, Tensor]]]] = {}
         for name, blocks in self._old.items():
             for old in blocks.values():
@@ -118,7 +119,7 @@ def _reached(cuts: Sequence[Cuts], block: Block) -> Iterator[Block]:
 
 
 def _statistics(block: Block, axis: int, old: Sequence[_Old], *, kl: bool) -> Tensor:
-    """Compute L along an axis of a new block."""
+    """Compute L along an axis of a new block, by the sum in the module's docstring."""
     sample = _whole(old[0], axis)
     L = sample.new_zeros((block.shape[axis],) * sample.dim())
     for of in old:

@@ -33,8 +33,8 @@ class Pending:
     """Loaded state that waits until its parameters are bound.
 
     Attributes:
-        saved: by parameter; ``own``: what belongs to flat slices.
-        known: the matrices as they were described.
+        saved: the state by parameter; ``own``: the state of flat slices.
+        known: the saved descriptions of the matrices.
     """
 
     saved: dict[Tensor, ParamState] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Checkpointed(Optimizer):
     _bound: Bound | None
     _pending: "Pending"
     _groups: list[dict[str, Any]]
-    _unfinished: int = 0  # the step that is under way, or ended in its middle
+    _unfinished: int = 0  # the step that is running or was interrupted; 0 if none
 
     @abstractmethod
     def bind(self) -> None:
@@ -66,7 +66,7 @@ class Checkpointed(Optimizer):
         pending: "Pending",
         owned: Mapping[Tensor, ParamState],
     ) -> None:
-        """Make teams with new stacks, with the state in them that waits or is owned already."""
+        """Make teams with new stacks, and copy the pending or owned state into them."""
 
     @abstractmethod
     def _located(self) -> ParallelGroups:
@@ -89,11 +89,11 @@ class Checkpointed(Optimizer):
 
     @property
     def _steps(self) -> dict[Tensor, int]:
-        """Steps that each tensor of the groups has taken."""
+        """Number of steps that each tensor of the groups has taken."""
         return {tensor: int(state["step"]) for tensor, state in self.state.items()}
 
     def _complete_state(self) -> dict[Tensor, ParamState]:
-        """The state of every parameter, whoever keeps it; of flat slices, what this rank keeps of them."""
+        """Gather the state of every parameter from all ranks; for flat slices, only that on this rank."""
         begun = dict(self._pending.saved)
         if self._bound is None:
             return begun
@@ -108,15 +108,15 @@ class Checkpointed(Optimizer):
         return {param: begun.get(param, {"step": 0}) for group in self.param_groups for param in group["params"]}
 
     def _parameters(self) -> dict[str, Any]:
-        """The matrices that take part in steps, in plain data; of a copy those that were bound in the original."""
+        """Describe the bound matrices, in plain data; in an unbound copy, those of the original."""
         return checkpoint.parameters_of(self._teams, self._steps) if self._bound else self._pending.known
 
     @during("in state_dict()")
     def state_dict(self) -> dict[str, Any]:
-        """Return the complete state, whoever owns it, as one process would have it; in copies.
+        """Return copies of the complete state of all ranks, as one process would have it.
 
-        Collective where the work is shared: every rank must call it. It loads into any number of ranks. Under ZeRO it
-        is what this rank keeps, without communication, as in DeepSpeed's files; that loads into the same layout.
+        Collective if the work is shared: every rank must call it. It loads into any number of ranks. Under ZeRO it is
+        the state on this rank, without communication, as in DeepSpeed's files, and loads only into the same layout.
         """
         self._must_be_whole()
         owned, self.state = self.state, defaultdict(dict, self._complete_state())
@@ -137,7 +137,7 @@ class Checkpointed(Optimizer):
     @torch.no_grad()
     @during("in load_state_dict()")
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state that :meth:`state_dict` made; each rank takes what it stores and owns.
+        """Load a state from :meth:`state_dict`; each rank loads the parts that it stores and owns.
 
         Before the first step of a distributed run the ranks are not known yet; the state is then checked at that step.
 
@@ -147,7 +147,7 @@ class Checkpointed(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         groups, saved = checkpoint.by_parameter(self.param_groups, state_dict, self._registry.names, self.hyperparams)
-        described: dict[str, Any] = state_dict.get("shampoo", {})  # PyTorch's conversions leave it out
+        described: dict[str, Any] = state_dict.get("shampoo", {})  # absent after PyTorch's conversions
         checkpoint.check_described(described, self.hyperparams)
         own = described if "layout" in described else None
         if saved and flat_groups(self._registry) != (own is not None):
@@ -189,11 +189,11 @@ class Checkpointed(Optimizer):
 
     @torch.no_grad()
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Write the whole state and the weights into a new folder, each rank what it keeps.
+        """Write the complete state and the weights into a new folder, each rank its own part.
 
-        Collective where the work is shared, on storage that all ranks see. The folder gets its name only when it is
-        complete; a crash leaves ``<path>.partial``. The weights are those that steps update: of low-precision models
-        the master copies.
+        Collective if the work is shared, on storage that all ranks see. The folder gets its name only when it is
+        complete; a crash leaves ``<path>.partial``. The weights are those that steps update: the master copies of
+        low-precision models.
 
         Raises:
             CheckpointError: on every rank, if the folder exists or could not be written.
@@ -209,18 +209,18 @@ class Checkpointed(Optimizer):
     def load_checkpoint(
         self, path: str | os.PathLike[str], *, weights: bool = True, strict: bool = True, reblock: bool = False
     ) -> folder.Loaded:
-        """Load what :meth:`save_checkpoint` wrote, in any layout and on any number of ranks.
+        """Load a folder that :meth:`save_checkpoint` wrote, in any layout and on any number of ranks.
 
-        Collective where the work is shared; with DeepSpeed after ``deepspeed.initialize``.
+        Collective if the work is shared; with DeepSpeed call it after ``deepspeed.initialize``.
 
         Args:
-            weights: load the weights, too; where an engine keeps master copies, both these and the model's own.
+            weights: load the weights, too; if an engine keeps master copies, both these and the model's own.
             strict: all parameters must have state there and all of it must be loaded, except those without steps.
-            reblock: allow matrices to be cut into other blocks than they were: what belongs to elements is carried
-                over, and statistics as far as they are known, see ``docs/checkpoints.md``.
+            reblock: allow matrices to be cut into other blocks than before: state of elements is carried over, and
+                statistics as far as they are known, see ``docs/checkpoints.md``.
 
         Returns:
-            A report: settings that changed, parameters that begin anew or were left, and reblocked ones.
+            A report: settings that changed, parameters that start anew or were not loaded, and reblocked ones.
 
         Raises:
             CheckpointError: on every rank, naming what is damaged or does not fit; nothing was changed.
@@ -242,7 +242,7 @@ class Checkpointed(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickles, which bind their parameters anew at their first step."""
         registry = replace(self._registry, models=[])
-        kept = (
+        names = (
             "defaults",
             "param_groups",
             "hyperparams",
@@ -253,4 +253,4 @@ class Checkpointed(Optimizer):
         )
         pending = Pending(self._complete_state(), self._pending.own, self._parameters())
         fresh = {"state": defaultdict(dict), "_registry": registry, "_bound": None, "_pending": pending}
-        return {name: getattr(self, name) for name in kept} | fresh | {"_groups": self._groups}
+        return {name: getattr(self, name) for name in names} | fresh | {"_groups": self._groups}

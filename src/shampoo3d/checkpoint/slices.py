@@ -13,38 +13,38 @@ from shampoo3d.runtime.team import Team
 
 
 def own_state(teams: Sequence[Team], numbers: Mapping[Tensor, int]) -> dict[str, Any]:
-    """Collect what only this rank keeps of matrices in flat slices, with a fingerprint of the layout it belongs to.
+    """Collect the state that only this rank keeps of matrices in flat slices, with fingerprints of the layout.
 
-    "slices" describes the storage: for each matrix the number of the flat tensor, -1 if the groups do not show it,
-    the names of its momenta, and for each rectangle start, shape, offset and strides. Of several shard groups only the
-    first is described.
+    "slices" describes the storage: for each matrix the number of the flat tensor, -1 if it is not in the groups, the
+    names of its momenta, and for each rectangle start, shape, offset and strides. Only the first of several shard
+    groups is described.
     """
     slices: dict[str, Any] = {}
     for team in teams:
         for binding in (binding for binding in team.bindings if binding.matrix.sharded):
-            pieces = (p for part in parts_of(team, binding, everything=False) for p in binding.matrix.pieces(part))
-            found = [(p.box.start, p.box.shape, binding.offset + p.offset, p.strides) for p in pieces]
-            if found:
+            pieces = (p for shard in parts_of(team, binding, everything=False) for p in binding.matrix.pieces(shard))
+            rectangles = [(p.box.start, p.box.shape, binding.offset + p.offset, p.strides) for p in pieces]
+            if rectangles:
                 momenta = momenta_names(team.hp, binding.matrix.factored)
                 number = numbers.get(binding.group_tensor.tensor, -1)
-                slices[binding.matrix.name] = {"tensor": number, "pieces": found, "momenta": momenta}
+                slices[binding.matrix.name] = {"tensor": number, "pieces": rectangles, "momenta": momenta}
     return {"layout": layout_of(teams), "factors": owned_factors(teams), "slices": slices}
 
 
 def parts_of(team: Team, binding: Binding, *, everything: bool) -> Iterator[Shard]:
-    """What this rank stores of a matrix, unless only the first cover is wanted and it belongs to another."""
+    """Yield this rank's shard of a matrix: always with ``everything``, else only in the first shard group."""
     for holder in binding.matrix.holders:
         if holder.rank == team.rank and (everything or holder.shard_group == first_shard_group(binding)):
             yield holder.shard
 
 
 def first_shard_group(binding: Binding) -> int:
-    """The number of the first ranks that store the whole matrix between them."""
+    """Return the number of the first shard group."""
     return min(holder.shard_group for holder in binding.matrix.holders)
 
 
 def layout_of(teams: Sequence[Team]) -> list[str]:
-    """Return fingerprints of the plans: state that each rank keeps for itself fits no other layout."""
+    """Return fingerprints of the plans, since a rank's own state fits no other layout."""
     return [team.plan.digest() for team in teams]
 
 
@@ -54,7 +54,7 @@ def check_own(
     saved: Mapping[str, Any],
     slices: Mapping[Tensor, ParamState],
 ) -> None:
-    """Raise unless what :func:`own_state` and :func:`live_state` saved belongs to this layout.
+    """Raise unless the state that :func:`own_state` and :func:`live_state` returned belongs to this layout.
 
     Raises:
         ValueError: naming what differs.
@@ -65,14 +65,14 @@ def check_own(
             f"plans {saved['layout']}, here {layout_of(teams)}"
         )
     for tensor, state in slices.items():
-        given = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+        actual = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
         wanted = {name: tuple(value.shape) for name, value in live[tensor].items() if isinstance(value, Tensor)}
-        if given != wanted:
-            raise ValueError(f"the loaded state of a slice of {tensor.numel()} elements holds {given}, not {wanted}")
+        if actual != wanted:
+            raise ValueError(f"the loaded state of a slice of {tensor.numel()} elements holds {actual}, not {wanted}")
 
 
 def load_own(teams: Sequence[Team], live: dict[Tensor, ParamState], saved: Mapping[str, Any], slices: Any) -> None:
-    """Load what :func:`own_state` and :func:`live_state` saved on this rank, already checked."""
+    """Load the state that :func:`own_state` and :func:`live_state` returned on this rank, already checked."""
     for tensor, state in slices.items():
         live[tensor]["step"] = int(state["step"])
         copy_into({name: value for name, value in live[tensor].items() if name != "step"}, state)

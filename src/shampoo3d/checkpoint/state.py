@@ -1,6 +1,6 @@
-"""State keyed by parameter and block: gathered from a team, and loaded by the ranks that store and own it.
+"""State by parameter and block: gathered from a team, and loaded by the ranks that store and own it.
 
-The blocks of a checkpoint are those of the logical matrix, so it does not show, or depend on, the layout it came from.
+The blocks of a checkpoint are those of the logical matrix, so that it does not depend on the layout it came from.
 """
 
 from collections import defaultdict
@@ -35,26 +35,24 @@ FLAT_NAMES = {
     "graft_accumulator": "exp_avg_sq",
     "graft_momentum": "graft_momentum",
 }
-"""Names of the state of flat slices: those under which DeepSpeed looks for such state."""
+"""Names of the state of flat slices, which are those that DeepSpeed expects."""
 
 
 def live_state(teams: Sequence[Team]) -> dict[Tensor, ParamState]:
-    """Return what this rank keeps for each tensor of the groups, in views of the buckets and stacks.
+    """Return the state on this rank of each tensor of the groups, in views of the buckets and stacks.
 
-    For flat slices it is what belongs to single elements, in the layout of the slice; their factors are in
+    For flat slices it is the state of elements, in the layout of the slice; their factors are in
     :func:`owned_factors`.
     """
     state: dict[Tensor, ParamState] = {
         group_tensor.tensor: {"step": 0} for team in teams for group_tensor in team.group_tensors
     }
     for team in teams:
-        for group_tensor, bucket in team.flat_buckets.items():
-            state[group_tensor.tensor] |= {
-                FLAT_NAMES[name]: tensor for name, tensor in bucket.momenta.tensors().items()
-            }
-        for stack in team.stacked_buckets:
-            for row, (binding, fragment) in enumerate(stack.members):
-                views = {name: tensor[row] for name, tensor in stack.momenta.tensors().items()}
+        for group_tensor, flat in team.flat_buckets.items():
+            state[group_tensor.tensor] |= {FLAT_NAMES[name]: tensor for name, tensor in flat.momenta.tensors().items()}
+        for bucket in team.stacked_buckets:
+            for row, (binding, fragment) in enumerate(bucket.members):
+                views = {name: tensor[row] for name, tensor in bucket.momenta.tensors().items()}
                 state[binding.group_tensor.tensor].setdefault(fragment.box.key, {}).update(views)
         for binding, block, views, _ in factors_of(team):
             if not binding.matrix.sharded:
@@ -64,16 +62,16 @@ def live_state(teams: Sequence[Team]) -> dict[Tensor, ParamState]:
 
 def owned_factors(teams: Sequence[Team]) -> dict[str, dict[str, dict[str, Tensor]]]:
     """Return the factors that this rank owns of matrices in flat slices, by parameter and block."""
-    found: defaultdict[str, dict[str, dict[str, Tensor]]] = defaultdict(dict)
+    factors: defaultdict[str, dict[str, dict[str, Tensor]]] = defaultdict(dict)
     for team in teams:
         for binding, block, views, _ in factors_of(team):
             if binding.matrix.sharded:
-                found[binding.matrix.name][block.key] = views
-    return dict(found)
+                factors[binding.matrix.name][block.key] = views
+    return dict(factors)
 
 
 def factors_of(team: Team) -> Iterator[tuple[Binding, Block, dict[str, Tensor], bool]]:
-    """Yield what is kept here of each block that has factors, in views; with True if another rank owns it."""
+    """Yield each block whose factors are kept here, with views of its state; True if another rank owns it."""
     for batch in team.batches:
         tensors = batch.stack.tensors()
         for row, slot in enumerate(batch.slots):
@@ -123,10 +121,10 @@ def _whole_momenta(team: Team, communicator: Communicator) -> dict[int, dict[str
         if not team.bindings[transfer.matrix].matrix.sharded
     )
     items = [item for item in items if names[item[1]]]  # Adam in eigenbases needs nothing at the homes
-    kept = {}
+    stacked = {}
     for bucket in team.stacked_buckets:
         for row, (binding, fragment) in enumerate(bucket.members):
-            kept[binding.number, fragment.box.key] = [tensor[row] for tensor in bucket.momenta.tensors().values()]
+            stacked[binding.number, fragment.box.key] = [tensor[row] for tensor in bucket.momenta.tensors().values()]
 
     def mine(number: int) -> Tensor:
         _, matrix, piece = items[number]
@@ -134,7 +132,7 @@ def _whole_momenta(team: Team, communicator: Communicator) -> dict[int, dict[str
         if binding.matrix.sharded:
             tensors = team.flat_buckets[binding.group_tensor].momenta.tensors()
             return torch.stack([binding.view(tensors[name], piece) for name in names[matrix]])
-        return torch.stack(kept[matrix, piece.box.key])
+        return torch.stack(stacked[matrix, piece.box.key])
 
     whole = {binding.number: _merged_zeros(binding, team.hp) for binding in team.bindings}
     sizes = [(home, piece.box.elements * len(names[matrix])) for home, matrix, piece in items]
@@ -146,7 +144,7 @@ def _whole_momenta(team: Team, communicator: Communicator) -> dict[int, dict[str
 
 
 def _merged_zeros(binding: Binding, hp: ShampooHyperParams) -> dict[str, Tensor]:
-    """Allocate the momenta of a logical matrix, merged, as zeros."""
+    """Allocate zeros for the momenta of a logical matrix, merged."""
     stored = binding.group_tensor.stored
     shape, dtype = binding.matrix.merged, state_dtype(stored.dtype)
     return {
@@ -157,25 +155,25 @@ def _merged_zeros(binding: Binding, hp: ShampooHyperParams) -> dict[str, Tensor]
 
 def _all_factors(team: Team, communicator: Communicator) -> dict[tuple[int, str], dict[str, Tensor]]:
     """Gather all factors, by matrix and block."""
-    kept = {(binding.number, block.key): views for binding, block, views, _ in factors_of(team)}
+    local = {(binding.number, block.key): views for binding, block, views, _ in factors_of(team)}
     planned = [(team.slots[slot][0].number, block) for slot, block in enumerate(team.plan.blocks) if block.axes]
     shapes = [factor_shapes(block.shape, block.axes, team.hp, block.diagonal) for _, block in planned]
 
     def mine(n: int) -> Tensor:
         matrix, block = planned[n]
-        return torch.cat([tensor.reshape(-1) for tensor in kept[matrix, block.key].values()])
+        return torch.cat([tensor.reshape(-1) for tensor in local[matrix, block.key].values()])
 
-    found = {}
+    factors = {}
     counts = [[shape.numel() for shape in named.values()] for named in shapes]
     sizes = [(block.owner, sum(count)) for (_, block), count in zip(planned, counts, strict=True)]
     for n, flat in _shared(team, communicator, [matrix for matrix, _ in planned], sizes, mine):
         matrix, block = planned[n]
         pieces = zip(shapes[n].items(), flat.split_with_sizes(counts[n]), strict=True)
-        found[matrix, block.key] = {
+        factors[matrix, block.key] = {
             name: piece.view(shape).to(kept_dtype(name, team.hp, flat.dtype), copy=True)
             for (name, shape), piece in pieces
         }
-    return found
+    return factors
 
 
 def _shared(
@@ -187,7 +185,8 @@ def _shared(
 ) -> Iterator[tuple[int, Tensor]]:
     """Gather the items of all ranks: yield the number of each item with its flat tensor.
 
-    ``matrices`` and ``sizes``, (rank that has it, elements), are those of the items; ``mine`` returns this rank's.
+    Item n belongs to ``matrices[n]``, with the rank that has it and its elements in ``sizes[n]``; ``mine(n)`` returns
+    the values of an item of this rank.
     """
     dtypes = [state_dtype(team.bindings[matrix].group_tensor.tensor.dtype) for matrix in matrices]
     for dtype in dict.fromkeys(dtypes):
@@ -208,11 +207,11 @@ def check_loadable(binding: Binding, saved: ParamState, hp: ShampooHyperParams) 
     """
     matrix = binding.matrix
     blocks = {block.key: block for block in canonical_blocks(matrix, hp)}
-    found = set(saved) - {"step"}
-    if found != set(blocks):
-        missing, extra = sorted(set(blocks) - found), sorted(found - set(blocks))
+    keys = set(saved) - {"step"}
+    if keys != set(blocks):
+        missing, extra = sorted(set(blocks) - keys), sorted(keys - set(blocks))
         raise ValueError(
-            f"the loaded state of {matrix.name!r} has {len(found)} blocks where the optimizer has {len(blocks)}: "
+            f"the loaded state of {matrix.name!r} has {len(keys)} blocks where the optimizer has {len(blocks)}: "
             f"missing {missing[:3]}, unknown {extra[:3]}; it was saved with another block_size or shape, other splits, "
             "or not by all ranks"
         )
@@ -224,10 +223,10 @@ def check_loadable(binding: Binding, saved: ParamState, hp: ShampooHyperParams) 
         check_kind(f"the loaded state of block {key} of {matrix.name!r}", saved[key], Mapping, "a dict of tensors")
         for field, tensor in saved[key].items():
             check_kind(f"{field} in the loaded state of block {key} of {matrix.name!r}", tensor, Tensor, "a tensor")
-        given = {field: tuple(tensor.shape) for field, tensor in saved[key].items()}
-        if given != wanted:
+        actual = {field: tuple(tensor.shape) for field, tensor in saved[key].items()}
+        if actual != wanted:
             raise ValueError(
-                f"the loaded state of block {key} of {matrix.name!r} holds {given} where {wanted} is needed: saved "
+                f"the loaded state of block {key} of {matrix.name!r} holds {actual} where {wanted} is needed: saved "
                 "with other hyperparams, such as graft_type, start_preconditioning_step or precondition"
             )
         bad = [field for field, tensor in saved[key].items() if not tensor.isfinite().all()]
@@ -239,7 +238,7 @@ def check_loadable(binding: Binding, saved: ParamState, hp: ShampooHyperParams) 
 
 
 def load(teams: Sequence[Team], live: dict[Tensor, ParamState], saved: Mapping[Tensor, ParamState]) -> None:
-    """Copy complete state, already checked, into what this rank keeps."""
+    """Copy complete state, already checked, into the state on this rank."""
     for team in teams:
         for binding in team.bindings:
             if binding.group_tensor.tensor in saved:
@@ -253,19 +252,19 @@ def load(teams: Sequence[Team], live: dict[Tensor, ParamState], saved: Mapping[T
 def carry(
     live: dict[Tensor, ParamState], owned: Mapping[Tensor, ParamState], before: Sequence[Team], now: Sequence[Team]
 ) -> None:
-    """Copy what this rank kept before into what it keeps now; owners and homes of what was bound do not change."""
+    """Copy the state of the teams before into those now; owners and homes of bound parameters do not change."""
     factors = owned_factors(now)
     for name, blocks in owned_factors(before).items() if owned else ():
         for key, views in factors.get(name, {}).items():
             copy_into(views, blocks[key])
     for tensor, state in owned.items():
-        for key, kept in state.items():
+        for key, value in state.items():
             if key == "step":
-                live[tensor]["step"] = kept
-            elif isinstance(kept, Tensor):
-                live[tensor][key].copy_(kept)
+                live[tensor]["step"] = value
+            elif isinstance(value, Tensor):
+                live[tensor][key].copy_(value)
             else:
-                copy_into(live[tensor][key], kept)
+                copy_into(live[tensor][key], value)
 
 
 def _load_momenta(team: Team, saved: Mapping[Tensor, ParamState]) -> None:
@@ -285,8 +284,8 @@ def _load_momenta(team: Team, saved: Mapping[Tensor, ParamState]) -> None:
     for binding in team.bindings:
         if binding.number in whole and binding.matrix.sharded:
             flat = team.flat_buckets[binding.group_tensor]
-            part = next(h.shard for h in binding.matrix.holders if h.rank == team.rank)
-            for piece in binding.matrix.pieces(part):
+            shard = next(h.shard for h in binding.matrix.holders if h.rank == team.rank)
+            for piece in binding.matrix.pieces(shard):
                 for name, values in whole[binding.number].items():
                     binding.view(flat.momenta.tensors()[name], piece).copy_(values[piece.box.slices])
 
@@ -297,7 +296,7 @@ def copy_into(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 
 def parameters_of(teams: Sequence[Team], steps: Mapping[Tensor, int]) -> dict[str, Any]:
-    """Describe the matrices that are bound, in plain data."""
+    """Describe the bound matrices, in plain data."""
     bindings = (binding for team in teams for binding in team.bindings)
     return {b.matrix.name: asdict(Parameter.of(b.matrix, steps[b.group_tensor.tensor])) for b in bindings}
 
@@ -329,8 +328,8 @@ def loaded_groups(
                 f"group {number} of the loaded state has {len(theirs['params'])} parameters, "
                 f"the optimizer's has {len(ours['params'])}"
             )
-        kept: dict[str, Any] = {name: ours[name] for name in ("params", "param_names") if name in ours}
-        group: dict[str, Any] = {**ours, **theirs, **kept}
+        own: dict[str, Any] = {name: ours[name] for name in ("params", "param_names") if name in ours}
+        group: dict[str, Any] = {**ours, **theirs, **own}
         check_group(group, hp)
         groups.append(group)
     return groups
@@ -376,18 +375,18 @@ def _check_form(saved: Any) -> None:
 
 
 def replace_settings(groups: Sequence[dict[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> None:
-    """Give groups other settings; the dictionaries themselves stay, since engines and schedulers hold them."""
+    """Replace the settings of groups in place, since engines and schedulers hold the dictionaries."""
     for group, settings in zip(groups, loaded, strict=True):
-        kept = dict(settings)  # which may be of the group itself
+        copy = dict(settings)  # since it may be the group itself
         group.clear()
-        group.update(kept)
+        group.update(copy)
 
 
 def check_described(described: Mapping[str, Any], hp: ShampooHyperParams) -> None:
     """Raise ValueError if the description of a ``state_dict()`` forbids loading it.
 
-    That is: its format is newer than this version reads, or with these settings it would mean something else; the
-    error has their names and values.
+    Its format may be newer than this version reads, or it may have another meaning with these settings; the error has
+    their names and values.
     """
     check_integer("the format of the loaded state", described.get("format", FORMAT), least=1)
     check_integer("skipped_steps of the loaded state", described.get("skipped_steps", 0), least=0)

@@ -1,8 +1,8 @@
-"""State as logical tensors of which each rank has rectangles: what is saved does not depend on the layout.
+"""State as logical tensors of which each rank has rectangles, so that checkpoints do not depend on the layout.
 
 Elements (weights, averages, momenta) belong to tensors of the shape of the merged matrix; a factor is a row of one
-tensor for all blocks of its shape. ``torch.distributed.checkpoint`` writes and reads the rectangles, and finds those
-that others have saved.
+tensor for all blocks of its shape. ``torch.distributed.checkpoint`` writes and reads the rectangles, also across
+layouts.
 """
 
 from collections import Counter
@@ -34,7 +34,7 @@ class Scattered(Tensor):
     """A logical tensor of which this rank has some rectangles; nothing can be computed with it.
 
     Attributes:
-        chunks: the rectangles that are written or read at once, each with a function that returns its values.
+        chunks: the rectangles that are each written or read as one, with functions that return their values.
     """
 
     chunks: tuple[tuple[Block, Callable[[], Tensor]], ...]
@@ -69,7 +69,7 @@ class Scattered(Tensor):
         return [ChunkStorageMetadata(torch.Size(b.start), torch.Size(b.shape)) for b, _ in self.chunks]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        # When reading, index.index is the number of the chunk: what is kept twice may start at the same corner. When
+        # In reading, index.index is the number of the chunk, and chunks kept twice may start at the same corner. In
         # writing, it is another number, but no two chunks start at the same corner.
         here = [number for number, (block, _) in enumerate(self.chunks) if block.start == tuple(index.offset or ())]
         return self.chunks[index.index if index.index in here else here[0]][1]()
@@ -77,7 +77,7 @@ class Scattered(Tensor):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rectangles that form a larger one, and their values, as views of the kept tensors."""
+    """Rectangles that form a larger one, with their values as views of the state."""
 
     block: Block
     members: tuple[tuple[Block, Tensor], ...]
@@ -139,8 +139,8 @@ class Held:
     """A logical tensor of the state, and the rectangles of it that this rank keeps.
 
     Attributes:
-        name: of the matrix that it belongs to.
-        what: its kind, such as "weight", "momentum" or, of all blocks of one shape, "128x128/L0".
+        name: name of the matrix that it belongs to.
+        what: its kind, such as "weight", "momentum" or, for all blocks of one shape, "128x128/L0".
         size: its shape.
     """
 
@@ -174,7 +174,7 @@ class Held:
         return Scattered(self.size, self.dtype, targets), buffers
 
     def take(self, buffers: Sequence[Tensor]) -> None:
-        """Copy what was read into the state."""
+        """Copy the values that were read into the state."""
         for chunk, values in zip(self.chunks, buffers, strict=True):
             chunk.write(values)
 
@@ -188,15 +188,15 @@ class Weights:
     """Weights on this rank.
 
     Attributes:
-        flats: those of each group tensor, in row-major order.
-        models: the model's own parameters beside these, by name, where an engine keeps master copies.
+        flats: the weights of each group tensor, in row-major order.
+        models: the model's own parameters beside these, by name, if an engine keeps master copies.
     """
 
     flats: Mapping[GroupTensor, Tensor]
     models: Mapping[str, Tensor]
 
     def stored(self, team: Team, binding: Binding) -> Iterator[tuple[Piece, Tensor]]:
-        """Yield all that is stored here of a matrix, in views."""
+        """Yield all pieces of a matrix that this rank stores, with views of their values."""
         for shard in parts_of(team, binding, everything=True):
             for piece in binding.matrix.pieces(shard):
                 yield piece, binding.view(self.flats[binding.group_tensor], piece)
@@ -207,7 +207,7 @@ class Weights:
                         yield piece, flat.as_strided(piece.box.shape, piece.strides, start)
 
     def at_home(self, team: Team, binding: Binding) -> Iterator[tuple[Piece, Tensor]]:
-        """Yield those whose home is this rank, in views; each element of a matrix on one rank."""
+        """Yield the pieces whose home is this rank, with views of their values; each element on one rank only."""
         for piece in _at_home(team, binding):
             yield piece, binding.view(self.flats[binding.group_tensor], piece)
 
@@ -215,12 +215,12 @@ class Weights:
 def held(
     teams: Sequence[Team], called: Mapping[Binding, str], weights: Weights | None, *, everything: bool
 ) -> list[Held]:
-    """Collect what this rank has of the state and the weights.
+    """Collect the state and the weights on this rank.
 
     Args:
-        called: the names of the matrices that are wanted.
+        called: the names of the matrices to collect.
         weights: None for the state alone.
-        everything: all that is kept here, for reading; else, for writing, each element on one rank only.
+        everything: True to collect everything on this rank, for reading; else each element on one rank, for writing.
     """
     sizes: dict[tuple[str, str], Shape] = {}
     parts: dict[tuple[str, str], list[tuple[Block, Tensor]]] = {}
@@ -255,19 +255,19 @@ def _rectangles(team: Team, weights: Weights | None, *, everything: bool) -> Ite
                 yield binding, *stacked(block, kind, values, *equals[binding][block])
 
 
-def stacked(block: Block, what: str, values: Tensor, index: int, count: int) -> tuple[str, Shape, Block, Tensor]:
-    """A factor as a row of those of all blocks of its shape: what these are called, their shape, the row, the values.
+def stacked(block: Block, kind: str, values: Tensor, index: int, count: int) -> tuple[str, Shape, Block, Tensor]:
+    """Describe a factor as a row in one tensor for all blocks of its shape: kind and shape of that, row, values.
 
     Args:
         index, count: see :func:`among_equals`.
     """
     row = Block((index, *(0,) * values.dim()), (1, *values.shape))
-    return f"{block_name(block)}/{what}", (count, *values.shape), row, values[None]
+    return f"{block_name(block)}/{kind}", (count, *values.shape), row, values[None]
 
 
 @lru_cache(maxsize=64)
 def among_equals_of(cuts: tuple[Cuts, ...]) -> Mapping[Block, tuple[int, int]]:
-    """Compute :func:`among_equals` of the blocks of a grid."""
+    """Apply :func:`among_equals` to the blocks of a grid."""
     return among_equals(grid(cuts))
 
 
@@ -283,17 +283,17 @@ def among_equals(blocks: Sequence[Block]) -> dict[Block, tuple[int, int]]:
 
 
 def block_name(block: Block) -> str:
-    """Name the blocks of one shape."""
+    """Return the name for all blocks of this one's shape."""
     return "x".join(map(str, block.shape))
 
 
 def _momenta(team: Team, *, everything: bool) -> Iterator[Rectangle]:
-    for stack in team.stacked_buckets:
-        tensors = stack.momenta.tensors()
-        for row, (binding, fragment) in enumerate(stack.members):
+    for bucket in team.stacked_buckets:
+        tensors = bucket.momenta.tensors()
+        for row, (binding, fragment) in enumerate(bucket.members):
             if everything or fragment.shard_group == first_shard_group(binding):
-                for what, values in tensors.items():
-                    yield binding, what, binding.matrix.merged, fragment.box, values[row]
+                for kind, values in tensors.items():
+                    yield binding, kind, binding.matrix.merged, fragment.box, values[row]
     for binding in (binding for binding in team.bindings if binding.matrix.sharded):
         tensors = team.flat_buckets[binding.group_tensor].momenta.tensors()
         for shard in parts_of(team, binding, everything=everything):
@@ -302,10 +302,10 @@ def _momenta(team: Team, *, everything: bool) -> Iterator[Rectangle]:
 
 
 def _at_home(team: Team, binding: Binding) -> Iterator[Piece]:
-    """What of a matrix is at home here, in the first cover."""
+    """Yield the pieces of a matrix in the first shard group whose home is this rank."""
     if binding.matrix.sharded:
-        for part in parts_of(team, binding, everything=False):
-            yield from binding.matrix.pieces(part)
+        for shard in parts_of(team, binding, everything=False):
+            yield from binding.matrix.pieces(shard)
         return
     here = binding.number, team.rank, first_shard_group(binding)
     for transfer in team.share.transfers:
