@@ -16,6 +16,11 @@ ORDER = (
 """Each wing imports itself and those before it only."""
 WITHOUT_TORCH = ("settings", "planning", "numerics.tiles", "numerics.state_names", "numerics.schedule")
 WITHOUT_RANKS = ("settings", "numerics")
+TO_BE_REPLACED = ("planning.memory", "planning.transients")
+VAGUE = {
+    *("what", "whether", "which", "of", "how", "where", "who", "that", "those", "as", "if", "in", "by", "why", "when"),
+}
+"""First words of docstrings that leave their reader to find the verb or the noun."""
 LINEAR_ALGEBRA = {"linalg", "bmm", "baddbmm", "matmul", "cholesky", "qr", "eigh", "svd"}
 COLLECTIVES = {
     *("all_reduce", "all_gather_into_tensor", "all_gather_single", "broadcast", "all_to_all_single"),
@@ -117,6 +122,14 @@ def test_nothing_reaches_deep_into_others() -> None:
             chain = dotted(node)
             own = len(chain) > 1 and chain[0] in ("self", "cls", "torch", "dist")
             assert len(chain) <= 3 + own, (room, ".".join(chain))
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
+    for room, path in FILES.items():
+        strings = [node.value for node in ast.walk(tree(path)) if isinstance(node, ast.Expr)]
+        texts = [node.value for node in strings if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        first = [text.split(maxsplit=1)[0].strip(",.:'`").lower() for text in texts]
+        assert within(room, TO_BE_REPLACED) or not VAGUE & {*first}, (room, VAGUE & {*first})
 
 
 def test_no_file_is_longer_than_400_lines() -> None:
