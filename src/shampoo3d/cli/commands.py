@@ -107,8 +107,11 @@ def plan(
     picture: Annotated[Path | None, typer.Option(help="Also draw it into this file, such as plan.png.")] = None,
     **chosen: Any,
 ) -> None:
-    """Show which rank would own which block of the GPT, what it would keep and allocate (on CPUs unless --device cuda),
-    and what it would receive from others in a step (roots only when refreshed), without starting any process."""
+    """Show the plan of a run on the GPT, without starting any process.
+
+    Lists for each rank its blocks, the memory that it would keep and allocate (on CPUs unless --device cuda), and the
+    traffic that it would receive in a step (roots only when they are refreshed).
+    """
     from shampoo3d.cli.draw import memory_table, ownership_figure, ownership_table, traffic_table
     from shampoo3d.cli.train.text import read_text
 

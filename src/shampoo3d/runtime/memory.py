@@ -150,9 +150,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Alike:
-    """Work that is done to the rows of a stack, some at a time: of rows that are as many, it is done to the first only.
+    """Work on the rows of a stack, some at a time: of equally many rows it is done to the first only.
 
-    To the others happens what is seen of it from outside: as much is allocated and freed, and the same is returned.
+    For the others what is seen of it from outside happens: as much is allocated and freed, and the same is returned.
     """
 
     def __init__(self, work: Callable[..., Any], stack: Stack, meter: Meter) -> None:
@@ -174,7 +174,7 @@ class _Alike:
         return found
 
     def _key(self, *args: Any) -> Any:
-        """What memory depends on: shapes of tensors, how many rows are taken, and the kind of a step t, given last."""
+        """Return what decides the memory: shapes of tensors, the number of rows, the kind of a step t, given last."""
         *given, t = args
         given.append(_kind(t, self._stack.hp) if isinstance(t, int) else t)
         return tuple(self._size(arg) for arg in given)
@@ -193,7 +193,7 @@ class _Nowhere(ParallelGroups):
 
 
 def _bindings(shares: Iterable[tuple[Plan, Sequence[Matrix]]], rank: int) -> list[list[Binding]]:
-    """The matrices of each team where this rank stores them: in a tensor of its own, or in a slice with others."""
+    """Bind the matrices of each team where this rank stores them: in a tensor of its own, or in a slice with others."""
     slices: dict[str, GroupTensor] = {}
     sizes: Counter[str] = Counter()
     bound = []
@@ -219,14 +219,14 @@ def _part(sharding: Sharding, rank: int) -> Shard:
 
 
 def _parameter(shape: Sequence[int], dtype: str) -> Tensor:
-    """One without data, with a gradient."""
+    """Make a parameter without data, with a gradient."""
     tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
     tensor.grad = torch.empty_like(tensor)
     return tensor
 
 
 def _flat_buckets(bindings: Iterable[Sequence[Binding]], hp: ShampooHyperParams) -> dict[GroupTensor, FlatBucket]:
-    """Those of all teams, which may have matrices in one place."""
+    """Make the flat buckets of all teams, which may have matrices in one group tensor."""
     buckets: dict[GroupTensor, FlatBucket] = {}
     for binding in (binding for held in bindings for binding in held if binding.matrix.sharded):
         if binding.group_tensor not in buckets:
@@ -237,15 +237,15 @@ def _flat_buckets(bindings: Iterable[Sequence[Binding]], hp: ShampooHyperParams)
 
 
 def _kind(t: int, hp: ShampooHyperParams) -> tuple[bool, ...]:
-    """What a step does, apart from whose turn it is."""
+    """Tell steps apart by what they do, whoever has a turn."""
     now = phase(t, hp)
     return now.accumulate, now.started, hp.weight_updates(t) > 0, hp.statistics_count(t) > 0, unconditional(t, hp)
 
 
 def _steps(plans: Iterable[Plan], rank: int, hp: ShampooHyperParams) -> list[int]:
-    """The first step of each kind and, when all buffers are there, one in which most roots of one shape are new.
+    """Choose the first step of each kind and, with all buffers there, one in which most roots of one shape are new.
 
-    In order, so that each finds the buffers that it finds in a run.
+    They are in order, so that each finds the buffers that it finds in a run.
     """
     turns = Counter((block.offset, block.kind, block.dtype) for plan in plans for block in plan.owned_by(rank))
 

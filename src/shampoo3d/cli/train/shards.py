@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 @dataclass(frozen=True)
 class Shards:
-    """This process's index among the `size` processes that share every sharded matrix, and their group."""
+    """Index of this process among the `size` processes that share every sharded matrix, and their group."""
 
     index: int = 0
     size: int = 1
