@@ -2,6 +2,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 ENV    := OMP_NUM_THREADS=1 DS_ACCELERATOR=$${DS_ACCELERATOR:-cpu}
+PYTEST := $(ENV) $(BIN)/python -m pytest
+
+# First the tests of one process, two at a time, then those that start ranks, which use all cores. Both are run, also
+# where the first fail.
+tests = $(PYTEST) -n 2 --ignore tests/distributed tests $(1); units=$$?; $(PYTEST) tests/distributed $(1) && exit $$units
 
 .PHONY: demo test test-slow test-all lint format env clean
 
@@ -9,10 +14,10 @@ demo: env  ## train a GPT with AdamW and with 3D-Shampoo on 4 processes; results
 	$(BIN)/shampoo3d train
 
 test: env  ## everything but the slow tests
-	$(ENV) $(BIN)/python -m pytest
+	$(call tests)
 
 test-slow: env  ## all settings on all layouts, the 22 recorded topologies, up to 32 processes
-	$(ENV) $(BIN)/python -m pytest -m slow
+	$(call tests,-m slow)
 
 test-all: test test-slow
 
@@ -31,7 +36,7 @@ env: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch setuptools wheel
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,bench]"
 	touch $@
 
 clean:
