@@ -17,7 +17,7 @@ test: env  ## everything but the slow tests
 	$(call tests)
 
 test-slow: env  ## all settings on all layouts, the 22 recorded topologies, up to 32 processes
-	$(call tests,-m slow)
+	$(call tests,-m "slow or hypothesis" --hypothesis-profile slow)
 
 test-all: test test-slow
 

@@ -246,6 +246,20 @@ def grafted(graft: LayerwiseGrafting) -> dict[str, Any]:
     return {"graft_type": graft, "variant": Variant(beta1=0.9 if graft is LayerwiseGrafting.ADAM else 0.0)}
 
 
+# ---- cases ----
+
+
+def covering(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Choose from the product of all axes, greedily, until any two values of two axes meet in some case."""
+    places = list(itertools.product(*(range(len(values)) for values in (axes := tuple(map(tuple, axes))))))
+    pairs = {place: set(itertools.combinations(enumerate(place), 2)) for place in places}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        chosen.append(max(places, key=lambda place: len(pairs[place] & missing)))
+        missing -= pairs[chosen[-1]]
+    return [tuple(values[i] for values, i in zip(axes, place, strict=True)) for place in chosen]
+
+
 # ---- comparison ----
 
 

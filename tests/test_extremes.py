@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import assert_equal, clones, parameters, saved_and_loaded, snapshot, tensors_in, train
+from common import assert_equal, clones, covering, parameters, saved_and_loaded, snapshot, tensors_in, train
 from shampoo3d import Computation, Shampoo, ShampooHyperParams, StepRefusedError, Variant
 from shampoo3d.runtime.agreement import largest_norm
 
@@ -28,15 +28,13 @@ def stepped(optimizer: Shampoo, p: nn.Parameter, *gradients: Any) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("settings", SQUARES.values(), ids=SQUARES.keys())
-@pytest.mark.parametrize("diagonal_eps", [0.0, 1e-300])
-@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-30, 1e-19])
-@pytest.mark.parametrize("shape", [(3, 2), (3,)])
-def test_nothing_is_divided_by_zero(
-    settings: dict[str, Any], diagonal_eps: float, size: float, shape: tuple[int, ...]
-) -> None:
+@pytest.mark.parametrize(
+    ("settings", "size", "diagonal_eps", "shape"),
+    covering(SQUARES, [0.0, 1e-45, 1e-30, 1e-19], [0.0, 1e-300], [(3, 2), (3,)]),
+)
+def test_nothing_is_divided_by_zero(settings: str, size: float, diagonal_eps: float, shape: tuple[int, ...]) -> None:
     p = nn.Parameter(torch.ones(shape))
-    optimizer = Shampoo([p], hyperparams=ShampooHyperParams(**settings, diagonal_eps=diagonal_eps))
+    optimizer = Shampoo([p], hyperparams=ShampooHyperParams(**SQUARES[settings], diagonal_eps=diagonal_eps))
     stepped(optimizer, p, *[size] * 4)
     assert p.isfinite().all()
     assert (p - 1).abs().max() < 10

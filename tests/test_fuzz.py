@@ -23,7 +23,7 @@ from shampoo3d.runtime.agreement import largest_norm
 from shampoo3d.runtime.bindings import state_dtype
 
 INF = float("inf")
-QUICK, ALL = 500, 20_000
+QUICK, ALL = 100, 20_000
 
 # ---- what must hold ----
 
@@ -303,10 +303,9 @@ def test_the_tables_hold_every_setting() -> None:
     assert COMPUTATION.keys() == Computation.__dataclass_fields__.keys()
 
 
-@pytest.mark.parametrize("first", range(0, QUICK, 100))
-def test_some_cases(first: int) -> None:
+def test_some_cases() -> None:
     before = random_states()
-    for seed in range(first, first + 100):
+    for seed in range(QUICK):
         run(seed)
     assert_equal(random_states(), before)
 

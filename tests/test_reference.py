@@ -8,7 +8,6 @@ statistics, stale roots and p = 1 act on the singular part in full: 1e-4 keeps r
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import replace
 from math import prod
@@ -34,11 +33,6 @@ VARIANT_KEYS = {
     *("bias_correction", "vectors", "decoupled_weight_decay"),
 }
 ELSEWHERE = {*GROUP_KEYS, *VARIANT_KEYS, "refresh", "u"}
-
-common = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-settings.register_profile("reference-quick", common, max_examples=60)
-settings.register_profile("reference-thorough", common, max_examples=2000)
-PROFILE = settings.get_profile(os.environ.get("REFERENCE_PROFILE", "reference-quick"))
 
 
 def weights_of(shapes: list[tuple[int, ...]]) -> list[Array]:
@@ -313,7 +307,7 @@ def group_options(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@PROFILE
+@settings(suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_shapes_with_any_settings(data: st.DataObject) -> None:
     shapes = data.draw(st.lists(shapes_up_to_5d, min_size=1, max_size=3), label="shapes")

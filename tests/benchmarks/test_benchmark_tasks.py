@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from tasks.problems import Batch, Images, Task
 from tasks.training import share_of_rate, train
 from tasks.tuning import central, median_reached, reached, tune
 
+pytestmark = pytest.mark.slow
 KNOWN = {contender.name: contender for contender in contenders()}
 
 
@@ -100,7 +102,6 @@ def test_the_language_model_does_not_see_what_comes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_images_of_a_file(tmp_path: Path, packed: bool) -> None:
-    numpy = pytest.importorskip("numpy")
     path, buffer = tmp_path / ("images.npz.xz" if packed else "images.npz"), io.BytesIO()
     x = numpy.arange(3 * 4 * 4, dtype=numpy.uint8).reshape(3, 4, 4)
     y = numpy.array([2, 0, 1], dtype=numpy.uint8)
@@ -114,7 +115,6 @@ def test_images_of_a_file(tmp_path: Path, packed: bool) -> None:
 
 
 def test_digits_are_moved_and_the_ones_that_validate_are_others() -> None:
-    pytest.importorskip("sklearn")
     found = problems.read_images(None)
     assert found.train.inputs.shape == (9 * (1797 - 360), 8, 8)
     assert 0.0 == found.test.inputs.min() < found.test.inputs.max() == 1.0

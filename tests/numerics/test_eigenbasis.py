@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -248,7 +248,6 @@ def test_basis_by_basis_the_eigenvectors_are_found() -> None:
     torch.testing.assert_close(eb.eigenvalues(L, Q), torch.tensor([lambdas] * 2, dtype=torch.float64))
 
 
-@settings(max_examples=60, deadline=None)
 @given(d=st.integers(1, 12), rank=st.integers(1, 12), seed=SEEDS, double=st.booleans())
 def test_bases_of_statistics_of_any_rank_are_orthogonal_and_orders_are_permutations(
     d: int, rank: int, seed: int, double: bool
@@ -264,7 +263,6 @@ def test_bases_of_statistics_of_any_rank_are_orthogonal_and_orders_are_permutati
         assert torch.equal(order.sort().values, torch.arange(d).expand(2, d))
 
 
-@settings(max_examples=40, deadline=None)
 @given(d=st.integers(2, 10), seed=SEEDS)
 def test_the_order_and_the_span_do_not_depend_on_the_signs_of_columns(d: int, seed: int) -> None:
     """And so nor does Adam, whose V is made of squares: m turned back after division by sqrt(V) is the same."""

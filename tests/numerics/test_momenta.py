@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import clones, draw
+from common import clones, covering, draw
 from shampoo3d.numerics.momenta import ALL, Momenta, Rows, StepSettings, average
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.variant import Variant
@@ -136,19 +136,15 @@ def follow(choice: Choice, rows: Rows, weight_decay: float) -> None:
         np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("choice", GRAFTS, ids=str)
-@pytest.mark.parametrize("start", [1, 3])
-def test_directions(rows: str, choice: Choice, start: int) -> None:
+@pytest.mark.parametrize(("choice", "rows", "start"), covering(GRAFTS, ROWS, [1, 3]), ids=str)
+def test_directions(choice: Choice, rows: str, start: int) -> None:
     follow(replace(choice, start=start), ROWS[rows], 0.3)
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-@pytest.mark.parametrize("decoupled", [False, True])
-@pytest.mark.parametrize("beta1", [0.0, 0.6])
-@pytest.mark.parametrize("start", [1, 3])
+@pytest.mark.parametrize(
+    ("rows", "nesterov", "weight_decay", "decoupled", "beta1", "start"),
+    covering(ROWS, [False, True], [0.0, 0.3], [False, True], [0.0, 0.6], [1, 3]),
+)
 def test_steps(rows: str, nesterov: bool, weight_decay: float, decoupled: bool, beta1: float, start: int) -> None:
     follow(Choice(nesterov=nesterov, decoupled=decoupled, beta1=beta1, start=start), ROWS[rows], weight_decay)
 

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common import covering
 from shampoo3d.numerics.roots import choose, inverse_roots
 from shampoo3d.numerics.roots import scaling as interval
 from shampoo3d.numerics.roots.choice import COST
@@ -43,9 +44,7 @@ def found(A: Matrix, p: int, eps: float, method: str, dtype: torch.dtype = torch
     return roots[0]
 
 
-@pytest.mark.parametrize("p", EXPONENTS)
-@pytest.mark.parametrize("d", [1, 2, 17, 64])
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize(("p", "d", "scale"), covering(EXPONENTS, [1, 2, 17, 64], [1e-12, 1.0, 1e12]))
 def test_eigh_in_float64_to_rounding(p: int, d: int, scale: float) -> None:
     rng = np.random.default_rng(d)
     stack = [scale * (X @ X.T) for X in rng.standard_normal((3, d, 2 * d))]
@@ -56,10 +55,9 @@ def test_eigh_in_float64_to_rounding(p: int, d: int, scale: float) -> None:
 
 
 @pytest.mark.parametrize(("method", "p"), CASES)
-@pytest.mark.parametrize("d", [1, 2, 17, 64])
-@pytest.mark.parametrize("condition", [1.0, 1e6])
-def test_every_method_in_float64(method: str, p: int, d: int, condition: float) -> None:
-    A = with_eigenvalues(np.geomspace(1, 1 / condition, d), d)
+@pytest.mark.parametrize("d", [1, 17, 64])
+def test_every_method_in_float64(method: str, p: int, d: int) -> None:
+    A = with_eigenvalues(np.geomspace(1, 1e-6, d), d)
     # With a ridge this far below the spectrum its few percent of difference are out of sight.
     assert relative_error(found(A, p, 1e-14, method), root_of(A, p, 1e-14)) < 1e-8
 
@@ -73,8 +71,7 @@ def test_every_method_in_float32(method: str, p: int, d: int) -> None:
 
 
 @pytest.mark.parametrize(("method", "p"), CASES)
-@pytest.mark.parametrize("eps", [1e-6, 1e-3, 1.0, 100.0])
-@pytest.mark.parametrize("d", [8, 96])
+@pytest.mark.parametrize(("eps", "d"), [(1e-6, 96), (1e-3, 8), (1.0, 96), (100.0, 8)])
 def test_the_ridge_is_relative_to_the_largest_eigenvalue(method: str, p: int, eps: float, d: int) -> None:
     eigenvalues = np.linspace(0, 30, d) * (np.arange(d) >= d // 2)
     A = with_eigenvalues(eigenvalues, 5)
@@ -132,7 +129,6 @@ def test_the_pseudo_inverse_leaves_out_what_is_zero_up_to_rounding(p: int, dtype
     power=st.integers(-12, 12),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-@settings(max_examples=60, deadline=None)
 def test_scaling_by_a_power_of_two_is_exact(
     case: tuple[str, int], d: int, seed: int, power: int, dtype: torch.dtype
 ) -> None:
@@ -146,7 +142,6 @@ def test_scaling_by_a_power_of_two_is_exact(
 
 
 @given(case=st.sampled_from(CASES), d=st.integers(1, 12), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
 def test_only_the_lower_triangle_is_read_and_roots_are_symmetric(case: tuple[str, int], d: int, seed: int) -> None:
     method, p = case
     X = torch.randn(3, d, d + 2, generator=torch.Generator().manual_seed(seed))

@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common import MODELS, RANDOM, a_storage, replicated
@@ -26,7 +26,6 @@ from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.variant import Variant
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "update-rule.md"
-EXAMPLES = settings(deadline=None, derandomize=True, max_examples=300)
 EVERY = st.integers(1, 12)
 STARTS = st.integers(1, 40)
 TURNS = st.integers(0, 30)
@@ -66,7 +65,6 @@ def test_eigenbases_are_found_at_the_first_step_and_followed_in_turns() -> None:
     assert refreshes(fresh, 2, 10) == [1, 2, 3, 4, 5, 8]
 
 
-@EXAMPLES
 @given(EVERY, STARTS, st.integers(1, 200), TURNS)
 def test_steps_that_are_alike_refresh_the_same_blocks(every: int, start: int, t: int, offset: int) -> None:
     """Whatever the blocks: so what is due need be found for one interval of steps only."""
@@ -92,7 +90,6 @@ def test_four_blocks_at_every_third_step() -> None:
     assert refreshes(hyperparams(3, 1), 2, 14) == [3, 5, 8, 11, 14]
 
 
-@EXAMPLES
 @given(every=EVERY, start=STARTS, offset=TURNS)
 def test_together_ignores_turns_and_leaves_out_what_nobody_would_see(every: int, start: int, offset: int) -> None:
     seen = [t for t in range(1, 101) if t % every == 0 and t + every > start]
@@ -100,7 +97,6 @@ def test_together_ignores_turns_and_leaves_out_what_nobody_would_see(every: int,
     assert refreshes(hyperparams(every, start), every * (offset // every)) == seen
 
 
-@EXAMPLES
 @given(every=EVERY, start=STARTS, offset=TURNS)
 def test_a_refresh_for_all_at_once_and_then_one_in_every_k_steps(every: int, start: int, offset: int) -> None:
     first, *later = refreshes(hyperparams(every, start), offset)
@@ -112,7 +108,6 @@ def test_a_refresh_for_all_at_once_and_then_one_in_every_k_steps(every: int, sta
     assert {b - a for a, b in itertools.pairwise(later)} == {every}
 
 
-@EXAMPLES
 @given(every=EVERY, start=STARTS, offset=TURNS, refresh=st.sampled_from(["staggered", "together"]))
 def test_roots_in_use_are_at_most_k_minus_1_steps_old(every: int, start: int, offset: int, refresh: str) -> None:
     hp, computed = hyperparams(every, start, refresh), None
@@ -128,13 +123,11 @@ def test_roots_in_use_are_at_most_k_minus_1_steps_old(every: int, start: int, of
     assert computed is not None
 
 
-@EXAMPLES
 @given(start=STARTS, offset=TURNS, refresh=st.sampled_from(["staggered", "together"]))
 def test_with_k_1_all_roots_are_refreshed_at_each_step(start: int, offset: int, refresh: str) -> None:
     assert refreshes(hyperparams(1, start, refresh), offset) == list(range(start, 101))
 
 
-@EXAMPLES
 @given(t=st.integers(1, 1000), every=st.integers(1, 9), offset=TURNS)
 def test_statistics_are_of_all_blocks_at_once(t: int, every: int, offset: int) -> None:
     assert phase(t, hyperparams(7, 3, statistics=every), offset).accumulate == (t % every == 0)
@@ -143,7 +136,6 @@ def test_statistics_are_of_all_blocks_at_once(t: int, every: int, offset: int) -
 # ---- turns ----
 
 
-@EXAMPLES
 @given(costs=COSTS, every=EVERY)
 def test_turns_differ_by_one_block_at_most(costs: list[float], every: int) -> None:
     blocks = named(costs)
@@ -155,14 +147,12 @@ def test_turns_differ_by_one_block_at_most(costs: list[float], every: int) -> No
     assert max(loads) - min(loads) <= max(costs, default=0.0) * (1 + 1e-9)
 
 
-@EXAMPLES
 @given(count=st.integers(0, 100), cost=st.sampled_from([0.1, 1.0, 1e20]), every=EVERY)
 def test_equal_blocks_take_turns_in_order(count: int, cost: float, every: int) -> None:
     turns = offsets(named([cost] * count), every)
     assert [turns[identity] for identity, _ in named([cost] * count)] == [i % every for i in range(count)]
 
 
-@EXAMPLES
 @given(costs=COSTS, every=EVERY, seed=st.integers(0, 1000))
 def test_turns_do_not_depend_on_the_order_of_blocks(costs: list[float], every: int, seed: int) -> None:
     alike = [("01", ""), ("1", ""), ("1", "0"), ("", "1"), ("²", "٣")]
@@ -207,7 +197,6 @@ def test_a_hundred_thousand_blocks_take_less_than_a_second() -> None:
 # ---- turns in a plan ----
 
 
-@EXAMPLES
 @given(count=st.integers(1, 60), ranks=st.integers(1, 9), every=EVERY)
 def test_each_rank_has_its_share_of_each_turn(count: int, ranks: int, every: int) -> None:
     hp = hyperparams(every)
@@ -247,7 +236,6 @@ def test_the_document_says_what_turns_cost_where_ranks_have_few_blocks() -> None
     assert sum(gpt_2(1024, 64)) / sum(gpt_2(1024, 64, "together")) == pytest.approx(float(said), abs=0.05)
 
 
-@EXAMPLES
 @given(chance=RANDOM, every=EVERY)
 def test_turns_do_not_depend_on_who_stores_what(chance: Random, every: int) -> None:
     hp = replace(hyperparams(every), block_size=3)

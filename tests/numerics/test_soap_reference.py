@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -42,11 +44,12 @@ def test_kl_shampoo_of_the_reference_step_by_step() -> None:
     np.testing.assert_allclose(kl.W - before, -0.1 * root(A2) @ M @ root(B2), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 3, 10])
 def test_the_reference_is_the_soap_that_others_use(every: int) -> None:
     """Shapes whose first gradient leaves at most one direction without statistics: with more, the basis there is
     whatever the decomposition returns. Their QR decomposition is in float32."""
-    theirs = pytest.importorskip("pytorch_optimizer").SOAP
+    theirs = import_module("pytorch_optimizer").SOAP
     s = SoapSettings(lr=0.01, betas=(0.9, 0.95), shampoo_beta=0.9, every=every, largest=8)
     shapes = [(6, 5), (5, 6), (4, 3, 2), (7,), (9, 6)]
     ours = [Soap(draw(shape, k).numpy(), s) for k, shape in enumerate(shapes)]

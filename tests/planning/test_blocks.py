@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shampoo3d.planning.blocks import Block, cut, grid, merge_dims, parts_at_most, rectangles, strides_of
@@ -13,7 +13,6 @@ from shampoo3d.planning.blocks import Block, cut, grid, merge_dims, parts_at_mos
 SIDES = st.lists(st.integers(1, 12), min_size=1, max_size=4)
 
 
-@settings(deadline=None, derandomize=True)
 @given(shape=SIDES, block_size=st.integers(0, 9))
 def test_blocks_tile_the_matrix(shape: list[int], block_size: int) -> None:
     count = np.zeros(shape, dtype=int)
@@ -59,7 +58,6 @@ def test_adjacent_dimensions_merge_greedily(shape: tuple[int, ...], limit: int, 
     assert [math.prod(shape[axis] for axis in group) for group in groups] == merged
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
 @given(shape=st.lists(st.integers(1, 5), max_size=4), data=st.data())
 def test_any_range_of_elements_is_few_rectangles_in_order(shape: list[int], data: st.DataObject) -> None:
     numbers = np.arange(math.prod(shape)).reshape(shape)
@@ -83,7 +81,6 @@ def test_a_range_of_whole_rows_is_one_rectangle() -> None:
     ]
 
 
-@settings(deadline=None, derandomize=True)
 @given(shape=SIDES)
 def test_strides_are_those_of_numpy(shape: list[int]) -> None:
     numbers = np.arange(math.prod(shape)).reshape(shape)
@@ -95,7 +92,6 @@ BOXES = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 3)), min_size=2, ma
 )
 
 
-@settings(deadline=None, derandomize=True)
 @given(a=BOXES, b=BOXES)
 def test_what_two_blocks_have_in_common(a: Block, b: Block) -> None:
     canvas = np.arange(49).reshape(7, 7)

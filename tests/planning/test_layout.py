@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 import reference
 from common import (
@@ -33,7 +33,6 @@ from shampoo3d.settings.variant import Variant
 
 STORAGES = RANDOM.map(lambda chance: a_storage(chance, a_team(chance)))
 HYPERPARAMS = RANDOM.map(some_hyperparams)
-EXAMPLES = settings(deadline=None, derandomize=True, max_examples=200)
 WORLD = 3
 Shape = tuple[int, ...]
 
@@ -75,7 +74,6 @@ def parts_of(sharding: Sharding, shard_group: int) -> dict[Shard, list[int]]:
 # ---- blocks ----
 
 
-@EXAMPLES
 @given(sharding=STORAGES, hp=HYPERPARAMS)
 def test_blocks_are_cut_from_the_logical_matrix(sharding: Sharding, hp: ShampooHyperParams) -> None:
     matrix = describe(sharding, hp, WORLD)
@@ -110,7 +108,6 @@ def test_blocks_are_cut_from_the_logical_matrix(sharding: Sharding, hp: ShampooH
         assert [block.slices for block in matrix.blocks] == expected
 
 
-@EXAMPLES
 @given(sharding=STORAGES, hp=HYPERPARAMS)
 def test_blocks_that_are_grafted_only_are_each_stored_in_one_place(sharding: Sharding, hp: ShampooHyperParams) -> None:
     matrix = describe(replace(sharding, excluded="embedding"), hp, WORLD)
@@ -205,7 +202,6 @@ def test_fair_blocks_are_as_many_as_the_world_has_ranks(axis: int) -> None:
 # ---- where elements are stored ----
 
 
-@EXAMPLES
 @given(sharding=STORAGES, hp=HYPERPARAMS)
 def test_pieces_say_where_each_element_of_a_part_lies(sharding: Sharding, hp: ShampooHyperParams) -> None:
     matrix = describe(sharding, hp, WORLD)
@@ -218,7 +214,6 @@ def test_pieces_say_where_each_element_of_a_part_lies(sharding: Sharding, hp: Sh
         assert sorted(found) == list(enumerate(expected))
 
 
-@EXAMPLES
 @given(sharding=STORAGES, hp=HYPERPARAMS)
 def test_cells_make_every_block_whole_in_every_cover(sharding: Sharding, hp: ShampooHyperParams) -> None:
     matrix = describe(sharding, hp, WORLD)
@@ -258,7 +253,6 @@ def test_what_is_stored_in_one_piece_is_one_piece(shape: Shape, merge: bool) -> 
         assert piece.box.elements == part.elements
 
 
-@EXAMPLES
 @given(chance=RANDOM)
 def test_parts(chance: Random) -> None:
     shape = a_shape(chance)
@@ -342,7 +336,6 @@ def test_no_gaps(sharding: Sharding) -> None:
     assert describe(sharding, ShampooHyperParams(), 4).gaps() == ""
 
 
-@EXAMPLES
 @given(chance=RANDOM, sharding=STORAGES)
 def test_gaps_are_found(chance: Random, sharding: Sharding) -> None:
     assert describe(sharding, ShampooHyperParams(), WORLD).gaps() == ""

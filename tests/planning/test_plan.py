@@ -11,7 +11,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common import (
@@ -30,7 +30,6 @@ from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding
 from shampoo3d.planning.plan import Plan, PlannedBlock, make_plan, make_plans
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
-EXAMPLES = settings(deadline=None, derandomize=True, max_examples=200)
 HP = ShampooHyperParams(block_size=256)
 Shape = tuple[int, ...]
 
@@ -84,7 +83,6 @@ def test_models_with_eight_blocks_per_rank_are_balanced(model: str, block_size: 
 SIDES = st.tuples(st.integers(1, 600), st.integers(1, 600))
 
 
-@EXAMPLES
 @given(shapes=st.lists(SIDES, min_size=1, max_size=8), ranks=st.integers(1, 6))
 def test_the_fullest_rank_has_more_than_the_mean_by_its_cheapest_block_at_most(shapes: list[Shape], ranks: int) -> None:
     """Bound max / mean by 1.05 wherever no block costs more than 5 % of the mean load."""
@@ -244,7 +242,6 @@ def test_exchanged_owners_leave_the_keepers_of_copies_balanced(monkeypatch: pyte
     assert at_home(near, held) > at_home(far, held)
 
 
-@EXAMPLES
 @given(chance=RANDOM)
 def test_owners_and_keepers(chance: Random) -> None:
     ranks, held, hp = random_matrices(chance)
@@ -287,7 +284,6 @@ def bounded(held: list[Matrix], ranks: Sequence[int], hp: ShampooHyperParams, bo
         return str(error)
 
 
-@EXAMPLES
 @given(chance=RANDOM)
 def test_no_rank_exceeds_the_memory_bound(chance: Random) -> None:
     ranks, held, hp = random_matrices(chance)
@@ -367,7 +363,6 @@ def test_the_memory_bound_holds_over_all_plans_of_a_rank() -> None:
 # ---- plain data ----
 
 
-@settings(EXAMPLES, max_examples=50)
 @given(chance=RANDOM)
 def test_json_and_digest(chance: Random) -> None:
     ranks, held, hp = random_matrices(chance)

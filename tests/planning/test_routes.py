@@ -14,7 +14,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import shampoo3d
@@ -27,8 +27,6 @@ from shampoo3d.planning.share import RankShare, traffic
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.variant import Variant
-
-EXAMPLES = settings(deadline=None, derandomize=True, max_examples=200)
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,6 @@ def homes(case: Case, number: int) -> dict[int, Numbers]:
 # ---- transfers ----
 
 
-@EXAMPLES
 @given(case=CASES)
 def test_every_element_is_gathered_once_by_each_keeper(case: Case) -> None:
     transfers = case.routes
@@ -126,7 +123,6 @@ def test_an_owner_that_stores_nothing_gathers_from_its_own_cover() -> None:
         assert gathered == {0: owner < 2, 2: owner >= 2}
 
 
-@EXAMPLES
 @given(case=CASES)
 def test_every_element_has_one_home_in_each_cover_the_keeper_where_it_stores_it(case: Case) -> None:
     for number, matrix in enumerate(case.matrices):
@@ -143,7 +139,6 @@ def test_every_element_has_one_home_in_each_cover_the_keeper_where_it_stores_it(
                     assert (home[keeper][box] == here[keeper][box]).all()
 
 
-@EXAMPLES
 @given(case=CASES)
 def test_new_weights_reach_every_replica_once(case: Case) -> None:
     for number, matrix in enumerate(case.matrices):
@@ -160,7 +155,6 @@ def test_new_weights_reach_every_replica_once(case: Case) -> None:
             assert (arriving + home[rank] == here).all()
 
 
-@EXAMPLES
 @given(case=CASES)
 def test_a_rank_sees_what_it_stores_and_the_blocks_that_it_keeps_in_the_order_of_all(case: Case) -> None:
     def shown(transfer: Transfer) -> tuple[object, ...]:
@@ -177,7 +171,6 @@ def test_a_rank_sees_what_it_stores_and_the_blocks_that_it_keeps_in_the_order_of
 # ---- bytes ----
 
 
-@EXAMPLES
 @given(case=CASES, low=st.booleans())
 def test_bytes_are_those_of_the_elements_that_are_not_where_they_are_needed(case: Case, low: bool) -> None:
     distribution = Distribution(update_precision="parameter" if low else "state")
@@ -310,7 +303,6 @@ def test_every_process_has_the_same_plan(capsys: pytest.CaptureFixture[str]) -> 
 # ---- rounds and buckets ----
 
 
-@EXAMPLES
 @given(case=CASES, bucket=st.integers(1, 200))
 def test_rounds(case: Case, bucket: int) -> None:
     blocks = case.plan.blocks
@@ -342,7 +334,6 @@ def test_rounds_are_as_few_as_the_quota_allows() -> None:
 ITEMS = st.lists(st.tuples(st.sampled_from([2, 5, 7]), st.integers(0, 9)), max_size=20)
 
 
-@EXAMPLES
 @given(items=ITEMS, most=st.integers(1, 60))
 def test_buckets(items: list[tuple[int, int]], most: int) -> None:
     found = list(buckets((2, 5, 7), items, most))

@@ -1,0 +1,8 @@
+"""How many examples hypothesis tries: few in the fast suite, many more in the slow one, the same at every run."""
+
+from hypothesis import settings
+
+fast = settings(deadline=None, derandomize=True, database=None, max_examples=50)
+settings.register_profile("fast", fast)
+settings.register_profile("slow", fast, max_examples=500)
+settings.load_profile("fast")
