@@ -251,13 +251,17 @@ def grafted(graft: LayerwiseGrafting) -> dict[str, Any]:
 
 def covering(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
     """Choose from the product of all axes, greedily, until any two values of two axes meet in some case."""
-    places = list(itertools.product(*(range(len(values)) for values in (axes := tuple(map(tuple, axes))))))
-    pairs = {place: set(itertools.combinations(enumerate(place), 2)) for place in places}
-    missing, chosen = set().union(*pairs.values()), []
+    sides = [list(values) for values in axes]
+    pairs = {
+        case: set(itertools.combinations(enumerate(case), 2))
+        for case in itertools.product(*(range(len(s)) for s in sides))
+    }
+    missing: set[Any] = set().union(*pairs.values())
+    chosen: list[tuple[int, ...]] = []
     while missing:
-        chosen.append(max(places, key=lambda place: len(pairs[place] & missing)))
+        chosen.append(max(pairs, key=lambda case: len(pairs[case] & missing)))
         missing -= pairs[chosen[-1]]
-    return [tuple(values[i] for values, i in zip(axes, place, strict=True)) for place in chosen]
+    return [tuple(side[i] for side, i in zip(sides, case, strict=True)) for case in chosen]
 
 
 # ---- comparison ----

@@ -166,7 +166,7 @@ def losses_of_one_process(name: str) -> list[float]:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("name", ["adamw", "shampoo"])
+@pytest.mark.parametrize("name", [pytest.param("adamw", marks=pytest.mark.slow), "shampoo"])
 @pytest.mark.parametrize(
     "grid", [*GRIDS, *(pytest.param(grid, marks=pytest.mark.slow) for grid in MORE_GRIDS)], ids=str
 )
@@ -180,6 +180,7 @@ def test_every_topology_trains_the_same_model_and_resumes(name: str, grid: dict[
         assert_foreseen(whole)
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     arguments = f"train {TINY} --pipe 1 --data 2 --steps 60 --save-every 7 --evaluate-every 20"
     code, _, err = run(arguments, output=tmp_path / "whole")

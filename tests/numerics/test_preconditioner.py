@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common import covering, replicated
+from common import replicated
 from shampoo3d.numerics.momenta import ALL, Momenta, Rows
 from shampoo3d.numerics.preconditioner import Stack, factor_shapes, squared_norms, state_shapes, unfold
 from shampoo3d.numerics.roots import choice
