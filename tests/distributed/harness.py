@@ -225,7 +225,11 @@ def _rank_main(rank: int, world: int, port: int, log: str, timeout: timedelta, c
 
 def _join(rank: int, world: int, port: int, timeout: timedelta) -> None:
     if dist.is_initialized():
-        dist.barrier()  # fails if the case before has left ranks out of step
+        # Fails if the case before has left ranks out of step. PyTorch names a new group by the number of groups that a
+        # process has: ranks that had different ones before would wait for each other under different names.
+        names, counts = dist.distributed_c10d._world.pg_names, [0] * world
+        dist.all_gather_object(counts, len(names))
+        names.update({object(): f"none-{i}" for i in range(max(counts) - len(names))})  # type: ignore[misc]
         return
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
