@@ -127,9 +127,24 @@ def paired(layouts: Sequence[Any]) -> list[tuple[Any, str]]:
     return [(layouts[i % len(layouts)], names[i % len(names)]) for i in range(max(len(layouts), len(names)))]
 
 
-def cases(fast: Iterable[tuple[Any, str]], every: Iterable[Any] = ()) -> list[Any]:
-    """Parameters of a test: the fast pairs, and as slow ones all others of a layout in `every` with all settings."""
+def spread(layouts: Sequence[Any], first: int = 0) -> list[tuple[Any, str]]:
+    """Each layout with one of the settings, from number ``first`` on: other tests begin elsewhere."""
+    names = list(SETTINGS)
+    return [(layout, names[(first + i) % len(names)]) for i, layout in enumerate(layouts)]
+
+
+def cases(
+    fast: Iterable[tuple[Any, str]], slow: Iterable[tuple[Any, str]] = (), every: Iterable[Any] = ()
+) -> list[Any]:
+    """Parameters of a test: the fast pairs; and slow ones, also of each layout in `every` with all settings."""
     pairs = {f"{layout}-{name}": (layout, name) for layout, name in fast}
-    more = {f"{layout}-{name}": (layout, name) for layout in every for name in SETTINGS}
-    slow = {key: pytest.param(*pair, id=key, marks=pytest.mark.slow) for key, pair in more.items() if key not in pairs}
-    return [pytest.param(*pair, id=key) for key, pair in pairs.items()] + list(slow.values())
+    more = {f"{layout}-{name}": (layout, name) for layout, name in slow}
+    more |= {f"{layout}-{name}": (layout, name) for layout in every for name in SETTINGS}
+    others = [pytest.param(*pair, id=key, marks=pytest.mark.slow) for key, pair in more.items() if key not in pairs]
+    return [pytest.param(*pair, id=key) for key, pair in pairs.items()] + others
+
+
+def slow_but(fast: Iterable[Any], values: Iterable[Any]) -> list[Any]:
+    """Parameters of a test, slow but for some."""
+    chosen = list(fast)
+    return [pytest.param(value, marks=[pytest.mark.slow] * (value not in chosen)) for value in values]

@@ -62,7 +62,7 @@ def _check(sources: list[Layout], targets: list[Layout], names: list[str], folde
 NEXT = [*zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)]
 
 
-FAST = ("uneven-blocks", "refresh-3-start-4", "soap", "default")
+FAST = ("refresh-3-start-4", "soap", "default")
 MODES = [
     pytest.param(number, name, id=name, marks=() if name in FAST else slow)
     for number, name in enumerate([*SETTINGS, *VARIANTS])

@@ -39,9 +39,7 @@ def _bytes_and_blocks(shape: Shape, topology: Topology) -> tuple[int, list[tuple
 
 
 @needs_deepspeed
-@pytest.mark.parametrize(
-    "topology", [Topology(data=2), Topology(data=3), Topology(data=4), Topology(pipe=2, data=2)], ids=str
-)
+@pytest.mark.parametrize("topology", [Topology(data=3), Topology(pipe=2, data=2)], ids=str)
 def test_each_rank_keeps_state_of_its_own_blocks_only(topology: Topology) -> None:
     shape = Shape(tied=False, layers=4)
     alone = one_process(shape, shampoo).train(0, 2).optimizer
@@ -93,7 +91,7 @@ TIED = "tied_modules.embedding.weight"
     "topology", [Topology(pipe=2), Topology(pipe=2, data=3), Topology(pipe=2, data=2, model=2)], ids=str
 )
 def test_layers_tied_across_stages_stay_bitwise_equal(topology: Topology) -> None:
-    copies = [weights[TIED] for weights in run(_weights, topology.world, topology, 25)]
+    copies = [weights[TIED] for weights in run(_weights, topology.world, topology, 12)]
     assert all(torch.equal(copies[0], copy) for copy in copies)
 
 
@@ -170,7 +168,7 @@ def _unfrozen(topology: Topology, name: str) -> dict[str, Tensor]:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("topology", [Topology(data=2), Topology(pipe=2), Topology(pipe=2, data=2)], ids=str)
+@pytest.mark.parametrize("topology", [Topology(data=2), Topology(pipe=2, data=2)], ids=str)
 def test_a_parameter_unfrozen_late_on_one_stage(topology: Topology) -> None:
     name = "3.up.weight"
     alone = unfreeze_after_3(one_process(SHAPE, shampoo), name)
@@ -205,7 +203,7 @@ def _poisoned(topology: Topology, stage: int, step: int) -> tuple[dict[str, Tens
     [(Topology(pipe=2), 1), (Topology(pipe=2, data=2), 0), (Topology(data=2, pipeline=True), 0)],
     ids=str,
 )
-@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_nan_gradient_on_one_stage_skips_the_step_on_all_ranks(topology: Topology, stage: int, step: int) -> None:
     alone = one_process(SHAPE, shampoo).train(0, step).train(step + 1, 5).weights()
     for weights, unchanged, skipped in run(_poisoned, topology.world, topology, stage, step):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .fsdp import Sharding, distance_from_one_process, with_torch
 from .harness import run
-from .settings import cases, paired, shampoo
+from .settings import cases, paired, shampoo, spread
 from .training import one_process, relative_distance, unfreeze_after_3
 from .zero import ODD
 
@@ -23,13 +23,13 @@ ONE_AXIS = [
 UNEQUAL = [Sharding(shards=3), Sharding(shards=3, dim=1)]
 
 
-@pytest.mark.parametrize(("sharding", "name"), cases(paired(ONE_AXIS), every=UNEQUAL))
+@pytest.mark.parametrize(("sharding", "name"), cases(spread(ONE_AXIS), paired(ONE_AXIS), UNEQUAL))
 def test_one_axis(sharding: Sharding, name: str, steps: int) -> None:
     """Three and four shards: of unequal sizes, some of them empty."""
     assert distance_from_one_process(sharding, shampoo(name), steps) < 1e-9
 
 
-@pytest.mark.parametrize(("sharding", "name"), cases(paired(TWO_AXES), every=TWO_AXES))
+@pytest.mark.parametrize(("sharding", "name"), cases(spread(TWO_AXES, 8), every=TWO_AXES))
 def test_two_axes(sharding: Sharding, name: str, steps: int) -> None:
     """Hybrid sharding, and FSDP2 over the shards of tensor parallelism."""
     assert distance_from_one_process(sharding, shampoo(name), steps) < 1e-9

@@ -3,7 +3,7 @@
 import pytest
 
 from .harness import needs_deepspeed
-from .settings import cases, paired, shampoo
+from .settings import cases, paired, shampoo, spread
 from .training import Topology
 from .zero import TWO, Recipe, Zero, distance_from_one_process
 
@@ -33,13 +33,13 @@ def test_stages(zero: Zero, name: str, steps: int) -> None:
     _check(zero, name, steps)
 
 
-@pytest.mark.parametrize(("zero", "name"), cases(paired(PIPE[1:]), every=PIPE))
+@pytest.mark.parametrize(("zero", "name"), cases(spread(PIPE[1:]), every=PIPE))
 def test_stages_under_the_pipeline(zero: Zero, name: str, steps: int) -> None:
     """An embedding that two pipeline stages share lies in a flat tensor of each."""
     _check(zero, name, steps)
 
 
-@pytest.mark.parametrize(("zero", "name"), cases(paired(MODEL[1:]), every=MODEL))
+@pytest.mark.parametrize(("zero", "name"), cases(spread(MODEL[1:], 1), every=MODEL))
 def test_stages_with_tensor_parallelism(zero: Zero, name: str, steps: int) -> None:
     """DeepSpeed cuts the shards of matrices that are cut already; blocks are those of the whole matrices."""
     _check(zero, name, steps)
@@ -50,6 +50,6 @@ def test_stages_with_all_axes(zero: Zero, name: str, steps: int) -> None:
     _check(zero, name, steps)
 
 
-@pytest.mark.parametrize(("zero", "name"), cases(paired(SINGLE)))
+@pytest.mark.parametrize(("zero", "name"), cases(spread(SINGLE[:4], 4), paired(SINGLE)))
 def test_stages_in_single_precision(zero: Zero, name: str, steps: int) -> None:
     _check(zero, name, steps)

@@ -99,7 +99,7 @@ BOTH = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("batch", [12, 10], ids=["accumulated", "at-once"])
+@pytest.mark.parametrize("batch", [12, pytest.param(10, marks=pytest.mark.slow)], ids=["accumulated", "at-once"])
 @BOTH
 def test_clipping_accumulation_and_a_schedule(stage: int, batch: int, make: Any, steps: int) -> None:
     """DeepSpeed takes the norm of the accumulated gradient, in single precision."""

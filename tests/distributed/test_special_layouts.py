@@ -43,7 +43,7 @@ FAST: list[tuple[Layout, str]] = [
 PAIRS = [
     case
     for case in [
-        *cases(FAST, LAYOUTS),
+        *cases(FAST, every=LAYOUTS),
         *(pytest.param(*pair, id="-".join(map(str, pair)), marks=pytest.mark.slow) for pair in paired(MORE_LAYOUTS)),
     ]
     # DeepSpeed wants experts in groups, which are lists, and these do not tell which parameters are embeddings.

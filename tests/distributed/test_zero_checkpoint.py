@@ -31,8 +31,13 @@ def _interrupted(zero: Zero, folder: str) -> tuple[dict[str, Tensor], dict[str, 
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        *((1, "bf16"), (2, "float32"), (3, "bf16")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "float32"), (2, "bf16"), (3, "float32"))),
+    ],
+)
 def test_a_run_goes_on_exactly(stage: int, precision: str, tmp_path: Path) -> None:
     found = run(_interrupted, 2, Zero(stage, precision=precision), str(tmp_path))
     assert sum(count for _, _, count in found) > 0
