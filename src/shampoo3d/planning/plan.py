@@ -6,7 +6,7 @@ import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from shampoo3d.numerics.schedule import BlockId
@@ -120,7 +120,7 @@ class Plan:
         return totals
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(self, default=lambda of: {field.name: getattr(of, field.name) for field in fields(of)})
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
