@@ -133,13 +133,10 @@ def spread(layouts: Sequence[Any], first: int = 0) -> list[tuple[Any, str]]:
     return [(layout, names[(first + i) % len(names)]) for i, layout in enumerate(layouts)]
 
 
-def cases(
-    fast: Iterable[tuple[Any, str]], slow: Iterable[tuple[Any, str]] = (), every: Iterable[Any] = ()
-) -> list[Any]:
-    """Parameters of a test: the fast pairs; and slow ones, also of each layout in `every` with all settings."""
+def cases(fast: Iterable[tuple[Any, str]], slow: Iterable[tuple[Any, str]]) -> list[Any]:
+    """Parameters of a test: the fast pairs, and slow ones beside them."""
     pairs = {f"{layout}-{name}": (layout, name) for layout, name in fast}
     more = {f"{layout}-{name}": (layout, name) for layout, name in slow}
-    more |= {f"{layout}-{name}": (layout, name) for layout in every for name in SETTINGS}
     others = [pytest.param(*pair, id=key, marks=pytest.mark.slow) for key, pair in more.items() if key not in pairs]
     return [pytest.param(*pair, id=key) for key, pair in pairs.items()] + others
 

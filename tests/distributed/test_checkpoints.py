@@ -62,7 +62,7 @@ def _check(sources: list[Layout], targets: list[Layout], names: list[str], folde
 NEXT = [*zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)]
 
 
-FAST = ("refresh-3-start-4", "soap", "default")
+FAST = ("soap", "default")
 MODES = [
     pytest.param(number, name, id=name, marks=() if name in FAST else slow)
     for number, name in enumerate([*SETTINGS, *VARIANTS])
@@ -79,15 +79,15 @@ def test_every_mode_goes_on_in_another_layout(number: int, name: str, tmp_path: 
 @slow
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["default"])
-def test_every_layout_goes_on_in_every_other(name: str, tmp_path: Path) -> None:
-    _check(LAYOUTS, LAYOUTS, [name], tmp_path)
+def test_every_second_layout_goes_on_in_all_others(name: str, tmp_path: Path) -> None:
+    _check(LAYOUTS[::2], LAYOUTS[1::2], [name], tmp_path)
 
 
 @slow
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["soap", "refresh-3-start-4", "diagonals"])
 def test_other_modes_go_on_between_some_layouts(name: str, tmp_path: Path) -> None:
-    _check(LAYOUTS[::4], LAYOUTS[2::4], [name], tmp_path)
+    _check(LAYOUTS[1::6], LAYOUTS[::6], [name], tmp_path)
 
 
 def test_what_begins_anew_has_not_begun_here(tmp_path: Path) -> None:
@@ -127,8 +127,8 @@ def _elsewhere(zero: Zero, folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("stage", "precision"),
     [
-        *((0, "bf16"), (3, "float32")),
-        *(pytest.param(*case, marks=slow) for case in ((0, "float32"), (1, "float32"), (1, "bf16"), (3, "bf16"))),
+        (3, "bf16"),
+        *(pytest.param(*case, marks=slow) for case in ((0, "float32"), (0, "bf16"), (1, "bf16"), (3, "float32"))),
     ],
 )
 def test_on_the_same_ranks_it_goes_on_bit_for_bit(stage: int, precision: str, tmp_path: Path) -> None:

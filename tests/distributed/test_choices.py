@@ -13,11 +13,12 @@ from shampoo3d import Distribution, Shampoo
 from .fsdp import Sharding, with_torch
 from .harness import needs_deepspeed, run
 from .models import Shape
-from .settings import shampoo
+from .settings import shampoo, slow_but
 from .training import Session, Topology, data_parallel, one_process, one_process_weights, with_deepspeed
 from .zero import Recipe, Zero, with_zero
 
 STEPS = 6
+NAMES = ["uneven-blocks", "refresh-3-start-4", "adagrad-decay", "asynchronous-2"]
 TOLERANCE = 1e-9
 SHAPE = Shape()
 
@@ -35,7 +36,7 @@ def _worst(world: int, name: str, make: Callable[..., Session], *arguments: Any)
     return max(max(distances.values()) for distances in found)
 
 
-@pytest.mark.parametrize("name", ["uneven-blocks", "refresh-3-start-4", "adagrad-decay", "asynchronous-2"])
+@pytest.mark.parametrize("name", slow_but(["refresh-3-start-4", "asynchronous-2"], NAMES))
 @pytest.mark.parametrize(
     ("replicas", "copies"), [(4, 2), *(pytest.param(n, n, marks=pytest.mark.slow) for n in (2, 4))]
 )

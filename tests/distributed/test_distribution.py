@@ -16,6 +16,7 @@ from shampoo3d import Shampoo, ShampooHyperParams, Variant
 
 from .harness import needs_deepspeed, run
 from .models import Shape, batch, loss_of
+from .settings import slow_but
 from .training import Topology, one_process, unfreeze_after_3, with_deepspeed
 
 SETTINGS = ShampooHyperParams(block_size=6, beta2=0.9, graft_type="adagrad", matrix_eps=1e-6)
@@ -83,12 +84,15 @@ def test_replicas_stay_bitwise_equal(topology: Topology) -> None:
             assert all(torch.equal(weight, weights[rank][name]) for rank in replicas), name
 
 
+TWO_STAGES = [Topology(pipe=2), Topology(pipe=2, data=3), Topology(pipe=2, data=2, model=2)]
 TIED = "tied_modules.embedding.weight"
 
 
 @needs_deepspeed
 @pytest.mark.parametrize(
-    "topology", [Topology(pipe=2), Topology(pipe=2, data=3), Topology(pipe=2, data=2, model=2)], ids=str
+    "topology",
+    slow_but(TWO_STAGES[:2], TWO_STAGES),
+    ids=str,
 )
 def test_layers_tied_across_stages_stay_bitwise_equal(topology: Topology) -> None:
     copies = [weights[TIED] for weights in run(_weights, topology.world, topology, 12)]
@@ -233,10 +237,10 @@ def _resume(folder: Path, topology: Topology, hp: ShampooHyperParams) -> dict[st
 @pytest.mark.parametrize(
     ("saved", "resumed", "hp", "tolerance"),
     [
-        (Topology(data=2), Topology(data=2), SETTINGS, 1e-12),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                (Topology(data=2), Topology(data=2), SETTINGS, 1e-12),
                 (Topology(data=2), Topology(data=1), SETTINGS, 1e-9),
                 (Topology(data=2), Topology(data=3), ONE_SIDED, 1e-9),
                 (Topology(data=2), Topology(data=3), DIAGONALS, 1e-9),

@@ -20,7 +20,7 @@ from shampoo3d.engines.native import Torch
 from . import faults
 from .faults import LAYOUTS, LOST, Outcome, attempted, failing_storage, odd, with_faults
 from .harness import needs_deepspeed, run, started, wait
-from .settings import shampoo
+from .settings import shampoo, slow_but
 
 pytestmark = needs_deepspeed
 SECONDS = 30.0
@@ -28,9 +28,7 @@ SHORT = timedelta(seconds=4)
 MAKE = shampoo("default")
 REPLICATED = ("ddp", "pipeline")
 """The layouts in which ranks have the same gradients."""
-IN_EVERY_LAYOUT = [
-    pytest.param(name, marks=() if name in ("ddp", "zero3", "pipeline") else pytest.mark.slow) for name in LAYOUTS
-]
+IN_EVERY_LAYOUT = slow_but(["ddp", "zero3", "pipeline"], LAYOUTS)
 
 
 def _refused(outcomes: list[Outcome], kind: str, *words: str) -> None:
@@ -117,7 +115,7 @@ def _stored(layout: str, folder: Path) -> tuple[dict[str, Outcome], list[str], i
     return found, names, optimizer.load_checkpoint(folder / "new").step
 
 
-@pytest.mark.parametrize("layout", IN_EVERY_LAYOUT)
+@pytest.mark.parametrize("layout", slow_but(["zero3"], LAYOUTS))
 def test_storage_that_fails_on_one_rank(layout: str, tmp_path: Path) -> None:
     results = run(_stored, LAYOUTS[layout].world, layout, tmp_path, seconds=SECONDS)
     for what in results[0][0]:

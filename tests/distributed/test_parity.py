@@ -1,7 +1,7 @@
 """Every topology follows the same trajectory as one plain process of the same logical model, in float64."""
 
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .harness import needs_deepspeed, run
 from .models import Shape
-from .settings import SETTINGS, cases, shampoo
+from .settings import SETTINGS, cases, paired, shampoo, slow_but, spread
 from .training import (
     Topology,
     data_parallel,
@@ -38,9 +38,10 @@ MORE_TOPOLOGIES = [
 
 A_FEW = ["adagrad-decay", "refresh-3-start-4", "uneven-blocks"]
 ALL = Topology(model=2, data=2)
-OTHERS = TOPOLOGIES + MORE_TOPOLOGIES
-ONE_OF_A_FEW = [(topology, A_FEW[i % len(A_FEW)]) for i, topology in enumerate(OTHERS)]
-TABLE = cases([*product([ALL], SETTINGS), *ONE_OF_A_FEW], product(OTHERS, A_FEW), TOPOLOGIES)
+OTHERS = [topology for topology in TOPOLOGIES + MORE_TOPOLOGIES if topology != ALL]
+TABLE = cases(
+    [*product([ALL], SETTINGS), *zip(TOPOLOGIES, cycle(A_FEW), strict=False)], [*paired(OTHERS), *spread(OTHERS, 6)]
+)
 
 
 @pytest.mark.slow
@@ -67,7 +68,7 @@ def test_fused_matrices_are_split_at_all() -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("name", ["whole", "uneven-blocks"])
+@pytest.mark.parametrize("name", slow_but(["uneven-blocks"], ["whole", "uneven-blocks"]))
 def test_parity_with_more_ranks_than_blocks(name: str, steps: int) -> None:
     few = Shape(layers=0, mix=False, vocabulary=6)  # a matrix and two vectors
     assert worst_distance(few, Topology(data=4), shampoo(name), steps) < TOLERANCE
@@ -80,7 +81,7 @@ def test_parity_with_an_untied_head(steps: int) -> None:
     assert worst_distance(untied, topology, shampoo("adagrad-decay"), steps) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["adagrad-decay", "uneven-blocks"])
+@pytest.mark.parametrize("name", slow_but(["adagrad-decay"], ["adagrad-decay", "uneven-blocks"]))
 def test_parity_with_plain_torch_distributed(name: str, steps: int) -> None:
     """DistributedDataParallel averages the gradients; no DeepSpeed in it."""
     make_optimizer = shampoo(name)

@@ -55,15 +55,13 @@ def start() -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("precision", "stage", "first"),
     [
-        *(("bf16", 1, 0), ("bf16", 3, 0), ("fp16", 2, 1)),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("bf16", 2, 0), ("fp16", 3, 1))),
+        *(("bf16", 3, 0), ("fp16", 2, 1)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("bf16", 1, 0), ("bf16", 2, 0), ("fp16", 3, 1))),
     ],
 )
-@pytest.mark.parametrize("name", ["adagrad-decay", pytest.param("uneven-blocks", marks=pytest.mark.slow)])
-def test_the_stages_agree(precision: str, stage: int, first: int, name: str) -> None:
+def test_the_stages_agree(precision: str, stage: int, first: int) -> None:
     base, other = (
-        weights(way, recipe(way, name), 4, NOT_ACCUMULATED)
-        for way in (zero(first, precision, 2), zero(stage, precision, 2))
+        weights(way, recipe(way), 4, NOT_ACCUMULATED) for way in (zero(first, precision, 2), zero(stage, precision, 2))
     )
     differ = sum(int((weight != other[name]).sum()) for name, weight in base.items())
     gone = relative_distance(start(), base)
@@ -81,16 +79,12 @@ def _check_against_one(way: Zero, how: Recipe | None = None) -> None:
     assert off < 0.05 * gone
 
 
-DATA = [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+FAST = [("bf16", 2, 2), ("fp16", 3, 2)]
+MORE = [("bf16", 0, 2), ("bf16", 1, 4), ("bf16", 3, 3), ("fp16", 1, 3), ("fp16", 2, 2), ("fp16", 3, 4)]
 
 
-@pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize(
-    ("precision", "stage"),
-    [
-        *(("bf16", 0), ("bf16", 2), ("fp16", 3)),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("bf16", 1), ("bf16", 3), ("fp16", 1), ("fp16", 2))),
-    ],
+    ("precision", "stage", "data"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
 )
 def test_many_processes_do_what_one_does(precision: str, stage: int, data: int) -> None:
     _check_against_one(zero(stage, precision, data))
@@ -107,7 +101,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("wrapper", slow_but(["bf16-optimizer", "accumulated-in-float32-3", "pipeline-0"], WRAPPERS))
+@pytest.mark.parametrize("wrapper", slow_but(["bf16-optimizer", "pipeline-0"], WRAPPERS))
 def test_other_wrappers(wrapper: str) -> None:
     _check_against_one(WRAPPERS[wrapper])
 
@@ -133,7 +127,7 @@ def _static(stage: int, scale: float, skipped: int) -> dict[str, Tensor]:
     return with_zero(ODD, way, recipe(way)).train(skipped, 6).weights()
 
 
-@pytest.mark.parametrize("stage", slow_but([1, 3], [1, 2, 3]))
+@pytest.mark.parametrize("stage", slow_but([2], [1, 2, 3]))
 def test_steps_that_overflow_leave_no_trace(stage: int) -> None:
     """A loss scale that is too high is halved until it fits: as if these steps had never been."""
     (skipped, found), *_ = run(_dynamic, 2, stage)
@@ -149,9 +143,7 @@ def _counts(way: Zero) -> set[int]:
     return {state["step"] for state in session.optimizer.state.values()}
 
 
-@pytest.mark.parametrize(
-    "way", [zero(0, "bf16", 2), zero(1, "fp16", 2), zero(3, "bf16", 2), WRAPPERS["pipeline-1"]], ids=str
-)
+@pytest.mark.parametrize("way", [zero(1, "fp16", 2), zero(3, "bf16", 2), WRAPPERS["pipeline-1"]], ids=str)
 def test_every_step_counts_once(way: Zero) -> None:
     """Also where the wrapper calls step() while it is set up, or once for each of its flat tensors."""
     assert run(_counts, way.topology.world, way) == [{3}] * way.topology.world

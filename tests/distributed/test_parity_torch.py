@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .fsdp import Sharding, distance_from_one_process, with_torch
 from .harness import run
-from .settings import cases, paired, shampoo, spread
+from .settings import cases, paired, shampoo, slow_but, spread
 from .training import one_process, relative_distance, unfreeze_after_3
 from .zero import ODD
 
@@ -20,28 +20,28 @@ ONE_AXIS = [
     *(Sharding(replicas=2), Sharding(replicas=3), Sharding(shards=2), Sharding(shards=3), Sharding(shards=4)),
     *(Sharding(shards=2, dim=1), Sharding(shards=3, dim=1), Sharding(model=2)),
 ]
-UNEQUAL = [Sharding(shards=3), Sharding(shards=3, dim=1)]
+UNEQUAL = [Sharding(replicas=3), Sharding(shards=3), Sharding(shards=3, dim=1), Sharding(model=2)]
 
 
-@pytest.mark.parametrize(("sharding", "name"), cases(spread(ONE_AXIS), paired(ONE_AXIS), UNEQUAL))
+@pytest.mark.parametrize(("sharding", "name"), cases(spread(UNEQUAL), [*spread(ONE_AXIS), *paired(ONE_AXIS)]))
 def test_one_axis(sharding: Sharding, name: str, steps: int) -> None:
     """Three and four shards: of unequal sizes, some of them empty."""
     assert distance_from_one_process(sharding, shampoo(name), steps) < 1e-9
 
 
-@pytest.mark.parametrize(("sharding", "name"), cases(spread(TWO_AXES, 8), every=TWO_AXES))
+@pytest.mark.parametrize(("sharding", "name"), cases(spread(TWO_AXES, 8), paired(TWO_AXES)))
 def test_two_axes(sharding: Sharding, name: str, steps: int) -> None:
     """Hybrid sharding, and FSDP2 over the shards of tensor parallelism."""
     assert distance_from_one_process(sharding, shampoo(name), steps) < 1e-9
 
 
-@pytest.mark.parametrize("sharding", [Sharding(replicas=2), Sharding(shards=3)], ids=str)
+@pytest.mark.parametrize("sharding", slow_but(UNEQUAL[1:2], UNEQUAL[:2]), ids=str)
 def test_single_precision(sharding: Sharding, steps: int) -> None:
     make_optimizer = shampoo("adagrad-decay", "float32")
     assert distance_from_one_process(sharding, make_optimizer, steps, "float32") < 1e-5
 
 
-@pytest.mark.parametrize("name", ["uneven-blocks", "refresh-3-start-4"])
+@pytest.mark.parametrize("name", slow_but(["refresh-3-start-4"], ["uneven-blocks", "refresh-3-start-4"]))
 def test_ddp_with_gradients_that_are_missing_on_a_rank(name: str, steps: int) -> None:
     shape = replace(ODD, branch=True)
     assert distance_from_one_process(Sharding(replicas=2), shampoo(name), steps, shape=shape) < 1e-9
@@ -52,7 +52,7 @@ def _mixed(shards: int) -> dict[str, Tensor]:
     return with_torch(ODD, Sharding(shards=shards, mixed=True), make_optimizer, torch.float32).train(0, STEPS).weights()
 
 
-@pytest.mark.parametrize("shards", [2, 3])
+@pytest.mark.parametrize("shards", slow_but([3], [2, 3]))
 def test_mixed_precision(shards: int) -> None:
     """Against one process under the same wrapper: apart by little, compared with the way that the weights have gone."""
     (alone,) = run(_mixed, 1, 1)

@@ -13,7 +13,7 @@ from shampoo3d import Distribution
 from .fsdp import Sharding, with_torch
 from .harness import needs_deepspeed, run
 from .models import Shape
-from .settings import VARIANTS, shampoo
+from .settings import VARIANTS, shampoo, slow_but
 from .training import Session, Topology, data_parallel, one_process_weights, with_deepspeed
 from .zero import Recipe, Zero, with_zero
 
@@ -42,14 +42,14 @@ def _distances(
     return make(SHAPE, *arguments).train(0, steps).distances(reference)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_but(["soap", "adam-graft", "diagonals"], VARIANTS))
 @pytest.mark.parametrize("copies", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_replicas(check: Check, name: str, copies: int) -> None:
     """The keepers of copied roots have the averages of their blocks, too, and are told a basis with them."""
     check(4, name, data_parallel, partial(shampoo(name), distribution=Distribution(root_copies=copies)))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_but(["kl-soap", "kl-rmsprop", "default"], VARIANTS))
 @pytest.mark.parametrize(
     "sharding",
     [Sharding(shards=3), pytest.param(Sharding(shards=2, replicas=2), marks=pytest.mark.slow)],
@@ -59,12 +59,8 @@ def test_fsdp(check: Check, name: str, sharding: Sharding) -> None:
     check(sharding.world, name, with_torch, sharding, shampoo(name), torch.float64)
 
 
-def _fast(*names: str) -> list[Any]:
-    return [pytest.param(name, marks=() if name in names else pytest.mark.slow) for name in VARIANTS]
-
-
 @needs_deepspeed
-@pytest.mark.parametrize("name", _fast("soap", "default", "diagonals"))
+@pytest.mark.parametrize("name", slow_but(["soap", "default"], VARIANTS))
 @pytest.mark.parametrize(
     "topology",
     [Topology(data=2, model=2), pytest.param(Topology(pipe=2, data=2), marks=pytest.mark.slow)],
@@ -75,8 +71,8 @@ def test_three_dimensions(check: Check, name: str, topology: Topology) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("name", _fast("kl-soap", "default", "kl-rmsprop"))
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_but(["kl-soap", "kl-rmsprop"], VARIANTS))
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_zero(check: Check, name: str, stage: int) -> None:
     """The engine keeps float32."""
     recipe = Recipe(shampoo(name, "float32"))

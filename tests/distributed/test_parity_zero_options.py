@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .harness import needs_deepspeed
-from .settings import shampoo
+from .settings import shampoo, slow_but
 from .training import Topology, relative_distance
 from .zero import ODD, TWO, Recipe, Zero, alone, distance_from_one_process
 
@@ -70,11 +70,11 @@ OPTIONS: dict[str, tuple[Zero, str]] = {
     "init-3": (Zero(3, TWO, "float32", init=True), "uneven-blocks"),
     "init-on-3-ranks-3": (Zero(3, THREE, "float32", init=True, options={"sub_group_size": 300}), "merged"),
 }
-FAST = ["round-robin-2", "aligned-1", "overlap-2", "not-contiguous-2", "offload-2", "sub-groups-on-3-ranks-3", "init-3"]
+FAST = ["round-robin-2", "aligned-1", "not-contiguous-2", "offload-2", "sub-groups-on-3-ranks-3", "init-3"]
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 
 
-@pytest.mark.parametrize("option", [pytest.param(o, marks=[pytest.mark.slow] * (o not in FAST)) for o in OPTIONS])
+@pytest.mark.parametrize("option", slow_but(FAST, OPTIONS))
 def test_an_option_changes_nothing(option: str, steps: int) -> None:
     way, name = OPTIONS[option]
     distance = distance_from_one_process(way, Recipe(shampoo(name, way.precision)), steps)
@@ -82,13 +82,14 @@ def test_an_option_changes_nothing(option: str, steps: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", FAST)
 def test_an_option_changes_nothing_for_sgd_either(option: str, steps: int) -> None:
     """The check of the checks, with nothing of ours in it."""
     way, _ = OPTIONS[option]
     assert distance_from_one_process(way, Recipe(sgd), steps) < {"float64": 1e-13, "float32": 2e-6}[way.precision]
 
 
+GROUPED = [zero(0), zero(1, THREE), zero(2, THREE), zero(3, sub_group_size=300)]
 BOTH = pytest.mark.parametrize(
     "make",
     [
@@ -98,7 +99,7 @@ BOTH = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", slow_but([1, 3], range(4)))
 @pytest.mark.parametrize("batch", [12, pytest.param(10, marks=pytest.mark.slow)], ids=["accumulated", "at-once"])
 @BOTH
 def test_clipping_accumulation_and_a_schedule(stage: int, batch: int, make: Any, steps: int) -> None:
@@ -116,7 +117,7 @@ def test_clipping_and_the_schedule_do_something(make: Any, steps: int) -> None:
     assert min(relative_distance(clipped, plain), relative_distance(slowed, plain)) > 0.01
 
 
-@pytest.mark.parametrize("way", [zero(0), zero(1, THREE), zero(2, THREE), zero(3, sub_group_size=300)], ids=str)
+@pytest.mark.parametrize("way", slow_but(GROUPED[2:], GROUPED), ids=str)
 @pytest.mark.parametrize(
     "make",
     [pytest.param(sgd, id="sgd", marks=pytest.mark.slow), pytest.param(shampoo("uneven-blocks"), id="shampoo")],

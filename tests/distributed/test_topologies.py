@@ -22,6 +22,8 @@ RECORDED = [
     *("1-1-1", "1-1-2", "1-1-4", "1-1-8", "1-1-16", "1-2-1", "1-2-2", "1-2-4", "1-4-2", "1-8-1", "2-1-1", "2-1-2"),
     *("2-1-4", "2-2-2", "2-4-1", "2-4-4", "3-3-3", "4-1-1", "4-1-2", "4-2-1", "8-1-1", "16-1-1"),
 ]
+ALONE = ["2-1-1", "2-2-2", "2-4-1", "2-4-4", "3-3-3", "1-1-16", "16-1-1"]
+"""Compared with one process; all are compared with each other below, where blocks are fair."""
 STEPS = 3
 TOLERANCE = 1e-9
 
@@ -45,7 +47,7 @@ def shampoo(params: Any, **settings: Any) -> Shampoo:
     return Shampoo(params, lr=0.02, hyperparams=ShampooHyperParams(**common, **settings))
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", ALONE)
 def test_parity_with_one_process(name: str) -> None:
     """A block is as wide as a shard of the narrowest matrix: the boundaries of all shards are boundaries of blocks."""
     topology = topology_of(name)

@@ -67,7 +67,7 @@ def _check(found: list[Any]) -> dict[str, int]:
 @needs_deepspeed
 @pytest.mark.parametrize(
     ("stage", "ranks"),
-    [(1, 3), (2, 2), (3, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 2), (2, 3), (3, 2)))],
+    [(2, 2), (3, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 3), (2, 3), (3, 2)))],
 )
 def test_zero(stage: int, ranks: int) -> None:
     """Gradients go to owners and updates home; nothing else travels, of vectors nothing at all."""
@@ -84,7 +84,7 @@ def test_updates_in_the_parameters_own_precision_take_half_the_bytes() -> None:
     assert sums["updates"] * 2 == sums["gradients"] > 0
 
 
-@pytest.mark.parametrize("sharding", [Sharding(shards=2), Sharding(shards=3), Sharding(shards=2, replicas=2)], ids=str)
+@pytest.mark.parametrize("sharding", [Sharding(shards=3), Sharding(shards=2, replicas=2)], ids=str)
 def test_fsdp(sharding: Sharding) -> None:
     sums = _check(run(_fsdp, sharding.world, sharding))
     assert sums["gradients"] > 0
@@ -92,7 +92,7 @@ def test_fsdp(sharding: Sharding) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("topology", [Topology(data=2), Topology(data=4), Topology(data=2, model=2)], ids=str)
+@pytest.mark.parametrize("topology", [Topology(data=3), Topology(data=2, model=2)], ids=str)
 def test_replicas_give_each_other_the_weights(topology: Topology) -> None:
     sums = _check(run(_stage_0, topology.world, topology, Distribution()))
     elements = sum(p.numel() for p in _parameters())
