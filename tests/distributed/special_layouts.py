@@ -239,12 +239,7 @@ class Stripes(TensorParallel):
         return self.striped(full, 1, [WIDTH]) if name in ("out.weight", "down.weight") else full
 
     def mpu(self) -> Any:
-        return _data_and_model(self.world)
-
-
-@functools.cache
-def _data_and_model(world: int) -> Mpu:
-    return Mpu(Topology(data=world // 2, model=2))
+        return Mpu(Topology(data=self.world // 2, model=2))
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class WorkItem:
     accumulate: bool
     started: bool
     t: int = 0
-    blocks: Tensor = field(init=False)
+    blocks: Tensor = field(init=False, repr=False)
 
 
 Due = tuple[Stack, Rows, int]
