@@ -16,7 +16,7 @@ demo: env  ## train a GPT with AdamW and with 3D-Shampoo on 4 processes; results
 test: env  ## everything but the slow tests
 	$(call tests)
 
-test-slow: env  ## all settings on all layouts, the 22 recorded topologies, up to 32 processes
+test-slow: env  ## more settings on more layouts, the 22 recorded topologies, up to 32 processes
 	$(call tests,-m "slow or hypothesis" --hypothesis-profile slow)
 
 test-all: test test-slow

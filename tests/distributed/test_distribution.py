@@ -91,7 +91,7 @@ TIED = "tied_modules.embedding.weight"
 @needs_deepspeed
 @pytest.mark.parametrize(
     "topology",
-    slow_but(TWO_STAGES[:2], TWO_STAGES),
+    slow_but(TWO_STAGES[:1], TWO_STAGES),
     ids=str,
 )
 def test_layers_tied_across_stages_stay_bitwise_equal(topology: Topology) -> None:
@@ -248,7 +248,6 @@ def _resume(folder: Path, topology: Topology, hp: ShampooHyperParams) -> dict[st
                 (Topology(data=2, model=2), Topology(data=2, model=2), SETTINGS, 1e-12),
             )
         ),
-        (Topology(data=2), Topology(data=3), SETTINGS, 1e-9),
         (Topology(pipe=2, data=2), Topology(pipe=2, data=1), SETTINGS, 1e-9),
     ],
     ids=lambda of: f"{of.variant.sides}-{of.variant.long_axes}" if isinstance(of, ShampooHyperParams) else str(of),

@@ -148,15 +148,12 @@ def _resumed(layout: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, Te
 
 
 FAST = [("ddp", "dies within"), ("zero3", "dies before"), ("zero3", "raises")]
+MORE = [*zip(LAYOUTS, 2 * [*LOST], strict=False), *((layout, "dies within") for layout in LAYOUTS)]
 
 
 @pytest.mark.parametrize(
     ("layout", "kind"),
-    [
-        pytest.param(layout, kind, marks=[] if (layout, kind) in FAST else pytest.mark.slow)
-        for layout in LAYOUTS
-        for kind in LOST
-    ],
+    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE if case not in FAST)],
 )
 def test_a_rank_that_is_lost(layout: str, kind: str, tmp_path: Path) -> None:
     world = LAYOUTS[layout].world

@@ -72,8 +72,8 @@ class Case:
         return with_deepspeed(SHAPE, self.how, make)
 
 
+REPLICAS = [Case(Sharding(replicas=4), settings) for settings in SETTINGS]
 FOUR = [
-    Case(Sharding(replicas=4), "classic"),
     Case(Sharding(replicas=4), "soap", root_copies=2),
     Case(Sharding(shards=2, replicas=2), "classic"),
     Case(Topology(data=2, model=2), "classic"),
@@ -110,9 +110,13 @@ def _measured(cases: list[Case]) -> list[Found]:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("cases", [FOUR, TWO], ids=["replicas and shards", "ZeRO"])
+@pytest.mark.parametrize(
+    "cases",
+    [FOUR, TWO, pytest.param(REPLICAS, marks=pytest.mark.slow)],
+    ids=["replicas and shards", "ZeRO", "replicas"],
+)
 def test_every_layout(cases: list[Case]) -> None:
-    world = 4 if cases is FOUR else 2
+    world = 2 if cases is TWO else 4
     for rank, each in enumerate(run(_measured, world, cases, seconds=300)):
         for case, found in zip(cases, each, strict=True):
             padding = PADDING if isinstance(case.how, Zero) else 0

@@ -101,7 +101,7 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("wrapper", slow_but(["bf16-optimizer", "pipeline-0"], WRAPPERS))
+@pytest.mark.parametrize("wrapper", slow_but(["bf16-optimizer"], WRAPPERS))
 def test_other_wrappers(wrapper: str) -> None:
     _check_against_one(WRAPPERS[wrapper])
 

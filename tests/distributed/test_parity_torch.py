@@ -23,13 +23,13 @@ ONE_AXIS = [
 UNEQUAL = [Sharding(replicas=3), Sharding(shards=3), Sharding(shards=3, dim=1), Sharding(model=2)]
 
 
-@pytest.mark.parametrize(("sharding", "name"), cases(spread(UNEQUAL), [*spread(ONE_AXIS), *paired(ONE_AXIS)]))
+@pytest.mark.parametrize(("sharding", "name"), cases(spread(UNEQUAL), paired(ONE_AXIS)))
 def test_one_axis(sharding: Sharding, name: str, steps: int) -> None:
     """Three and four shards: of unequal sizes, some of them empty."""
     assert distance_from_one_process(sharding, shampoo(name), steps) < 1e-9
 
 
-@pytest.mark.parametrize(("sharding", "name"), cases(spread(TWO_AXES, 8), paired(TWO_AXES)))
+@pytest.mark.parametrize(("sharding", "name"), cases(spread(TWO_AXES[:2], 8), paired(TWO_AXES)))
 def test_two_axes(sharding: Sharding, name: str, steps: int) -> None:
     """Hybrid sharding, and FSDP2 over the shards of tensor parallelism."""
     assert distance_from_one_process(sharding, shampoo(name), steps) < 1e-9
@@ -52,7 +52,7 @@ def _mixed(shards: int) -> dict[str, Tensor]:
     return with_torch(ODD, Sharding(shards=shards, mixed=True), make_optimizer, torch.float32).train(0, STEPS).weights()
 
 
-@pytest.mark.parametrize("shards", slow_but([3], [2, 3]))
+@pytest.mark.parametrize("shards", slow_but([], [2, 3]))
 def test_mixed_precision(shards: int) -> None:
     """Against one process under the same wrapper: apart by little, compared with the way that the weights have gone."""
     (alone,) = run(_mixed, 1, 1)

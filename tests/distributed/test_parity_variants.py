@@ -43,10 +43,9 @@ def _distances(
 
 
 @pytest.mark.parametrize("name", slow_but(["soap", "adam-graft", "diagonals"], VARIANTS))
-@pytest.mark.parametrize("copies", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_replicas(check: Check, name: str, copies: int) -> None:
+def test_replicas(check: Check, name: str) -> None:
     """The keepers of copied roots have the averages of their blocks, too, and are told a basis with them."""
-    check(4, name, data_parallel, partial(shampoo(name), distribution=Distribution(root_copies=copies)))
+    check(4, name, data_parallel, partial(shampoo(name), distribution=Distribution(root_copies=2)))
 
 
 @pytest.mark.parametrize("name", slow_but(["kl-soap", "kl-rmsprop", "default"], VARIANTS))

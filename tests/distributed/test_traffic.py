@@ -12,7 +12,7 @@ from shampoo3d import Distribution, Shampoo
 from .fsdp import Sharding, with_torch
 from .harness import needs_deepspeed, run
 from .models import Shape
-from .settings import shampoo
+from .settings import shampoo, slow_but
 from .training import Session, Topology, with_deepspeed
 from .zero import Recipe, Zero, with_zero
 
@@ -100,6 +100,7 @@ def test_replicas_give_each_other_the_weights(topology: Topology) -> None:
     assert bool(sums.get("gradients")) == (topology.model > 1)
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_more_root_copies_take_fewer_bytes_and_more_memory() -> None:
     found = {copies: run(_stage_0, 4, Topology(data=4), Distribution(root_copies=copies)) for copies in (1, 2, 4)}
@@ -121,7 +122,7 @@ def _state(stage: int, ranks: int) -> int:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))])
+@pytest.mark.parametrize("stage", slow_but([], [0, 3]))
 def test_state_falls_as_one_over_the_ranks(stage: int) -> None:
     found = {ranks: run(_state, ranks, stage, ranks) for ranks in (1, 2, 4, 8)}
     for ranks, sizes in found.items():
