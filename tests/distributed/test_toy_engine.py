@@ -16,7 +16,7 @@ from shampoo3d.engines.native import Torch
 from shampoo3d.planning.layout import Shard
 
 from .harness import run
-from .models import Shape, Shards, Whole, batch, load_weights, loss_of
+from .models import Shape, batch, loss_of
 from .settings import shampoo
 from .training import one_process
 
@@ -35,7 +35,7 @@ class FlatBuffer(Torch):
         self.piece = nn.Parameter(self.mine([param.detach() for param in params]))
 
     def mine(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([tensor.reshape(-1) for tensor in tensors])[self.first : self.last].clone()
+        return nn.utils.parameters_to_vector(tensors)[self.first : self.last].clone()
 
     def is_flat(self, originals: Sequence[Tensor]) -> bool:
         return True
@@ -54,10 +54,7 @@ class FlatBuffer(Torch):
         return shards
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Average the gradients, change the own piece, and bring all pieces together."""
-        for param in self.params:
-            dist.all_reduce(param.grad)
-        self.piece.grad = self.mine([param.grad / dist.get_world_size() for param in self.params])  # type: ignore[operator]
+        self.piece.grad = self.mine([param.grad for param in self.params if param.grad is not None])
         optimizer.step()
         pieces: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(pieces, self.piece.detach())
@@ -65,19 +62,15 @@ class FlatBuffer(Torch):
 
 
 def _distances(name: str, seed: int, reference: dict[str, Tensor]) -> float:
-    module = Whole(SHAPE).double()
-    load_weights(module, SHAPE, Shards())
-    optimizer = shampoo(name)(module.parameters())
-    engine = FlatBuffer(list(module.parameters()), seed)
+    session = one_process(SHAPE, shampoo(name))
+    engine = FlatBuffer(list(session.module.parameters()), seed)
     reading.ENGINES.insert(0, engine)
-    optimizer.param_groups[0]["params"] = [engine.piece]
-    for step in range(STEPS):
-        inputs, labels = (part.chunk(dist.get_world_size())[dist.get_rank()] for part in batch(SHAPE, step))
-        module.zero_grad()
-        loss_of(module(inputs), labels).backward()
-        engine.step(optimizer)
-    weights = dict(module.named_parameters())
-    return max(float((weights[n] - w).norm() / w.norm()) for n, w in reference.items())
+    session.optimizer.param_groups[0]["params"] = [engine.piece]
+    for inputs, labels in (batch(SHAPE, step) for step in range(STEPS)):
+        session.module.zero_grad()
+        loss_of(session.module(inputs), labels).backward()
+        engine.step(session.optimizer)
+    return max(session.distances(reference).values())
 
 
 @pytest.mark.parametrize(("name", "seed"), [("default", 1), ("adagrad-decay", 2)])

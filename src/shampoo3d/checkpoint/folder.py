@@ -25,7 +25,7 @@ from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, Parameter, 
 from shampoo3d.checkpoint.naming import for_loading, for_saving
 from shampoo3d.checkpoint.reading import Reader, described, read_metadata
 from shampoo3d.checkpoint.reblock import Reblocking
-from shampoo3d.checkpoint.state import loaded_groups
+from shampoo3d.checkpoint.state_dict import loaded_groups
 from shampoo3d.checkpoint.tensors import WEIGHT, Held, Scattered, Weights, held
 from shampoo3d.distributed.collectives import all_gather_object, first_error
 from shampoo3d.distributed.topology import ParallelGroups

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from shampoo3d.checkpoint import folder, slices
 from shampoo3d.checkpoint import state as checkpoint
+from shampoo3d.checkpoint import state_dict as form
 from shampoo3d.checkpoint.state import ParamState
 from shampoo3d.distributed.errors import during
 from shampoo3d.distributed.topology import Claims, ParallelGroups
@@ -124,7 +125,7 @@ class Checkpointed(Optimizer):
             whole = super().state_dict()
         finally:
             self.state = owned
-        whole["shampoo"] = checkpoint.description(self._parameters(), self.hyperparams, self.skipped_steps)
+        whole["shampoo"] = form.description(self._parameters(), self.hyperparams, self.skipped_steps)
         params = [param for group in self.param_groups for param in group["params"]]
         if not flat_groups(self._registry):
             originals = (param for group in self._registry.originals for param in group)
@@ -146,9 +147,9 @@ class Checkpointed(Optimizer):
         """
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        groups, saved = checkpoint.by_parameter(self.param_groups, state_dict, self._registry.names, self.hyperparams)
+        groups, saved = form.by_parameter(self.param_groups, state_dict, self._registry.names, self.hyperparams)
         described: dict[str, Any] = state_dict.get("shampoo", {})  # absent after PyTorch's conversions
-        checkpoint.check_described(described, self.hyperparams)
+        form.check_described(described, self.hyperparams)
         own = described if "layout" in described else None
         if saved and flat_groups(self._registry) != (own is not None):
             raise ValueError(
@@ -164,7 +165,7 @@ class Checkpointed(Optimizer):
                 self._assemble(self._located(), pending, {})
             except DisagreementError as error:
                 raise StepRefusedError(str(error)) from None
-        checkpoint.replace_settings(self.param_groups, groups)
+        form.replace_settings(self.param_groups, groups)
         self.skipped_steps = described.get("skipped_steps", self.skipped_steps)
         self._unfinished = 0
         for after in self._optimizer_load_state_dict_post_hooks.values():
@@ -234,7 +235,7 @@ class Checkpointed(Optimizer):
             loading.finish()
         for tensor, step in loading.steps().items():
             self.state[tensor]["step"] = step
-        checkpoint.replace_settings(self._groups, loading.groups)
+        form.replace_settings(self._groups, loading.groups)
         self.skipped_steps = loading.manifest.skipped_steps
         self._unfinished = 0
         return loading.loaded()

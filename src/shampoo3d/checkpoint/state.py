@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shampoo3d.checkpoint.manifest import FORMAT, Parameter, contradictions, flatten_settings
+from shampoo3d.checkpoint.manifest import Parameter
 from shampoo3d.distributed.collectives import Communicator
 from shampoo3d.numerics.momenta import kept_dtype
 from shampoo3d.numerics.preconditioner import factor_shapes, state_shapes
@@ -22,9 +22,8 @@ from shampoo3d.planning.layout import Holder, Matrix, Piece, Shard
 from shampoo3d.planning.routes import BUCKET_ELEMENTS, transfers_of
 from shampoo3d.runtime.bindings import Binding, state_dtype
 from shampoo3d.runtime.team import Team
-from shampoo3d.settings.groups import check_group
 from shampoo3d.settings.hyperparams import ShampooHyperParams
-from shampoo3d.settings.validation import check_integer, check_kind
+from shampoo3d.settings.validation import check_kind
 
 ParamState = dict[str, Any]
 """``{"step": t, "<start>:<stop>,...": {"momentum": ..., "L0": ..., "P0": ...}}``, one entry per block."""
@@ -109,38 +108,48 @@ def canonical_blocks(matrix: Matrix, hp: ShampooHyperParams) -> tuple[Block, ...
 def _whole_momenta(team: Team, communicator: Communicator) -> dict[int, dict[str, Tensor]]:
     """Gather the momenta of each logical matrix, merged, from the homes of its elements."""
     names = [momenta_names(team.hp, binding.matrix.factored) for binding in team.bindings]
-    items: list[tuple[int, int, Piece]] = []  # home, matrix, piece
-    for binding in team.bindings:
-        if binding.matrix.sharded:
-            for holder in binding.matrix.holders:
-                items += ((holder.rank, binding.number, piece) for piece in binding.matrix.pieces(holder.shard))
-    routes = transfers_of(team.plan, [binding.matrix for binding in team.bindings])
-    items += (
-        (transfer.home, transfer.matrix, transfer.piece)
-        for transfer in routes
-        if not team.bindings[transfer.matrix].matrix.sharded
-    )
-    items = [item for item in items if names[item[1]]]  # Adam in eigenbases needs nothing at the homes
-    stacked = {}
-    for bucket in team.stacked_buckets:
-        for row, (binding, fragment) in enumerate(bucket.members):
-            stacked[binding.number, fragment.box.key] = [tensor[row] for tensor in bucket.momenta.tensors().values()]
-
-    def mine(number: int) -> Tensor:
-        _, matrix, piece = items[number]
-        binding = team.bindings[matrix]
-        if binding.matrix.sharded:
-            tensors = team.flat_buckets[binding.group_tensor].momenta.tensors()
-            return torch.stack([binding.view(tensors[name], piece) for name in names[matrix]])
-        return torch.stack(stacked[matrix, piece.box.key])
-
+    # Adam in eigenbases needs nothing at the homes.
+    items = [(home, matrix, piece) for home, matrix, piece in _homes(team) if names[matrix]]
+    here = _momenta_here(team)
     whole = {binding.number: _merged_zeros(binding, team.hp) for binding in team.bindings}
     sizes = [(home, piece.box.elements * len(names[matrix])) for home, matrix, piece in items]
-    for n, flat in _shared(team, communicator, [matrix for _, matrix, _ in items], sizes, mine):
+    matrices = [matrix for _, matrix, _ in items]
+    for n, flat in _shared(team, communicator, matrices, sizes, lambda n: torch.stack(here(*items[n][1:]))):
         _, matrix, piece = items[n]
         for name, values in zip(names[matrix], flat.view(len(names[matrix]), *piece.box.shape), strict=True):
             whole[matrix][name][piece.box.slices] = values
     return whole
+
+
+def _homes(team: Team) -> Iterator[tuple[int, int, Piece]]:
+    """Yield the rank that keeps the momenta of each piece, the matrix's number and the piece."""
+    for binding in team.bindings:
+        if binding.matrix.sharded:
+            for holder in binding.matrix.holders:
+                yield from ((holder.rank, binding.number, piece) for piece in binding.matrix.pieces(holder.shard))
+    for transfer in transfers_of(team.plan, [binding.matrix for binding in team.bindings]):
+        if not team.bindings[transfer.matrix].matrix.sharded:
+            yield transfer.home, transfer.matrix, transfer.piece
+
+
+def _momenta_here(team: Team) -> Callable[[int, Piece], list[Tensor]]:
+    """Find the momenta of a piece of a matrix that are at home on this rank."""
+    rows = {
+        (binding.number, transfer.box.key): (bucket, row)
+        for bucket in team.stacked_buckets
+        for row, (binding, transfer) in enumerate(bucket.members)
+    }
+
+    def here(matrix: int, piece: Piece) -> list[Tensor]:
+        binding = team.bindings[matrix]
+        if binding.matrix.sharded:
+            tensors = team.flat_buckets[binding.group_tensor].momenta.tensors()  # also of matrices with others
+            names = momenta_names(team.hp, binding.matrix.factored)
+            return [binding.view(tensors[name], piece) for name in names]
+        bucket, row = rows[matrix, piece.box.key]
+        return [tensor[row] for tensor in bucket.momenta.tensors().values()]
+
+    return here
 
 
 def _merged_zeros(binding: Binding, hp: ShampooHyperParams) -> dict[str, Tensor]:
@@ -299,98 +308,3 @@ def parameters_of(teams: Sequence[Team], steps: Mapping[Tensor, int]) -> dict[st
     """Describe the bound matrices, in plain data."""
     bindings = (binding for team in teams for binding in team.bindings)
     return {b.matrix.name: asdict(Parameter.of(b.matrix, steps[b.group_tensor.tensor])) for b in bindings}
-
-
-def description(parameters: Mapping[str, Any], hp: ShampooHyperParams, skipped_steps: int) -> dict[str, Any]:
-    """Describe a ``state_dict()``: format, settings, skipped steps and parameters."""
-    return {
-        "format": FORMAT,
-        "hyperparams": flatten_settings(hp),
-        "skipped_steps": skipped_steps,
-        "parameters": dict(parameters),
-    }
-
-
-def loaded_groups(
-    current: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]], hp: ShampooHyperParams
-) -> list[dict[str, Any]]:
-    """Return the current parameters with the saved settings.
-
-    Raises:
-        TypeError, ValueError: naming the group that differs in its number of parameters, or a setting that is invalid.
-    """
-    if len(current) != len(saved):
-        raise ValueError(f"the loaded state has {len(saved)} parameter groups, the optimizer has {len(current)}")
-    groups = []
-    for number, (ours, theirs) in enumerate(zip(current, saved, strict=True)):
-        if len(ours["params"]) != len(theirs["params"]):
-            raise ValueError(
-                f"group {number} of the loaded state has {len(theirs['params'])} parameters, "
-                f"the optimizer's has {len(ours['params'])}"
-            )
-        own: dict[str, Any] = {name: ours[name] for name in ("params", "param_names") if name in ours}
-        group: dict[str, Any] = {**ours, **theirs, **own}
-        check_group(group, hp)
-        groups.append(group)
-    return groups
-
-
-def by_parameter(
-    current: Sequence[dict[str, Any]], saved: Mapping[str, Any], names: Mapping[Tensor, str], hp: ShampooHyperParams
-) -> tuple[list[dict[str, Any]], dict[Tensor, ParamState]]:
-    """Return the groups, see :func:`loaded_groups`, and the state of each parameter in a ``state_dict()``.
-
-    Raises:
-        TypeError, ValueError: as :func:`loaded_groups`, or naming the parameters without state.
-    """
-    _check_form(saved)
-    groups = loaded_groups(current, saved["param_groups"], hp)
-    numbers = {
-        number: param
-        for old, now in zip(saved["param_groups"], groups, strict=True)
-        for number, param in zip(old["params"], now["params"], strict=True)
-    }
-    if unknown := [n for n in saved["state"] if n not in numbers]:
-        raise ValueError(f"the loaded state has entries {unknown[:5]} of parameters that are in none of its groups")
-    state = {numbers[n]: param_state for n, param_state in saved["state"].items()}
-    if missing := [names.get(param, "") for param in numbers.values() if state and param not in state]:
-        count = f"{len(missing)} of {len(numbers)}"
-        raise ValueError(f"the loaded state has nothing for {count} parameters: {missing[:5]}")
-    return groups, state
-
-
-def _check_form(saved: Any) -> None:
-    """Raise TypeError or ValueError, naming the part, unless it has the form of a ``state_dict()``."""
-    check_kind("state_dict", saved, Mapping, "a dict, as from state_dict()")
-    if missing := [name for name in ("state", "param_groups") if name not in saved]:
-        raise ValueError(f"state_dict must have 'state' and 'param_groups', as from state_dict(); it has no {missing}")
-    check_kind("state_dict's 'state'", saved["state"], Mapping, "a dict by parameter")
-    check_kind("state_dict's 'param_groups'", saved["param_groups"], (list, tuple), "a list of dicts")
-    check_kind("state_dict's 'shampoo'", saved.get("shampoo", {}), Mapping, "a dict")
-    for number, group in enumerate(saved["param_groups"]):
-        check_kind(f"group {number} of state_dict", group, Mapping, "a dict")
-        check_kind(f"'params' of group {number} of state_dict", group.get("params"), (list, tuple), "a list of numbers")
-    for number, of in saved["state"].items():
-        check_kind(f"state_dict's 'state' of parameter {number}", of, Mapping, "a dict")
-
-
-def replace_settings(groups: Sequence[dict[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the settings of groups in place, since engines and schedulers hold the dictionaries."""
-    for group, settings in zip(groups, loaded, strict=True):
-        copy = dict(settings)  # since it may be the group itself
-        group.clear()
-        group.update(copy)
-
-
-def check_described(described: Mapping[str, Any], hp: ShampooHyperParams) -> None:
-    """Raise ValueError if the description of a ``state_dict()`` forbids loading it.
-
-    Its format may be newer than this version reads, or it may have another meaning with these settings; the error has
-    their names and values.
-    """
-    check_integer("the format of the loaded state", described.get("format", FORMAT), least=1)
-    check_integer("skipped_steps of the loaded state", described.get("skipped_steps", 0), least=0)
-    if not 1 <= described.get("format", FORMAT) <= FORMAT:
-        raise ValueError(f"the loaded state has format {described['format']!r}; this version reads 1 to {FORMAT}")
-    if wrong := contradictions(described.get("hyperparams", {}), flatten_settings(hp)):
-        raise ValueError(f"the loaded state was saved with other hyperparams: {'; '.join(wrong)}")

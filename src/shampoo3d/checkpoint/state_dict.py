@@ -1,0 +1,107 @@
+"""The form of a ``state_dict()``: what is asked of one that is loaded, its groups, and the description of the state."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from shampoo3d.checkpoint.manifest import FORMAT, contradictions, flatten_settings
+from shampoo3d.checkpoint.state import ParamState
+from shampoo3d.settings.groups import check_group
+from shampoo3d.settings.hyperparams import ShampooHyperParams
+from shampoo3d.settings.validation import check_integer, check_kind
+
+
+def loaded_groups(
+    current: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]], hp: ShampooHyperParams
+) -> list[dict[str, Any]]:
+    """Return the current parameters with the saved settings.
+
+    Raises:
+        TypeError, ValueError: naming the group that differs in its number of parameters, or a setting that is invalid.
+    """
+    if len(current) != len(saved):
+        raise ValueError(f"the loaded state has {len(saved)} parameter groups, the optimizer has {len(current)}")
+    groups = []
+    for number, (ours, theirs) in enumerate(zip(current, saved, strict=True)):
+        if len(ours["params"]) != len(theirs["params"]):
+            raise ValueError(
+                f"group {number} of the loaded state has {len(theirs['params'])} parameters, "
+                f"the optimizer's has {len(ours['params'])}"
+            )
+        own: dict[str, Any] = {name: ours[name] for name in ("params", "param_names") if name in ours}
+        group: dict[str, Any] = {**ours, **theirs, **own}
+        check_group(group, hp)
+        groups.append(group)
+    return groups
+
+
+def by_parameter(
+    current: Sequence[dict[str, Any]], saved: Mapping[str, Any], names: Mapping[Tensor, str], hp: ShampooHyperParams
+) -> tuple[list[dict[str, Any]], dict[Tensor, ParamState]]:
+    """Return the groups, see :func:`loaded_groups`, and the state of each parameter in a ``state_dict()``.
+
+    Raises:
+        TypeError, ValueError: as :func:`loaded_groups`, or naming the parameters without state.
+    """
+    _check_form(saved)
+    groups = loaded_groups(current, saved["param_groups"], hp)
+    numbers = {
+        number: param
+        for old, now in zip(saved["param_groups"], groups, strict=True)
+        for number, param in zip(old["params"], now["params"], strict=True)
+    }
+    if unknown := [n for n in saved["state"] if n not in numbers]:
+        raise ValueError(f"the loaded state has entries {unknown[:5]} of parameters that are in none of its groups")
+    state = {numbers[n]: param_state for n, param_state in saved["state"].items()}
+    if missing := [names.get(param, "") for param in numbers.values() if state and param not in state]:
+        count = f"{len(missing)} of {len(numbers)}"
+        raise ValueError(f"the loaded state has nothing for {count} parameters: {missing[:5]}")
+    return groups, state
+
+
+def _check_form(saved: Any) -> None:
+    """Raise TypeError or ValueError, naming the part, unless it has the form of a ``state_dict()``."""
+    check_kind("state_dict", saved, Mapping, "a dict, as from state_dict()")
+    if missing := [name for name in ("state", "param_groups") if name not in saved]:
+        raise ValueError(f"state_dict must have 'state' and 'param_groups', as from state_dict(); it has no {missing}")
+    check_kind("state_dict's 'state'", saved["state"], Mapping, "a dict by parameter")
+    check_kind("state_dict's 'param_groups'", saved["param_groups"], (list, tuple), "a list of dicts")
+    check_kind("state_dict's 'shampoo'", saved.get("shampoo", {}), Mapping, "a dict")
+    for number, group in enumerate(saved["param_groups"]):
+        check_kind(f"group {number} of state_dict", group, Mapping, "a dict")
+        check_kind(f"'params' of group {number} of state_dict", group.get("params"), (list, tuple), "a list of numbers")
+    for number, of in saved["state"].items():
+        check_kind(f"state_dict's 'state' of parameter {number}", of, Mapping, "a dict")
+
+
+def replace_settings(groups: Sequence[dict[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the settings of groups in place, since engines and schedulers hold the dictionaries."""
+    for group, settings in zip(groups, loaded, strict=True):
+        copy = dict(settings)  # since it may be the group itself
+        group.clear()
+        group.update(copy)
+
+
+def description(parameters: Mapping[str, Any], hp: ShampooHyperParams, skipped_steps: int) -> dict[str, Any]:
+    """Describe a ``state_dict()``: format, settings, skipped steps and parameters."""
+    return {
+        "format": FORMAT,
+        "hyperparams": flatten_settings(hp),
+        "skipped_steps": skipped_steps,
+        "parameters": dict(parameters),
+    }
+
+
+def check_described(described: Mapping[str, Any], hp: ShampooHyperParams) -> None:
+    """Raise ValueError if the description of a ``state_dict()`` forbids loading it.
+
+    Its format may be newer than this version reads, or it may have another meaning with these settings; the error has
+    their names and values.
+    """
+    check_integer("the format of the loaded state", described.get("format", FORMAT), least=1)
+    check_integer("skipped_steps of the loaded state", described.get("skipped_steps", 0), least=0)
+    if not 1 <= described.get("format", FORMAT) <= FORMAT:
+        raise ValueError(f"the loaded state has format {described['format']!r}; this version reads 1 to {FORMAT}")
+    if wrong := contradictions(described.get("hyperparams", {}), flatten_settings(hp)):
+        raise ValueError(f"the loaded state was saved with other hyperparams: {'; '.join(wrong)}")
