@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from common import clones, covering, draw
-from shampoo3d.numerics.momenta import ALL, Momenta, Rows, StepSettings, average
+from shampoo3d.numerics.momenta import ALL, Momenta, Rows, average
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.variant import Variant
 
@@ -78,14 +79,14 @@ class Element:
         self.A = c.beta2 * self.A + (1 - c.beta2) * g * g
         return e, e / (sqrt(self.A / weight2) + EPS) if c.method in ("rmsprop", "adam") else e
 
-    def update(self, w: float, s: float, d: float, step: StepSettings) -> float:
-        c, decay, momentum = self.choice, step.weight_decay * w, 0.0 if self.choice.beta1 else step.momentum
+    def update(self, w: float, s: float, d: float, group: Mapping[str, float], started: bool) -> float:
+        c, decay, momentum = self.choice, group["weight_decay"] * w, 0.0 if self.choice.beta1 else group["momentum"]
         if not c.decoupled:
             s, d = s + decay, d + decay
         self.M = momentum * self.M + s
-        if not step.started:
+        if not started:
             self.N = momentum * self.N + d
-        u, v = (self.M, s) if step.started else (self.N, d)
+        u, v = (self.M, s) if started else (self.N, d)
         if c.nesterov:
             u = momentum * u + v
         return u + decay if c.decoupled else u
@@ -113,14 +114,13 @@ def follow(choice: Choice, rows: Rows, weight_decay: float) -> None:
     for t in range(1, 6):
         which = ALL if t == 1 else rows  # what the first step leaves in the other rows stays there
         chosen = torch.arange(SHAPE[0])[which].tolist()
-        step = StepSettings(
-            momentum=0.0 if choice.beta1 else 0.9 / t, weight_decay=weight_decay, started=t >= choice.start
-        )
+        started = t >= choice.start
+        group = {"momentum": 0.0 if choice.beta1 else 0.9 / t, "weight_decay": weight_decay}
         W, G, S = (draw((len(chosen), SHAPE[1]), 10 * t + seed) for seed in range(3))
         before = clones([W, G, S])
         averaged, D = kept.direction(G, which, t)
         found_average, direction = averaged.clone(), D.clone()
-        found = kept.update(W, S, D.clone(), step, which)
+        found = kept.update(W, S, D.clone(), group, started=started, rows=which)
         assert all(map(torch.equal, before[:2], (W, G)))
         for (i, row), column in itertools.product(enumerate(chosen), range(SHAPE[1])):
             w, g, s = (float(x[i, column]) for x in before)
@@ -129,7 +129,7 @@ def follow(choice: Choice, rows: Rows, weight_decay: float) -> None:
             if choice.graft != "none" or choice.start > 1 or not choice.factored:  # else nobody looks at them
                 assert float(found_average[i, column]) == pytest.approx(e, rel=1e-13)
                 assert float(direction[i, column]) == pytest.approx(d, rel=1e-13)
-            u = element.update(w, s, float(direction[i, column]), step)
+            u = element.update(w, s, float(direction[i, column]), group, started)
             assert float(found[i, column]) == pytest.approx(u, rel=1e-12)
     for name, tensor in kept.tensors().items():
         expected = [[getattr(elements[i, j], NAMES[name]) for j in range(SHAPE[1])] for i in range(SHAPE[0])]
@@ -155,8 +155,9 @@ def test_decoupled_decay_does_not_enter_the_momentum(nesterov: bool) -> None:
     plain, decayed = (momenta(Choice(nesterov=nesterov, decoupled=True)) for _ in range(2))
     W = draw(SHAPE, 0)
     for t in range(1, 4):
-        without = plain.update(None, draw(SHAPE, t), None, StepSettings(0.9, 0.0, True)).clone()
-        with_decay = decayed.update(W, draw(SHAPE, t), None, StepSettings(0.9, 0.3, True))
+        group = {"momentum": 0.9, "weight_decay": 0.0}
+        without = plain.update(None, draw(SHAPE, t), None, group, started=True).clone()
+        with_decay = decayed.update(W, draw(SHAPE, t), None, group | {"weight_decay": 0.3}, started=True)
         torch.testing.assert_close(with_decay, without + 0.3 * W)
         assert plain.momentum is not None
         assert decayed.momentum is not None

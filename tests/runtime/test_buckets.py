@@ -8,12 +8,12 @@ from torch import nn
 
 from common import replicated
 from shampoo3d.planning.grid import describe
-from shampoo3d.planning.layout import Matrix
+from shampoo3d.planning.layout import Fragment, Matrix
 from shampoo3d.runtime.bindings import Binding, GroupTensor
-from shampoo3d.runtime.buckets import Member, patches
+from shampoo3d.runtime.buckets import patches
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
-Rows = list[list[Member]]
+Rows = list[list[tuple[Binding, Fragment]]]
 
 
 def bound(matrix: Matrix, number: int) -> Binding:
@@ -24,7 +24,7 @@ def bound(matrix: Matrix, number: int) -> Binding:
 def members_by_shape(shapes: list[tuple[int, ...]], block_size: int) -> Rows:
     """Of all blocks of matrices of these shapes, in the order of the plan."""
     hp = ShampooHyperParams(block_size=block_size)
-    kinds: dict[tuple[int, ...], list[Member]] = {}
+    kinds: dict[tuple[int, ...], list[tuple[Binding, Fragment]]] = {}
     for number, shape in enumerate(shapes):
         matrix = describe(replicated(f"w{number}", shape), hp, 1)
         binding = bound(matrix, number)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo3d import Computation, Shampoo, ShampooHyperParams, Variant
 from shampoo3d.numerics import preconditioner
-from shampoo3d.numerics.momenta import ALL, Momenta, StepSettings
+from shampoo3d.numerics.momenta import ALL, Momenta
 from shampoo3d.numerics.preconditioner import Stack, squared_norms
 from shampoo3d.numerics.soap import EigenStack
 
@@ -148,7 +148,7 @@ def test_the_mathematics_is_one_graph(shape: tuple[int, ...], variant: str) -> N
     torch.compiler.reset()
     hp = ShampooHyperParams(**{"beta2": 0.9, "matrix_eps": 1e-4, "weight_decay": 0.1} | VARIANTS[variant])
     make, cpu = EigenStack if hp.variant.direction == "adam" else Stack, torch.device("cpu")
-    found = []
+    found, group = [], {"momentum": 0.0 if hp.averaged else 0.9, "weight_decay": 0.1}
     for how in (lambda function: function, compiled):
         stack, momenta = (
             make(shape, range(len(shape)), 3, hp, torch.float32, cpu),
@@ -162,9 +162,7 @@ def test_the_mathematics_is_one_graph(shape: tuple[int, ...], variant: str) -> N
             S, D = average.clone(), D.clone()
             if hp.weight_updates(t):
                 how(make.precondition)(stack, S, ALL, t, S)
-            u = how(Momenta.update)(
-                momenta, torch.ones_like(G), S, D, StepSettings(0.0 if hp.averaged else 0.9, 0.1, True)
-            )
+            u = how(Momenta.update)(momenta, torch.ones_like(G), S, D, group, started=True)
             found.append([u, how(squared_norms)(G), *stack.tensors().values(), *momenta.tensors().values()])
     for plain, traced in zip(found[:3], found[3:], strict=True):  # the divisors of averages are rounded there
         torch.testing.assert_close(plain, traced, rtol=1e-5, atol=1e-5)

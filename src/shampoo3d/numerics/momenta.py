@@ -1,7 +1,7 @@
 """The state and the arithmetic of single elements: averages, momenta, weight decay, the step itself."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +19,6 @@ ALL = slice(None)
 def kept_dtype(name: str, hp: ShampooHyperParams, state: torch.dtype) -> torch.dtype:
     """Return the dtype in which state of this name in a checkpoint is kept; arithmetic is in ``state``."""
     return torch.bfloat16 if storage_of(name, hp) == "bfloat16" else state
-
-
-@dataclass(frozen=True)
-class StepSettings:
-    """The scalars of one step: its group's settings, and whether t has reached the start step."""
-
-    momentum: float
-    weight_decay: float
-    started: bool
 
 
 class Momenta:
@@ -90,7 +81,16 @@ class Momenta:
         correction = self.hp.correction(self.hp.variant.beta1, age, self.method)
         return average(self.gradient_average, G, rows, self.hp, correction)
 
-    def update(self, W: Tensor | None, S: Tensor, D: Tensor | None, step: StepSettings, rows: Rows = ALL) -> Tensor:
+    def update(
+        self,
+        W: Tensor | None,
+        S: Tensor,
+        D: Tensor | None,
+        group: Mapping[str, Any],
+        *,
+        started: bool,
+        rows: Rows = ALL,
+    ) -> Tensor:
         """Return the direction u of ``W <- W - lr u`` from the grafted directions S and D, and advance the momenta.
 
         Nesterov's look-ahead ``momentum u + d`` is a temporary: M and N stay plain sums. Decoupled decay is part of u,
@@ -100,34 +100,36 @@ class Momenta:
             W: the weights, needed for weight decay only.
             S: may be overwritten.
             D: may be overwritten, too; needed before the start step only.
+            group: has the settings "momentum" and "weight_decay".
+            started: whether t has reached the start step.
         """
-        decoupled = self.hp.variant.decoupled_weight_decay
-        if step.weight_decay and not decoupled:
+        decoupled, decay = self.hp.variant.decoupled_weight_decay, group["weight_decay"]
+        if decay and not decoupled:
             assert W is not None
-            S.add_(W, alpha=step.weight_decay)
-            if not step.started:
+            S.add_(W, alpha=decay)
+            if not started:
                 assert D is not None
-                D.add_(W, alpha=step.weight_decay)
-        u = self._momentum(S, D, step, rows)
-        if step.weight_decay and decoupled:
+                D.add_(W, alpha=decay)
+        u = self._momentum(S, D, group["momentum"], started, rows)
+        if decay and decoupled:
             assert W is not None
             u_is_state = self.momentum is not None and not self.hp.nesterov and self.momentum.dtype == u.dtype
-            u = u.add(W, alpha=step.weight_decay) if u_is_state else u.add_(W, alpha=step.weight_decay)
+            u = u.add(W, alpha=decay) if u_is_state else u.add_(W, alpha=decay)
         return u
 
-    def _momentum(self, S: Tensor, D: Tensor | None, step: StepSettings, rows: Rows) -> Tensor:
+    def _momentum(self, S: Tensor, D: Tensor | None, momentum: float, started: bool, rows: Rows) -> Tensor:
         """Advance the momenta and return u without decoupled decay."""
         if self.momentum is None:
-            if step.started:
+            if started:
                 return S
             assert D is not None
             return D
-        u, d = self._advance(self.momentum, S, rows, step.momentum), S
-        if not step.started:
+        u, d = self._advance(self.momentum, S, rows, momentum), S
+        if not started:
             assert self.graft_momentum is not None
             assert D is not None
-            u, d = self._advance(self.graft_momentum, D, rows, step.momentum), D
-        return d.add_(u, alpha=step.momentum) if self.hp.nesterov else u
+            u, d = self._advance(self.graft_momentum, D, rows, momentum), D
+        return d.add_(u, alpha=momentum) if self.hp.nesterov else u
 
     @staticmethod
     def _advance(buffer: Tensor, direction: Tensor, rows: Rows, momentum: float) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from shampoo3d.numerics.momenta import Momenta, Rows, StepSettings
+from shampoo3d.numerics.momenta import Momenta, Rows
 from shampoo3d.numerics.preconditioner import squared_norms
 from shampoo3d.numerics.schedule import phase
 from shampoo3d.numerics.tiles import Shape
@@ -119,7 +119,7 @@ class FlatBucket:
             D = None if self.started else self.D.clone()  # it may be the user's gradient
             _turn(settings, self.S, D)
             W = self.group_tensor.flat
-            u = self.momenta.update(W, self.S, D, _step(settings, self.started))
+            u = self.momenta.update(W, self.S, D, settings, started=self.started)
             W.sub_(u, alpha=settings["lr"])
             self.group_tensor.store(W)
         del self.D, self.S
@@ -127,10 +127,6 @@ class FlatBucket:
 
 def _parts(flat: Tensor, bindings: Sequence[Binding]) -> list[Tensor]:
     return [flat.narrow(0, binding.offset, binding.elements) for binding in bindings]
-
-
-Member = tuple[Binding, Fragment]
-"""A fragment that is updated here, of the matrix of a binding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +154,7 @@ class Patch:
         return stack.narrow(0, self.first, self.count).view(self.shape)
 
 
-def patches(members: Sequence[Member]) -> list[Patch]:
+def patches(members: Sequence[tuple[Binding, Fragment]]) -> list[Patch]:
     """Cover all members with patches: few, if they are the blocks of a grid."""
     merged = [
         Patch(
@@ -229,7 +225,7 @@ class StackedBucket:
     During a step S is one tensor (n, *shape): first the gradients, then the directions.
     """
 
-    def __init__(self, members: Sequence[Member], hp: ShampooHyperParams) -> None:
+    def __init__(self, members: Sequence[tuple[Binding, Fragment]], hp: ShampooHyperParams) -> None:
         self.members, self.hp = list(members), hp
         self.rows = {fragment: row for row, (_, fragment) in enumerate(members)}
         binding, fragment = members[0]
@@ -319,7 +315,7 @@ class StackedBucket:
             if settings["weight_decay"]:
                 W = torch.empty_like(S)
                 torch._foreach_copy_([patch.among(W) for patch in run.patches], views)
-            u = self.momenta.update(W, S, run.D, _step(settings, run.started), run.rows)
+            u = self.momenta.update(W, S, run.D, settings, started=run.started, rows=run.rows)
             torch._foreach_add_(views, [patch.among(u) for patch in run.patches], alpha=-settings["lr"])
             for group_tensor, flat in flats.items():
                 group_tensor.store(flat)
@@ -346,10 +342,6 @@ def write(pieces: Sequence[tuple[Binding, Piece]], values: Sequence[Tensor]) -> 
     torch._foreach_copy_(views, [value.view(view.shape) for view, value in zip(views, values, strict=True)])
     for group_tensor, flat in flats.items():
         group_tensor.store(flat)
-
-
-def _step(settings: Mapping[str, Any], started: bool) -> StepSettings:
-    return StepSettings(settings["momentum"], settings["weight_decay"], started)
 
 
 def _turn(settings: Mapping[str, Any], *directions: Tensor | None) -> None:

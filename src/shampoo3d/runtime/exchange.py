@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from shampoo3d.distributed.collectives import Communicator, PendingAllToAll
 from shampoo3d.distributed.topology import ParallelGroups
+from shampoo3d.numerics.momenta import Rows
+from shampoo3d.numerics.preconditioner import Stack
 from shampoo3d.numerics.schedule import Phase, phase
 from shampoo3d.planning.layout import Sharding
 from shampoo3d.planning.routes import BUCKET_ELEMENTS, Transfer
 from shampoo3d.runtime.bindings import Binding, GroupTensor, StepCounts
 from shampoo3d.runtime.buckets import write
-from shampoo3d.runtime.team import Due, Team, WorkItem
+from shampoo3d.runtime.team import Team, WorkItem
 
 Moment = Literal["before", "between", "after"]
 Travelling = PendingAllToAll[Transfer]
@@ -54,7 +56,7 @@ class Exchange:
         communicators = [self.communicator, *(communicator for communicator, *_ in self._copies)]
         return sum(communicator.buffer_bytes for communicator in communicators)
 
-    def collect(self, steps: StepCounts) -> Iterator[tuple[list[WorkItem], list[Due]]]:
+    def collect(self, steps: StepCounts) -> Iterator[tuple[list[WorkItem], list[tuple[Stack, Rows, int]]]]:
         """Yield the work items of each round, with their gradients complete, and the roots that are due.
 
         The caller leaves the directions in ``blocks``; they are then sent home. Gradients of the next round and
@@ -84,10 +86,10 @@ class Exchange:
             self._copy(communicator, stepping, getattr(torch, dtype))
 
     def _copy(self, communicator: Communicator, transfers: Sequence[Transfer], dtype: torch.dtype) -> None:
-        views = _Views(self.team.bindings, lambda group_tensor: group_tensor.flat)
+        view = _views(self.team.bindings, lambda group_tensor: group_tensor.flat)
         items = [(transfer.home, transfer.elements) for transfer in transfers]
         for arrived in communicator.all_gather(
-            "weights", items, lambda number: views.of(transfers[number]), dtype, BUCKET_ELEMENTS
+            "weights", items, lambda number: view(transfers[number]), dtype, BUCKET_ELEMENTS
         ):
             others = [number for number in arrived if transfers[number].home != self.rank]
             if others:
@@ -103,11 +105,11 @@ class Exchange:
         """Start to send the gradients of a round, if there is such a round, to their owners."""
         if number >= len(self._transfers):
             return Travelling()
-        views = _Views(self.team.bindings, _gradient)
+        view = _views(self.team.bindings, _gradient)
         averaged = self.team.hp.averaged
         due, anyone = self._due(number, steps, lambda now: now.accumulate or now.started or averaged)
         transfers = [transfer for transfer in due if transfer.gathered]
-        pieces = {transfer: views.of(transfer) for transfer in transfers if transfer.home == self.rank}
+        pieces = {transfer: view(transfer) for transfer in transfers if transfer.home == self.rank}
         ends = [(transfer, transfer.home, transfer.keeper) for transfer in transfers]
         return self._travel("gradients", number, self._sharding(number).dtype, pieces, ends, anyone)
 
@@ -229,19 +231,15 @@ class Exchange:
                 torch._foreach_copy_(into, values)
 
 
-class _Views:
-    """Views of fragments in group tensors or their gradients, each of which is flattened once."""
+def _views(bindings: Sequence[Binding], flatten: Callable[[GroupTensor], Tensor]) -> Callable[[Transfer], Tensor]:
+    """Return what views fragments in group tensors or their gradients, each of which is flattened once."""
+    flat = cache(flatten)
 
-    def __init__(self, bindings: Sequence[Binding], flatten: Callable[[GroupTensor], Tensor]) -> None:
-        self.bindings, self.flatten = bindings, flatten
-        self.flats: dict[GroupTensor, Tensor] = {}
+    def view(transfer: Transfer) -> Tensor:
+        binding = bindings[transfer.matrix]
+        return binding.view(flat(binding.group_tensor), transfer.piece)
 
-    def of(self, transfer: Transfer) -> Tensor:
-        binding = self.bindings[transfer.matrix]
-        group_tensor = binding.group_tensor
-        if group_tensor not in self.flats:
-            self.flats[group_tensor] = self.flatten(group_tensor)
-        return binding.view(self.flats[group_tensor], transfer.piece)
+    return view
 
 
 def _gradient(group_tensor: GroupTensor) -> Tensor:

@@ -55,10 +55,6 @@ class WorkItem:
     blocks: Tensor = field(init=False, repr=False)
 
 
-Due = tuple[Stack, Rows, int]
-"""A stack, its rows whose roots are refreshed, and their step."""
-
-
 @dataclass(eq=False)
 class Team:
     """Ranks that together store the same matrices, the plan by which they share the work, and this rank's share of it.
@@ -139,7 +135,7 @@ class Team:
         for items in self._work.at(steps, self._make_work):
             yield [replace(item, t=steps[item.group_tensor]) for item in items]
 
-    def due(self, steps: StepCounts) -> list[list[Due]]:
+    def due(self, steps: StepCounts) -> list[list[tuple[Stack, Rows, int]]]:
         """Return for each round the rows of stacks whose roots are refreshed, with their step."""
         rounds = self._refreshes.at(steps, self._make_refreshes)
         return [[(stack, rows, steps[group_tensor]) for stack, rows, group_tensor in due] for due in rounds]
