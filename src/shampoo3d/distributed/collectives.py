@@ -82,18 +82,7 @@ class Communicator:
             pieces = [out[i][1] for i in send_order]
             targets = send.split_with_sizes([piece.numel() for piece in pieces])
             torch._foreach_copy_([p.view(x.shape) for p, x in zip(targets, pieces, strict=True)], pieces)
-        # As bytes, since not every backend carries every dtype.
-        with _exchanging(kind, self.group):
-            work = None
-            if not receive.is_meta:
-                work = dist.all_to_all_single(
-                    receive.view(torch.uint8),
-                    send.view(torch.uint8),
-                    [n * dtype.itemsize for n in counts_in],
-                    [n * dtype.itemsize for n in counts_out],
-                    group=self.group.handle,
-                    async_op=True,
-                )
+        work = self._start(kind, send, counts_out, receive, counts_in)
         self.received[kind] += receive.nbytes
         arrived = receive.split_with_sizes([into[i][2] for i in receive_order]) if into else ()
         piece_of = dict(zip(receive_order, arrived, strict=True))
@@ -104,6 +93,23 @@ class Communicator:
                     work.wait()
 
         return PendingAllToAll(here, {key: piece_of[i] for i, (key, _, _) in enumerate(into)}, finish)
+
+    def _start(
+        self, kind: str, send: Tensor, counts_out: Sequence[int], receive: Tensor, counts_in: Sequence[int]
+    ) -> dist.Work | None:
+        """Start the exchange, as bytes, since not every backend carries every dtype."""
+        if receive.is_meta:
+            return None
+        with _exchanging(kind, self.group):
+            work: dist.Work = dist.all_to_all_single(
+                receive.view(torch.uint8),
+                send.view(torch.uint8),
+                [n * receive.itemsize for n in counts_in],
+                [n * send.itemsize for n in counts_out],
+                group=self.group.handle,
+                async_op=True,
+            )
+        return work
 
     def all_gather(
         self, kind: str, items: Sequence[tuple[int, int]], mine: Callable[[int], Tensor], dtype: torch.dtype, most: int

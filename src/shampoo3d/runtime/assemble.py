@@ -69,14 +69,9 @@ def assemble(
         error = error or differences
     _refuse(parallel, error)
     plans, hp = _planned(matrices, registry.hp, fixed, distribution.memory_bound, parallel), registry.hp
-    group_tensors: dict[Tensor, GroupTensor] = {}
-    buckets: dict[GroupTensor, FlatBucket] = {}
-    for s in stored:
-        group_tensor = group_tensors.setdefault(
-            s.tensor, GroupTensor(s.tensor, s.group, groups[s.group]["precondition"])
-        )
-        if s.sharded and group_tensor not in buckets:
-            buckets[group_tensor] = FlatBucket(group_tensor, hp)
+    group_tensors = {s.tensor: GroupTensor(s.tensor, s.group, groups[s.group]["precondition"]) for s in stored}
+    sharded = dict.fromkeys(group_tensors[s.tensor] for s in stored if s.sharded)
+    buckets = {group_tensor: FlatBucket(group_tensor, hp) for group_tensor in sharded}
     teams = []
     for plan in plans:
         members = [s for s, _ in by_team[plan.ranks]]

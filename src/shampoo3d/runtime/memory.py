@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -79,36 +79,39 @@ def memory(
     shares = [(plan, matrices) for plan, matrices in teams if rank in plan.ranks]
     bindings = _bindings(shares, rank)
     group_tensors = list(dict.fromkeys(binding.group_tensor for held in bindings for binding in held))
-    meter = Meter(
-        tensor
-        for group_tensor in group_tensors
-        for tensor in (group_tensor.tensor, group_tensor.tensor.grad)
-        if tensor is not None
-    )
+    tensors = (tensor for of in group_tensors for tensor in (of.tensor, of.tensor.grad))
+    meter = Meter(tensor for tensor in tensors if tensor is not None)
     group = {"lr": 0.1, "momentum": 0.0 if hp.averaged else 0.9, "weight_decay": hp.weight_decay, "maximize": False}
     with meter:
-        buckets = _flat_buckets(bindings, hp)
-        alone = Group((rank,))
+        alone, flat = Group((rank,)), _flat_buckets(bindings, hp)
         nowhere = _Nowhere(rank, alone, alone, alone, "memory()")
-        made = []
-        for (plan, _), held in zip(shares, bindings, strict=True):
-            flat = {
-                binding.group_tensor: buckets[binding.group_tensor]
-                for binding in held
-                if binding.group_tensor in buckets
-            }
-            made.append(Team(nowhere.group(plan.ranks), rank, plan, held, hp, False, flat, device))
-        for batch in (batch for team in made for batch in team.batches):
+        made = [
+            Team(nowhere.group(plan.ranks), rank, plan, held, hp, False, _of(held, flat), device)
+            for (plan, _), held in zip(shares, bindings, strict=True)
+        ]
+        stacks = [batch.stack for team in made for batch in team.batches]
+        for stack in stacks:
             for name in ("accumulate", "update_average", "precondition", "_new_roots", "_take"):
-                setattr(batch.stack, name, _Alike(getattr(batch.stack, name), batch.stack, meter))
+                setattr(stack, name, _Alike(getattr(stack, name), stack, meter))
         exchanges = [Exchange(team, nowhere, distribution.update_precision) for team in made]
         for t in _steps([plan for plan, _ in shares], rank, hp):
             take_step(made, exchanges, [group], hp, dict.fromkeys(group_tensors, t))
-    buffers = sum(exchange.buffer_bytes for exchange in exchanges)
-    stacks = [batch.stack for team in made for batch in team.batches]
-    statistics = sum(tile.nbytes for stack in stacks for L in stack.statistics for tile in L.tiles.values())
-    roots, state = sum(P.nbytes for stack in stacks for P in stack.roots), state_bytes(made)
+    statistics, roots = _factor_bytes(stacks)
+    state, buffers = state_bytes(made), sum(exchange.buffer_bytes for exchange in exchanges)
     return Memory(statistics, roots, state - statistics - roots, buffers, meter.peak - state - buffers)
+
+
+def _of(bindings: Sequence[Binding], buckets: Mapping[GroupTensor, FlatBucket]) -> dict[GroupTensor, FlatBucket]:
+    """Return the buckets of the group tensors of some bindings."""
+    held = dict.fromkeys(binding.group_tensor for binding in bindings)
+    return {group_tensor: buckets[group_tensor] for group_tensor in held if group_tensor in buckets}
+
+
+def _factor_bytes(stacks: Iterable[Stack]) -> tuple[int, int]:
+    """Count the bytes of all statistics and of all roots."""
+    held = [*stacks]
+    statistics = sum(tile.nbytes for stack in held for L in stack.statistics for tile in L.tiles.values())
+    return statistics, sum(P.nbytes for stack in held for P in stack.roots)
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
