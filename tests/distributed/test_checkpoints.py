@@ -106,15 +106,16 @@ def test_one_process_and_replicas(tmp_path: Path) -> None:
     _check([ONE, LAYOUTS[2]], [ONE, LAYOUTS[1]], ["default"], tmp_path)
 
 
-def _precise(zero: Zero, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights after all steps, at once and with a folder in between."""
+def _precise(zero: Zero, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Weights after all steps: at once, with a folder in between, and once more from it under the first engine."""
     recipe = Recipe(shampoo("default", "float32"))
     session = with_zero(SHAPE, zero, recipe).train(0, SAVED)
     session.optimizer.save_checkpoint(folder / "saved")
     at_once = session.train(SAVED, STEPS).weights()
     resumed = with_zero(SHAPE, zero, recipe)
     resumed.optimizer.load_checkpoint(folder / "saved")
-    return at_once, resumed.train(SAVED, STEPS).weights()
+    session.optimizer.load_checkpoint(folder / "saved")
+    return at_once, resumed.train(SAVED, STEPS).weights(), session.train(SAVED, STEPS).weights()
 
 
 def _elsewhere(zero: Zero, folder: Path) -> dict[str, Tensor]:
@@ -133,9 +134,10 @@ def _elsewhere(zero: Zero, folder: Path) -> dict[str, Tensor]:
 )
 def test_on_the_same_ranks_it_goes_on_bit_for_bit(stage: int, precision: str, tmp_path: Path) -> None:
     """Master weights and those that the model computes with: both are there again. Elsewhere to rounding."""
-    for at_once, resumed in run(_precise, 2, Zero(stage, TWO, precision), tmp_path):
+    for at_once, resumed, again in run(_precise, 2, Zero(stage, TWO, precision), tmp_path):
         for name, weight in at_once.items():
             assert torch.equal(weight, resumed[name]), name
+            assert torch.equal(weight, again[name]), name
     other = Zero(3 if stage < 3 else 1, Topology(data=3), precision)
     for weights in run(_elsewhere, 3, other, tmp_path):
         assert relative_distance(weights, at_once) < (2e-2 if precision == "bf16" else 2e-3)
