@@ -338,3 +338,10 @@ def test_no_mutable_default_is_shared() -> None:
     one.param_groups[0]["lr"] = 123.0
     one.defaults["lr"] = 123.0
     assert other.param_groups[0]["lr"] == other.defaults["lr"] == Shampoo(parameters()).defaults["lr"] == 0.1
+
+
+def test_names_that_groups_have_in_common_are_told_apart() -> None:
+    first, second = parameters([(6, 5), (4, 3)])
+    optimizer = Shampoo([{"params": [("weight", first)]}, {"params": [("weight", second)]}])
+    train(optimizer)
+    assert set(paths(optimizer)) == {"weight", "group1.weight"}

@@ -49,6 +49,28 @@ def test_it_goes_on_bit_for_bit(folder: Path) -> None:
     assert_equal(snapshot(train(resumed, range(3, 6))), snapshot(uninterrupted))
 
 
+def test_skipped_steps_are_counted_on(tmp_path: Path) -> None:
+    optimizer = train(made(), range(2))
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.full_like(param, torch.nan)
+    optimizer.step()
+    optimizer.save_checkpoint(tmp_path / "saved")
+    resumed = made()
+    resumed.load_checkpoint(tmp_path / "saved")
+    assert resumed.skipped_steps == optimizer.skipped_steps == 1
+
+
+def test_weights_that_are_not_contiguous_are_loaded(folder: Path) -> None:
+    """Their flat tensor is a copy, which is written back."""
+    resumed = made()
+    params = resumed.param_groups[0]["params"]
+    for param in params:
+        param.data = torch.zeros(param.shape[::-1], dtype=param.dtype).permute(tuple(reversed(range(param.ndim))))
+    resumed.load_checkpoint(folder)
+    expected = train(made(), range(3)).param_groups[0]["params"]
+    assert_equal([param.detach() for param in params], [param.detach() for param in expected])
+
+
 def test_weights_may_stay(folder: Path) -> None:
     resumed = made()
     start = [param.detach().clone() for param in resumed.param_groups[0]["params"]]

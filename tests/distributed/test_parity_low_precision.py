@@ -143,7 +143,9 @@ def _counts(way: Zero) -> set[int]:
     return {state["step"] for state in session.optimizer.state.values()}
 
 
-@pytest.mark.parametrize("way", [zero(1, "fp16", 2), zero(3, "bf16", 2), WRAPPERS["pipeline-1"]], ids=str)
+@pytest.mark.parametrize(
+    "way", [zero(0, "bf16", 2), zero(1, "fp16", 2), zero(3, "bf16", 2), WRAPPERS["pipeline-1"]], ids=str
+)
 def test_every_step_counts_once(way: Zero) -> None:
     """Also where the wrapper calls step() while it is set up, or once for each of its flat tensors."""
     assert run(_counts, way.topology.world, way) == [{3}] * way.topology.world

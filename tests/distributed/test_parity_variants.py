@@ -48,7 +48,7 @@ def test_replicas(check: Check, name: str) -> None:
     check(4, name, data_parallel, partial(shampoo(name), distribution=Distribution(root_copies=2)))
 
 
-@pytest.mark.parametrize("name", slow_but(["kl-soap", "kl-rmsprop", "default"], VARIANTS))
+@pytest.mark.parametrize("name", slow_but(["kl-soap", "adam-graft", "default"], VARIANTS))
 @pytest.mark.parametrize(
     "sharding",
     [Sharding(shards=3), pytest.param(Sharding(shards=2, replicas=2), marks=pytest.mark.slow)],

@@ -146,8 +146,8 @@ def _step(named: list[tuple[str, nn.Parameter]], **given: Any) -> Outcome:
     """One step with the given parameters, whose gradients are ones where they are present."""
     for _, parameter in named:
         parameter.grad = torch.ones_like(parameter)
-    if given.pop("drop_gradient", False):
-        named[0][1].grad = None
+    if "drop_gradient" in given:
+        named[given.pop("drop_gradient")][1].grad = None
     optimizer = Shampoo(named, lr=0.1, hyperparams=given.get("hyperparams", SETTINGS), splits=given.get("splits"))
     return _outcome_of(optimizer.step, named)
 
@@ -188,7 +188,9 @@ def _different(what: str) -> Outcome:
     elif what == "split of no use":
         given["splits"] = {"0.weight": (4, 1 + dist.get_rank())}
     elif odd and what == "gradient":
-        given["drop_gradient"] = True
+        given["drop_gradient"] = 0
+    elif what == "another gradient":
+        given["drop_gradient"] = dist.get_rank() % 2
     return _step(named, **given)
 
 
@@ -221,7 +223,8 @@ def test_a_learning_rate_that_is_none_on_one_rank_is_named_on_all(rate: float) -
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize(
-    "what", ["shape", "order", "name", "number", "value", "dtype", "hyperparams", "splits", "gradient"]
+    "what",
+    ["shape", "order", "name", "number", "value", "dtype", "hyperparams", "splits", "gradient", "another gradient"],
 )
 def test_replicas_that_differ_are_noticed_by_all_ranks(what: str, ranks: int) -> None:
     outcomes = run(_different, ranks, what, seconds=SECONDS)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common import draw, put_gradients, train
-from shampoo3d import Computation, Shampoo, ShampooHyperParams, StepRefusedError
+from shampoo3d import Computation, Shampoo, ShampooHyperParams, StepRefusedError, Variant
 
 SHAPES = [(12, 8), (8, 20), (7,), (4, 3, 6)]
 
@@ -131,6 +131,16 @@ def test_state_in_bfloat16_is_close_and_is_what_is_kept(kept: str, dtype: torch.
         for tensors in (block for block in state.values() if isinstance(block, dict)):
             for name, tensor in tensors.items():
                 assert tensor.dtype == (torch.bfloat16 if name in reduced else torch.float32), name
+
+
+def test_an_average_of_gradients_is_kept_as_momenta_are() -> None:
+    computation = Computation(momentum_storage="bfloat16")
+    _, optimizer = made(torch.float32, graft_type="rmsprop", variant=Variant(beta1=0.9), computation=computation)
+    optimizer.param_groups[0]["momentum"] = 0.0
+    train(optimizer, range(2))
+    blocks = [b for state in optimizer.state_dict()["state"].values() for b in state.values() if isinstance(b, dict)]
+    assert {block["gradient_average"].dtype for block in blocks} == {torch.bfloat16}
+    assert {block["graft_accumulator"].dtype for block in blocks} == {torch.float32}
 
 
 @pytest.mark.parametrize("kept", ["root_storage", "momentum_storage"])
