@@ -109,16 +109,10 @@ GRIDS = [
     {"model_parallel": 2, "data": 2, "zero_stage": 2},
 ]
 MORE_GRIDS = [
-    {"data": 2},
     {"data": 2, "zero_stage": 1},
-    {"data": 2, "zero_stage": 2},
-    {"model_parallel": 2},
-    {"pipe": 2},
     {"zero_stage": 3},
     {"data": 3, "zero_stage": 3},
-    {"model_parallel": 2, "data": 2, "zero_stage": 1},
     {"model_parallel": 2, "data": 2, "zero_stage": 3},
-    {"model_parallel": 2, "pipe": 2},
     {"model_parallel": 2, "pipe": 2, "data": 2, "zero_stage": 1},
 ]
 
@@ -172,7 +166,7 @@ def losses_of_one_process(name: str) -> list[float]:
     [
         *(("shampoo", grid) for grid in GRIDS),
         *(pytest.param("shampoo", grid, marks=pytest.mark.slow) for grid in MORE_GRIDS),
-        *(pytest.param("adamw", grid, marks=pytest.mark.slow) for grid in GRIDS),
+        *(pytest.param("adamw", grid, marks=pytest.mark.slow) for grid in GRIDS[:1]),
     ],
     ids=str,
 )
@@ -188,7 +182,7 @@ def test_every_topology_trains_the_same_model_and_resumes(name: str, grid: dict[
 
 @pytest.mark.slow
 def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    arguments = f"train {TINY} --pipe 1 --data 2 --steps 40 --save-every 7 --evaluate-every 20"
+    arguments = f"train {TINY} --optimizer shampoo --pipe 1 --data 2 --steps 40 --save-every 7 --evaluate-every 20"
     code, _, err = run(arguments, output=tmp_path / "whole")
     assert code == 0, err
 
@@ -210,8 +204,7 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path)
     (tmp_path / "cut" / "shampoo" / "checkpoint" / "step-000099").mkdir()
     code, _, err = run("train --resume", output=tmp_path / "cut")
     assert code == 0, err
-    for name in ("adamw", "shampoo"):
-        assert losses(tmp_path / "cut", name) == losses(tmp_path / "whole", name)
+    assert losses(tmp_path / "cut", "shampoo") == losses(tmp_path / "whole", "shampoo")
 
 
 def test_dead_rank_ends_the_run_in_one_line(tmp_path: Path) -> None:

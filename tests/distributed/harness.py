@@ -34,6 +34,8 @@ import torch.distributed as dist
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 SECONDS_AFTER_FAILURE = 5.0
 SECONDS_TO_LEAVE = 2.0
+RANKS_KEPT = 8
+"""Beside those that work: the threads of gloo wake up a hundred times a second, also where they wait."""
 CASES_PER_START = 30
 """A little of each stays, and is passed on."""
 PRELOADED = [
@@ -63,7 +65,10 @@ def run(case: Callable[..., Any], world: int, *args: Any, seconds: float = 120.0
     `case`, its arguments and its results are pickled. A rank's exception fails the test with the rank's traceback.
     Ranks that take longer than `seconds` are killed, and the error shows where each of them stood.
     """
-    ranks = (_kept.pop(world, None) if _kept is not None else None) or Ranks(world)
+    ranks = _kept.pop(world, None) if _kept is not None else None
+    if ranks is None:
+        _make_room(world)
+        ranks = Ranks(world)
     succeeded = False
     try:
         ranks.give(case, args, seconds)
@@ -78,6 +83,12 @@ def run(case: Callable[..., Any], world: int, *args: Any, seconds: float = 120.0
         failures = [rank.failure for rank in ranks.members if rank.error]
         raise RankFailedError("\n".join([f"case {ranks.cases} of these processes", *failures]))
     return [rank.result for rank in ranks.members]
+
+
+def _make_room(world: int) -> None:
+    """End the processes that are kept for fewer or more ranks, where they would be too many beside these."""
+    while _kept and sum(_kept) + world > RANKS_KEPT:
+        _kept.pop(max(_kept)).end()
 
 
 @contextmanager

@@ -24,6 +24,8 @@ RECORDED = [
 ]
 ALONE = ["2-1-1", "2-2-2", "2-4-1", "2-4-4", "3-3-3", "1-1-16", "16-1-1"]
 """Compared with one process; all are compared with each other below, where blocks are fair."""
+LAYERS = {8: 8, 27: 9, 32: 8}
+"""By the number of ranks: as many that all stages have the same."""
 STEPS = 3
 TOLERANCE = 1e-9
 
@@ -83,10 +85,10 @@ def expected_factors(shape: Shape, world: int) -> FactorSizes:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_fair_blocks_are_the_same_whatever_the_topology(name: str) -> None:
-    """Every rank keeps 8 preconditioners per layer, 64 for 8 layers, of the same sizes on all topologies of as many
+    """Every rank keeps 8 preconditioners per layer, of the same sizes on all topologies of as many
     ranks; hence these topologies have the same trajectory, too."""
     topology = topology_of(name)
-    shape = shape_of(topology.world, layers=9 if topology.world == 27 else 8)
+    shape = shape_of(topology.world, layers=LAYERS.get(topology.world, 4))
     reference = _fair_reference(shape, topology.world)
     expected = expected_factors(shape, topology.world)
     assert sum(len(factors) * count for factors, count in expected.items()) == 8 * shape.layers
