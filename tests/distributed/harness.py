@@ -34,7 +34,7 @@ import torch.distributed as dist
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 SECONDS_AFTER_FAILURE = 5.0
 SECONDS_TO_LEAVE = 2.0
-RANKS_KEPT = 8
+RANKS_KEPT = 12
 """Beside those that work: the threads of gloo wake up a hundred times a second, also where they wait."""
 CASES_PER_START = 30
 """A little of each stays, and is passed on."""
