@@ -89,11 +89,7 @@ TIED = "tied_modules.embedding.weight"
 
 
 @needs_deepspeed
-@pytest.mark.parametrize(
-    "topology",
-    slow_but(TWO_STAGES[1:2], TWO_STAGES),
-    ids=str,
-)
+@pytest.mark.parametrize("topology", slow_but(TWO_STAGES[1:2], TWO_STAGES), ids=str)
 def test_layers_tied_across_stages_stay_bitwise_equal(topology: Topology) -> None:
     copies = [weights[TIED] for weights in run(_weights, topology.world, topology, 12)]
     assert all(torch.equal(copies[0], copy) for copy in copies)

@@ -20,10 +20,10 @@ ONE_AXIS = [
     *(Sharding(replicas=2), Sharding(replicas=3), Sharding(shards=2), Sharding(shards=3), Sharding(shards=4)),
     *(Sharding(shards=2, dim=1), Sharding(shards=3, dim=1), Sharding(model=2)),
 ]
-UNEQUAL = [Sharding(replicas=3), Sharding(shards=3), Sharding(shards=3, dim=1), Sharding(model=2)]
+FAST = [Sharding(replicas=3), Sharding(shards=3), Sharding(shards=3, dim=1), Sharding(model=2)]
 
 
-@pytest.mark.parametrize(("sharding", "name"), cases(spread(UNEQUAL), paired(ONE_AXIS)))
+@pytest.mark.parametrize(("sharding", "name"), cases(spread(FAST), paired(ONE_AXIS)))
 def test_one_axis(sharding: Sharding, name: str, steps: int) -> None:
     """Three and four shards: of unequal sizes, some of them empty."""
     assert distance_from_one_process(sharding, shampoo(name), steps) < 1e-9
@@ -35,7 +35,7 @@ def test_two_axes(sharding: Sharding, name: str, steps: int) -> None:
     assert distance_from_one_process(sharding, shampoo(name), steps) < 1e-9
 
 
-@pytest.mark.parametrize("sharding", slow_but(UNEQUAL[1:2], UNEQUAL[:2]), ids=str)
+@pytest.mark.parametrize("sharding", slow_but(FAST[1:2], FAST[:2]), ids=str)
 def test_single_precision(sharding: Sharding, steps: int) -> None:
     make_optimizer = shampoo("adagrad-decay", "float32")
     assert distance_from_one_process(sharding, make_optimizer, steps, "float32") < 1e-5

@@ -41,9 +41,7 @@ FAST: list[tuple[Layout, str]] = [
 ]
 PAIRS = [
     case
-    for case in [
-        *cases(FAST, [*spread(LAYOUTS), *paired(MORE_LAYOUTS)]),
-    ]
+    for case in cases(FAST, [*spread(LAYOUTS), *paired(MORE_LAYOUTS)])
     # DeepSpeed wants experts in groups, which are lists, and these do not tell which parameters are embeddings.
     if not (isinstance(case.values[0], Experts) and case.values[1] == "embeddings-excluded")
 ]

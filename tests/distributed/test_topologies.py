@@ -85,8 +85,8 @@ def expected_factors(shape: Shape, world: int) -> FactorSizes:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_fair_blocks_are_the_same_whatever_the_topology(name: str) -> None:
-    """Every rank keeps 8 preconditioners per layer, of the same sizes on all topologies of as many
-    ranks; hence these topologies have the same trajectory, too."""
+    """Every rank keeps 8 preconditioners per layer, of the same sizes on all topologies of as many ranks; hence these
+    topologies have the same trajectory, too."""
     topology = topology_of(name)
     shape = shape_of(topology.world, layers=LAYERS.get(topology.world, 4))
     reference = _fair_reference(shape, topology.world)

@@ -136,7 +136,6 @@ def test_state_in_bfloat16_is_close_and_is_what_is_kept(kept: str, dtype: torch.
 def test_an_average_of_gradients_is_kept_as_momenta_are() -> None:
     computation = Computation(momentum_storage="bfloat16")
     _, optimizer = made(torch.float32, graft_type="rmsprop", variant=Variant(beta1=0.9), computation=computation)
-    optimizer.param_groups[0]["momentum"] = 0.0
     train(optimizer, range(2))
     blocks = [b for state in optimizer.state_dict()["state"].values() for b in state.values() if isinstance(b, dict)]
     assert {block["gradient_average"].dtype for block in blocks} == {torch.bfloat16}
