@@ -4,6 +4,7 @@ import math
 from collections import ChainMap, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding
 from shampoo3d.planning.plan import Plan, in_order, make_plans
 from shampoo3d.planning.stagger import factored_blocks, refresh_offsets
 from shampoo3d.runtime.bindings import Binding, GroupTensor
-from shampoo3d.runtime.buckets import FlatBucket
+from shampoo3d.runtime.buckets import flat_buckets
 from shampoo3d.runtime.exchange import Exchange
 from shampoo3d.runtime.team import Team
 from shampoo3d.settings.distribution import Distribution
@@ -70,21 +71,18 @@ def assemble(
     _refuse(parallel, error)
     plans, hp = _planned(matrices, registry.hp, fixed, distribution.memory_bound, parallel), registry.hp
     group_tensors = {s.tensor: GroupTensor(s.tensor, s.group, groups[s.group]["precondition"]) for s in stored}
-    sharded = dict.fromkeys(group_tensors[s.tensor] for s in stored if s.sharded)
-    buckets = {group_tensor: FlatBucket(group_tensor, hp) for group_tensor in sharded}
-    teams = []
-    for plan in plans:
-        members = [s for s, _ in by_team[plan.ranks]]
-        bindings = [
+    bindings = [
+        [
             Binding(i, matrix, group_tensors[s.tensor], s.offset, s.shard.elements)
-            for i, (matrix, s) in enumerate(zip(matrices[plan.ranks], members, strict=True))
+            for i, (matrix, (s, _)) in enumerate(zip(matrices[plan.ranks], by_team[plan.ranks], strict=True))
         ]
-        beyond = bool(set(plan.ranks) - set(parallel.data.ranks)) and any(s.original in tied for s in members)
-        flat = {b.group_tensor: buckets[b.group_tensor] for b in bindings if b.matrix.sharded}
-        for b in bindings:
-            if b.group_tensor in flat and b.elements and not b.matrix.factored:
-                flat[b.group_tensor].unfactored.append(b)
-        teams.append(Team(parallel.group(plan.ranks), parallel.rank, plan, bindings, hp, beyond, flat))
+        for plan in plans
+    ]
+    flat, teams = flat_buckets(chain.from_iterable(bindings), hp), []
+    for plan, bound in zip(plans, bindings, strict=True):
+        beyond = set(plan.ranks) - set(parallel.data.ranks)
+        across = bool(beyond) and any(s.original in tied for s, _ in by_team[plan.ranks])
+        teams.append(Team(parallel.group(plan.ranks), parallel.rank, plan, bound, hp, across, flat))
     return teams
 
 

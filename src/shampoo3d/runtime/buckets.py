@@ -1,7 +1,7 @@
 """Buckets: elements that are updated on this rank together."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -123,6 +123,17 @@ class FlatBucket:
             W.sub_(u, alpha=settings["lr"])
             self.group_tensor.store(W)
         del self.D, self.S
+
+
+def flat_buckets(bindings: Iterable[Binding], hp: ShampooHyperParams) -> dict[GroupTensor, FlatBucket]:
+    """Make the buckets of the group tensors with shards of matrices, of the bindings of all teams: some share one."""
+    buckets: dict[GroupTensor, FlatBucket] = {}
+    for binding in (binding for binding in bindings if binding.matrix.sharded):
+        if binding.group_tensor not in buckets:
+            buckets[binding.group_tensor] = FlatBucket(binding.group_tensor, hp)
+        if binding.elements and not binding.matrix.factored:
+            buckets[binding.group_tensor].unfactored.append(binding)
+    return buckets
 
 
 def _parts(flat: Tensor, bindings: Sequence[Binding]) -> list[Tensor]:

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from shampoo3d.distributed.collectives import Communicator, PendingAllToAll
 from shampoo3d.distributed.topology import ParallelGroups
-from shampoo3d.numerics.momenta import Rows
-from shampoo3d.numerics.preconditioner import Stack
 from shampoo3d.numerics.schedule import Phase, phase
 from shampoo3d.planning.layout import Sharding
 from shampoo3d.planning.routes import BUCKET_ELEMENTS, Transfer
 from shampoo3d.runtime.bindings import Binding, GroupTensor, StepCounts
 from shampoo3d.runtime.buckets import write
-from shampoo3d.runtime.team import Team, WorkItem
+from shampoo3d.runtime.team import Due, Team, WorkItem
 
 Moment = Literal["before", "between", "after"]
 Travelling = PendingAllToAll[Transfer]
@@ -56,7 +54,7 @@ class Exchange:
         communicators = [self.communicator, *(communicator for communicator, *_ in self._copies)]
         return sum(communicator.buffer_bytes for communicator in communicators)
 
-    def collect(self, steps: StepCounts) -> Iterator[tuple[list[WorkItem], list[tuple[Stack, Rows, int]]]]:
+    def collect(self, steps: StepCounts) -> Iterator[tuple[list[WorkItem], list[Due]]]:
         """Yield the work items of each round, with their gradients complete, and the roots that are due.
 
         The caller leaves the directions in ``blocks``; they are then sent home. Gradients of the next round and

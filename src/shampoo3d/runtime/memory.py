@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from shampoo3d.numerics.schedule import equivalent_step, phase, unconditional
 from shampoo3d.planning.layout import Matrix, Shard, Sharding
 from shampoo3d.planning.plan import Plan
 from shampoo3d.runtime.bindings import Binding, GroupTensor
-from shampoo3d.runtime.buckets import FlatBucket
+from shampoo3d.runtime.buckets import flat_buckets
 from shampoo3d.runtime.exchange import Exchange
 from shampoo3d.runtime.step import take_step
 from shampoo3d.runtime.team import Team, state_bytes
@@ -83,10 +84,10 @@ def memory(
     meter = Meter(tensor for tensor in tensors if tensor is not None)
     group = {"lr": 0.1, "momentum": 0.0 if hp.averaged else 0.9, "weight_decay": hp.weight_decay, "maximize": False}
     with meter:
-        alone, flat = Group((rank,)), _flat_buckets(bindings, hp)
+        alone, flat = Group((rank,)), flat_buckets(chain.from_iterable(bindings), hp)
         nowhere = _Nowhere(rank, alone, alone, alone, "memory()")
         made = [
-            Team(nowhere.group(plan.ranks), rank, plan, held, hp, False, _of(held, flat), device)
+            Team(nowhere.group(plan.ranks), rank, plan, held, hp, False, flat, device)
             for (plan, _), held in zip(shares, bindings, strict=True)
         ]
         stacks = [batch.stack for team in made for batch in team.batches]
@@ -99,12 +100,6 @@ def memory(
     statistics, roots = _factor_bytes(stacks)
     state, buffers = state_bytes(made), sum(exchange.buffer_bytes for exchange in exchanges)
     return Memory(statistics, roots, state - statistics - roots, buffers, meter.peak - state - buffers)
-
-
-def _of(bindings: Sequence[Binding], buckets: Mapping[GroupTensor, FlatBucket]) -> dict[GroupTensor, FlatBucket]:
-    """Return the buckets of the group tensors of some bindings."""
-    held = dict.fromkeys(binding.group_tensor for binding in bindings)
-    return {group_tensor: buckets[group_tensor] for group_tensor in held if group_tensor in buckets}
 
 
 def _factor_bytes(stacks: Iterable[Stack]) -> tuple[int, int]:
@@ -226,17 +221,6 @@ def _parameter(shape: Sequence[int], dtype: str) -> Tensor:
     tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
     tensor.grad = torch.empty_like(tensor)
     return tensor
-
-
-def _flat_buckets(bindings: Iterable[Sequence[Binding]], hp: ShampooHyperParams) -> dict[GroupTensor, FlatBucket]:
-    """Make the flat buckets of all teams, which may have matrices in one group tensor."""
-    buckets: dict[GroupTensor, FlatBucket] = {}
-    for binding in (binding for held in bindings for binding in held if binding.matrix.sharded):
-        if binding.group_tensor not in buckets:
-            buckets[binding.group_tensor] = FlatBucket(binding.group_tensor, hp)
-        if binding.elements and not binding.matrix.factored:
-            buckets[binding.group_tensor].unfactored.append(binding)
-    return buckets
 
 
 def _kind(t: int, hp: ShampooHyperParams) -> tuple[bool, ...]:

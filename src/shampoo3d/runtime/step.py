@@ -6,11 +6,9 @@ from typing import Any
 import torch
 
 from shampoo3d.numerics.grafting import graft_scale
-from shampoo3d.numerics.momenta import Rows
-from shampoo3d.numerics.preconditioner import Stack
 from shampoo3d.runtime.bindings import StepCounts
 from shampoo3d.runtime.exchange import Exchange
-from shampoo3d.runtime.team import Team, WorkItem
+from shampoo3d.runtime.team import Due, Team, WorkItem
 from shampoo3d.settings.hyperparams import LayerwiseGrafting, ShampooHyperParams
 
 
@@ -60,7 +58,7 @@ def _precondition_all(exchange: Exchange, steps: StepCounts, hp: ShampooHyperPar
         _precondition(items, due, hp)
 
 
-def _precondition(items: Sequence[WorkItem], due: Sequence[tuple[Stack, Rows, int]], hp: ShampooHyperParams) -> None:
+def _precondition(items: Sequence[WorkItem], due: Sequence[Due], hp: ShampooHyperParams) -> None:
     """Turn the gradients of work items into directions, and refresh the roots of all rows that are due together.
 
     A root includes the gradient that it is applied to; eigenbases take it in afterwards, as in the paper on SOAP.

@@ -55,13 +55,18 @@ class WorkItem:
     blocks: Tensor = field(init=False, repr=False)
 
 
+Due = tuple[Stack, Rows, int]
+"""A stack, its rows whose roots are refreshed, and their step."""
+
+
 @dataclass(eq=False)
 class Team:
     """Ranks that together store the same matrices, the plan by which they share the work, and this rank's share of it.
 
     Attributes:
         tied: True if it spans pipeline stages and has a weight that is tied across them.
-        flat_buckets: of the group tensors in which its matrices are sharded; other teams may have matrices there, too.
+        flat_buckets: those of all teams when it is made, then of the group tensors in which its matrices are sharded;
+            other teams may have matrices there, too.
         device_type: that of the device that group tensors without data, on "meta", stand for.
         share: the part of the plan that this rank carries out.
         slots: the block of each slot of the plan, with the binding of its matrix.
@@ -82,6 +87,8 @@ class Team:
 
     def __post_init__(self) -> None:
         self.slots = [(binding, block) for binding in self.bindings for block in binding.matrix.blocks]
+        sharded = (binding.group_tensor for binding in self.bindings if binding.matrix.sharded)
+        self.flat_buckets = {group_tensor: self.flat_buckets[group_tensor] for group_tensor in sharded}
         self.share = RankShare(self.plan, [binding.matrix for binding in self.bindings], self.rank)
         hp = self.hp
         self._work = PhaseIndex[tuple[bool, bool], list[list[WorkItem]]](self.group_tensors, lambda t: _kind(t, hp))
@@ -135,7 +142,7 @@ class Team:
         for items in self._work.at(steps, self._make_work):
             yield [replace(item, t=steps[item.group_tensor]) for item in items]
 
-    def due(self, steps: StepCounts) -> list[list[tuple[Stack, Rows, int]]]:
+    def due(self, steps: StepCounts) -> list[list[Due]]:
         """Return for each round the rows of stacks whose roots are refreshed, with their step."""
         rounds = self._refreshes.at(steps, self._make_refreshes)
         return [[(stack, rows, steps[group_tensor]) for stack, rows, group_tensor in due] for due in rounds]
