@@ -15,7 +15,7 @@ from shampoo3d.planning.layout import Sharding
 from shampoo3d.planning.routes import BUCKET_ELEMENTS, Transfer
 from shampoo3d.runtime.bindings import Binding, GroupTensor, StepCounts
 from shampoo3d.runtime.buckets import write
-from shampoo3d.runtime.team import Due, Team, WorkItem
+from shampoo3d.runtime.team import Team, WorkItem
 
 Moment = Literal["before", "between", "after"]
 Travelling = PendingAllToAll[Transfer]
@@ -54,7 +54,7 @@ class Exchange:
         communicators = [self.communicator, *(communicator for communicator, *_ in self._copies)]
         return sum(communicator.buffer_bytes for communicator in communicators)
 
-    def collect(self, steps: StepCounts) -> Iterator[tuple[list[WorkItem], list[Due]]]:
+    def collect(self, steps: StepCounts) -> Iterator[tuple[list[WorkItem], list[WorkItem]]]:
         """Yield the work items of each round, with their gradients complete, and the roots that are due.
 
         The caller leaves the directions in ``blocks``; they are then sent home. Gradients of the next round and

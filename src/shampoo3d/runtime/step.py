@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from shampoo3d.numerics.grafting import graft_scale
+from shampoo3d.numerics.schedule import phase
 from shampoo3d.runtime.bindings import StepCounts
 from shampoo3d.runtime.exchange import Exchange
-from shampoo3d.runtime.team import Due, Team, WorkItem
+from shampoo3d.runtime.team import Team, WorkItem
 from shampoo3d.settings.hyperparams import LayerwiseGrafting, ShampooHyperParams
 
 
@@ -58,26 +59,28 @@ def _precondition_all(exchange: Exchange, steps: StepCounts, hp: ShampooHyperPar
         _precondition(items, due, hp)
 
 
-def _precondition(items: Sequence[WorkItem], due: Sequence[Due], hp: ShampooHyperParams) -> None:
+def _precondition(items: Sequence[WorkItem], due: Sequence[WorkItem], hp: ShampooHyperParams) -> None:
     """Turn the gradients of work items into directions, and refresh the roots of all rows that are due together.
 
     A root includes the gradient that it is applied to; eigenbases take it in afterwards, as in the paper on SOAP.
     """
-    for item in (item for item in items if item.accumulate):
+    for item in items:
         stack = item.batch.stack
-        stack.accumulate(item.blocks, item.rows, item.t)
+        if phase(item.t, hp).accumulate and not item.batch.guests:
+            stack.accumulate(item.blocks, item.rows, item.t)
     if hp.variant.direction == "adam":
-        _direct(items)
-    for stack, rows, t in due:
-        (stack.enqueue_refresh if hp.computation.asynchronous else stack.refresh_roots)(rows, t)
+        _direct(items, hp)
+    for item in due:
+        stack = item.batch.stack
+        (stack.enqueue_refresh if hp.computation.asynchronous else stack.refresh_roots)(item.rows, item.t)
     if hp.variant.direction == "root":
-        _direct(items)
+        _direct(items, hp)
 
 
-def _direct(items: Sequence[WorkItem]) -> None:
+def _direct(items: Sequence[WorkItem], hp: ShampooHyperParams) -> None:
     for item in items:
         stack, bucket = item.batch.stack, item.batch.bucket
-        if not item.started:
+        if not phase(item.t, hp).started:
             stack.update_average(item.blocks, item.rows, item.t)
             continue
         stack.precondition(item.blocks, item.rows, item.t, out=item.blocks)

@@ -2,10 +2,10 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from shampoo3d.numerics.schedule import equivalent_step, phase
 from shampoo3d.numerics.soap import EigenStack
 from shampoo3d.planning.blocks import Block
 from shampoo3d.planning.plan import Plan
-from shampoo3d.planning.routes import CACHED_ELEMENTS, Transfer
+from shampoo3d.planning.routes import CACHED_ELEMENTS, Transfer, packed
 from shampoo3d.planning.share import RankShare
 from shampoo3d.runtime.bindings import Binding, GroupTensor, PhaseIndex, Phases, StepCounts, rows_of, state_dtype
 from shampoo3d.runtime.buckets import ElementBucket, FlatBucket, StackedBucket
 from shampoo3d.settings.hyperparams import ShampooHyperParams
+
+K = TypeVar("K")
 
 
 @dataclass(eq=False)
@@ -43,20 +45,14 @@ class Batch:
 
 @dataclass
 class WorkItem:
-    """Blocks of a batch that are at the same step t, with their gradients and then their directions."""
+    """Blocks of a batch that are at the same step t: with their gradients and then their directions, or to refresh."""
 
     batch: Batch
     slots: list[int]
     rows: Rows
     group_tensor: GroupTensor
-    accumulate: bool
-    started: bool
     t: int = 0
     blocks: Tensor = field(init=False, repr=False)
-
-
-Due = tuple[Stack, Rows, int]
-"""A stack, its rows whose roots are refreshed, and their step."""
 
 
 @dataclass(eq=False)
@@ -92,9 +88,7 @@ class Team:
         self.share = RankShare(self.plan, [binding.matrix for binding in self.bindings], self.rank)
         hp = self.hp
         self._work = PhaseIndex[tuple[bool, bool], list[list[WorkItem]]](self.group_tensors, lambda t: _kind(t, hp))
-        self._refreshes = PhaseIndex[int, list[list[tuple[Stack, Rows, GroupTensor]]]](
-            self.group_tensors, lambda t: equivalent_step(t, hp)
-        )
+        self._due = PhaseIndex[int, list[list[WorkItem]]](self.group_tensors, lambda t: equivalent_step(t, hp))
         self.batches = self._make_batches()
         self.stacked_buckets = self._make_stacked_buckets()
         self._bucket_of = {transfer: bucket for bucket in self.stacked_buckets for _, transfer in bucket.members}
@@ -139,47 +133,51 @@ class Team:
 
     def work_items(self, steps: StepCounts) -> Iterator[list[WorkItem]]:
         """Yield for each round the work items of the step, by phase; those of owned blocks first."""
-        for items in self._work.at(steps, self._make_work):
-            yield [replace(item, t=steps[item.group_tensor]) for item in items]
+        return _at(steps, self._work.at(steps, self._make_work))
 
-    def due(self, steps: StepCounts) -> list[list[Due]]:
-        """Return for each round the rows of stacks whose roots are refreshed, with their step."""
-        rounds = self._refreshes.at(steps, self._make_refreshes)
-        return [[(stack, rows, steps[group_tensor]) for stack, rows, group_tensor in due] for due in rounds]
+    def due(self, steps: StepCounts) -> Iterator[list[WorkItem]]:
+        """Yield for each round the blocks whose roots are refreshed."""
+        return _at(steps, self._due.at(steps, self._make_due))
 
-    def _make_refreshes(self, phases: Phases[int]) -> list[list[tuple[Stack, Rows, GroupTensor]]]:
-        return [list(self._due_in(set(slots), phases)) for slots in self.share.rounds]
+    def _make_due(self, phases: Phases[int]) -> list[list[WorkItem]]:
+        def due(slot: int, t: int) -> bool:
+            return t > 0 and phase(t, self.hp, self.plan.blocks[slot].offset).refresh
 
-    def _due_in(self, wanted: set[int], phases: Phases[int]) -> Iterator[tuple[Stack, Rows, GroupTensor]]:
-        for batch in (batch for batch in self.batches if not batch.guests):
-            due: defaultdict[int, list[int]] = defaultdict(list)
-            for row, slot in enumerate(batch.slots):
-                number, t = phases.get(self.slots[slot][0].group_tensor, (0, 0))
-                if slot in wanted and t and phase(t, self.hp, self.plan.blocks[slot].offset).refresh:
-                    due[number].append(row)
-            for rows in due.values():
-                selected = rows_of(rows, batch.stack.n, batch.stack.device)
-                yield batch.stack, selected, self.slots[batch.slots[rows[0]]][0].group_tensor
+        owned = [batch for batch in self.batches if not batch.guests]
+        return self._by_round(owned, phases, due, lambda stack: stack.n)
 
     def _make_work(self, phases: Phases[tuple[bool, bool]]) -> list[list[WorkItem]]:
-        return [list(self._work_in(set(slots), phases)) for slots in self.share.rounds]
+        def together(stack: Stack) -> int:
+            return max(1, CACHED_ELEMENTS // math.prod(stack.shape)) if stack.device_type == "cpu" else stack.n
 
-    def _work_in(self, wanted: set[int], phases: Phases[tuple[bool, bool]]) -> Iterator[WorkItem]:
-        for batch in self.batches:
-            same_phase: defaultdict[tuple[int, tuple[bool, bool]], list[int]] = defaultdict(list)
-            for row, slot in enumerate(batch.slots):
-                group_tensor = self.slots[slot][0].group_tensor
-                if slot in wanted and group_tensor in phases:
-                    same_phase[phases[group_tensor]].append(row)
-            stack = batch.stack
-            cached = max(1, CACHED_ELEMENTS // math.prod(stack.shape))
-            together = cached if stack.device_type == "cpu" else stack.n
-            for (_, (accumulate, started)), in_phase in same_phase.items():
-                for rows in (in_phase[i : i + together] for i in range(0, len(in_phase), together)):
-                    slots = [batch.slots[row] for row in rows]
-                    selected = rows_of(rows, stack.n, stack.device)
-                    group_tensor = self.slots[slots[0]][0].group_tensor
-                    yield WorkItem(batch, slots, selected, group_tensor, accumulate and not batch.guests, started)
+        return self._by_round(self.batches, phases, lambda *_: True, together)
+
+    def _by_round(
+        self,
+        batches: Sequence[Batch],
+        phases: Phases[K],
+        takes_part: Callable[[int, K], bool],
+        together: Callable[[Stack], int],
+    ) -> list[list[WorkItem]]:
+        """Divide for each round the rows of batches whose slots take part, by phase, so many ``together`` at most."""
+        rounds: list[list[WorkItem]] = []
+        for wanted in map(set, self.share.rounds):
+            rounds.append([])
+            for batch in batches:
+                same_phase: defaultdict[tuple[int, K], list[int]] = defaultdict(list)
+                for row, slot in enumerate(batch.slots):
+                    now = phases.get(self.slots[slot][0].group_tensor)
+                    if now and slot in wanted and takes_part(slot, now[1]):
+                        same_phase[now].append(row)
+                for rows in same_phase.values():
+                    parts = packed(rows, lambda _: 1, together(batch.stack))
+                    rounds[-1] += (self._item(batch, part) for part in parts)
+        return rounds
+
+    def _item(self, batch: Batch, rows: Sequence[int]) -> WorkItem:
+        slots = [batch.slots[row] for row in rows]
+        selected = rows_of(rows, batch.stack.n, batch.stack.device)
+        return WorkItem(batch, slots, selected, self.slots[slots[0]][0].group_tensor)
 
     def _make_batches(self) -> list[Batch]:
         kinds: defaultdict[Any, list[int]] = defaultdict(list)
@@ -220,6 +218,11 @@ class Team:
                 kinds[kind].append((binding, transfer))
         stacked = [batch.bucket for batch in self.batches if batch.bucket]
         return stacked + [StackedBucket(members, self.hp) for members in kinds.values()]
+
+
+def _at(steps: StepCounts, rounds: Iterable[Sequence[WorkItem]]) -> Iterator[list[WorkItem]]:
+    for items in rounds:
+        yield [replace(item, t=steps[item.group_tensor]) for item in items]
 
 
 def _kind(t: int, hp: ShampooHyperParams) -> tuple[bool, bool]:
