@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -320,3 +321,14 @@ def assert_equal(a: Any, b: Any, at: str = "") -> None:
             assert_equal(x, y, f"{at}[{k}]")
     else:
         assert a == b, at
+
+
+def beside(fast: Sequence[tuple[Any, ...]], more: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Parameters of a test: the fast cases, and slow ones beside them, each a value per argument."""
+    return [*fast, *(pytest.param(*case, marks=pytest.mark.slow) for case in more if case not in fast)]
+
+
+def slow_but(fast: Iterable[Any], values: Iterable[Any]) -> list[Any]:
+    """Parameters of a test, slow but for some."""
+    chosen = list(fast)
+    return [pytest.param(value, marks=[pytest.mark.slow] * (value not in chosen)) for value in values]

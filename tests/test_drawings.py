@@ -10,6 +10,7 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 
 
+@pytest.mark.slow
 def test_the_matrix_under_zero_2(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from common import (
     HYPERPARAMS,
     REFUSED,
     assert_equal,
+    beside,
     clones,
     leaves,
     names_of,
@@ -70,8 +72,9 @@ def put_weights(params: Iterable[Tensor], weights: Iterable[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("hyperparams", STATES.values(), ids=STATES.keys())
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "fresh"), beside([*zip(DTYPES, cycle([True, False]))], product(DTYPES, [True, False])), ids=str
+)
 def test_a_saved_state_continues_bitwise(fresh: bool, dtype: torch.dtype, hyperparams: ShampooHyperParams) -> None:
     params = parameters(dtype=dtype)
     optimizer = Shampoo(params, lr=0.05, hyperparams=hyperparams)

@@ -139,9 +139,3 @@ def cases(fast: Iterable[tuple[Any, str]], slow: Iterable[tuple[Any, str]]) -> l
     more = {f"{layout}-{name}": (layout, name) for layout, name in slow}
     others = [pytest.param(*pair, id=key, marks=pytest.mark.slow) for key, pair in more.items() if key not in pairs]
     return [pytest.param(*pair, id=key) for key, pair in pairs.items()] + others
-
-
-def slow_but(fast: Iterable[Any], values: Iterable[Any]) -> list[Any]:
-    """Parameters of a test, slow but for some."""
-    chosen = list(fast)
-    return [pytest.param(value, marks=[pytest.mark.slow] * (value not in chosen)) for value in values]

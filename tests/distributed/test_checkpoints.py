@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from common import beside
 from shampoo3d import CheckpointError
 
 from .fsdp import Sharding, with_torch
@@ -62,9 +63,8 @@ def _check(sources: list[Layout], targets: list[Layout], names: list[str], folde
 NEXT = [*zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)]
 
 
-FAST = ("soap", "default")
 MODES = [
-    pytest.param(number, name, id=name, marks=() if name in FAST else slow)
+    pytest.param(number, name, id=name, marks=() if name == "default" else slow)
     for number, name in enumerate([*SETTINGS, *VARIANTS])
 ]
 
@@ -102,6 +102,7 @@ def test_what_begins_anew_has_not_begun_here(tmp_path: Path) -> None:
     assert ONE.session(shampoo("default")).optimizer.load_checkpoint(tmp_path / "step-2").begun == ("1.up.weight",)
 
 
+@slow
 def test_one_process_and_replicas(tmp_path: Path) -> None:
     _check([ONE, LAYOUTS[2]], [ONE, LAYOUTS[1]], ["default"], tmp_path)
 
@@ -127,10 +128,7 @@ def _elsewhere(zero: Zero, folder: Path) -> dict[str, Tensor]:
 @needs_deepspeed
 @pytest.mark.parametrize(
     ("stage", "precision"),
-    [
-        (3, "bf16"),
-        *(pytest.param(*case, marks=slow) for case in ((0, "float32"), (0, "bf16"), (1, "bf16"), (3, "float32"))),
-    ],
+    beside([], [(0, "float32"), (0, "bf16"), (1, "bf16"), (3, "bf16"), (3, "float32")]),
 )
 def test_on_the_same_ranks_it_goes_on_bit_for_bit(stage: int, precision: str, tmp_path: Path) -> None:
     """Master weights and those that the model computes with: both are there again. Elsewhere to rounding."""
@@ -158,9 +156,8 @@ def _by_pytorch(sharding: Sharding, folder: Path, saving: bool, reference: dict[
     return max(session.train(SAVED, STEPS).distances(reference).values())
 
 
-@pytest.mark.parametrize(
-    "sharding", [Sharding(shards=2), pytest.param(Sharding(shards=2, replicas=2), marks=slow)], ids=str
-)
+@slow
+@pytest.mark.parametrize("sharding", [Sharding(shards=2), Sharding(shards=2, replicas=2)], ids=str)
 def test_pytorchs_own_conversions(sharding: Sharding, tmp_path: Path) -> None:
     run(_by_pytorch, 3, Sharding(shards=3), tmp_path, True, {})
     assert max(run(_by_pytorch, sharding.world, sharding, tmp_path, False, uninterrupted("default"))) < 1e-9

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common import slow_but
 from shampoo3d import Distribution, Shampoo
 
 from .fsdp import Sharding, with_torch
 from .harness import needs_deepspeed, run
 from .models import Shape
-from .settings import shampoo, slow_but
+from .settings import shampoo
 from .training import Session, Topology, data_parallel, one_process, one_process_weights, with_deepspeed
 from .zero import Recipe, Zero, with_zero
 
@@ -21,6 +22,7 @@ STEPS = 6
 NAMES = ["uneven-blocks", "refresh-3-start-4", "adagrad-decay", "asynchronous-2"]
 TOLERANCE = 1e-9
 SHAPE = Shape()
+TOPOLOGIES = [Topology(data=2, model=2), Topology(pipe=2, data=2)]
 
 
 def _with(distribution: Distribution, name: str) -> partial[Shampoo]:
@@ -36,7 +38,7 @@ def _worst(world: int, name: str, make: Callable[..., Session], *arguments: Any)
     return max(max(distances.values()) for distances in found)
 
 
-@pytest.mark.parametrize("name", slow_but(["refresh-3-start-4", "asynchronous-2"], NAMES))
+@pytest.mark.parametrize("name", slow_but(["asynchronous-2"], NAMES))
 @pytest.mark.parametrize(("replicas", "copies"), [(4, 2), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_copies_of_roots(replicas: int, copies: int, name: str) -> None:
     make_optimizer = _with(Distribution(root_copies=copies), name)
@@ -50,7 +52,7 @@ def test_copies_of_roots_over_replicas_of_fsdp_shards() -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("topology", [Topology(data=2, model=2), Topology(pipe=2, data=2)], ids=str)
+@pytest.mark.parametrize("topology", slow_but(TOPOLOGIES[1:], TOPOLOGIES), ids=str)
 def test_copies_of_roots_with_shards_and_tied_weights(topology: Topology) -> None:
     make_optimizer = _with(Distribution(root_copies=2), "uneven-blocks")
     assert _worst(4, "uneven-blocks", with_deepspeed, topology, make_optimizer) < TOLERANCE
@@ -132,6 +134,7 @@ def _recorded(topology: Topology) -> Recording:
 
 
 @needs_deepspeed
+@pytest.mark.slow
 def test_per_shard_each_shard_is_a_matrix_of_its_own() -> None:
     """Each rank's weights are those of a plain optimizer that is given its shards and gradients."""
     for before, gradients, after in run(_recorded, 4, Topology(data=2, model=2)):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common import beside
 from shampoo3d import CheckpointError
 from shampoo3d.checkpoint.convert import convert
 
@@ -18,7 +19,6 @@ from .settings import shampoo
 from .training import gathered, one_process
 
 SAVED, STEPS = 4, 8
-slow = pytest.mark.slow
 
 
 def _save(layout: Layout, name: str, folder: Path) -> None:
@@ -36,17 +36,22 @@ def _resume(layout: Layout, name: str, folder: Path, start: dict[str, Tensor], r
     return max(session.train(SAVED, STEPS).distances(reference).values())
 
 
-FAST = [(zero(0, pipe=2), "default"), (zero(2, data=3), "refresh-3-start-4"), (zero(3, data=2), "default")]
+FAST = [(zero(2, data=3), "refresh-3-start-4")]
 MORE = [
-    *((zero(0, model=2), "kl-soap"), (zero(0, pipe=2, data=2), "fused"), (zero(1, data=2), "diagonals")),
+    (zero(0, pipe=2), "default"),
+    *(
+        (zero(3, data=2), "default"),
+        (zero(0, model=2), "kl-soap"),
+        (zero(0, pipe=2, data=2), "fused"),
+        (zero(1, data=2), "diagonals"),
+    ),
     *((zero(1, pipe=2, data=2), "adagrad-decay"), (zero(1, data=2, model=2), "soap")),
     *((zero(3, data=2, model=2), "kl-soap"), (zero(3, data=4), "adam-graft")),
 ]
-CASES = [*FAST, *(pytest.param(*case, marks=slow) for case in MORE)]
 
 
 @needs_deepspeed
-@pytest.mark.parametrize(("layout", "name"), CASES)
+@pytest.mark.parametrize(("layout", "name"), beside(FAST, MORE))
 def test_a_run_goes_on_elsewhere(layout: Layout, name: str, tmp_path: Path) -> None:
     reference = one_process(SHAPE, shampoo(name)).train(0, SAVED).weights()
     start = {} if layout.how.stage else reference

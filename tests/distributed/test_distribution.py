@@ -12,17 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common import beside, slow_but
 from shampoo3d import Shampoo, ShampooHyperParams, Variant
 
 from .harness import needs_deepspeed, run
 from .models import Shape, batch, loss_of
-from .settings import slow_but
 from .training import Topology, one_process, unfreeze_after_3, with_deepspeed
 
 SETTINGS = ShampooHyperParams(block_size=6, beta2=0.9, graft_type="adagrad", matrix_eps=1e-6)
 ONE_SIDED = replace(SETTINGS, variant=Variant(sides="last", largest_dimension=6))
 DIAGONALS = replace(SETTINGS, variant=Variant(largest_dimension=5, long_axes="diagonal"))
 SHAPE = Shape()
+REPLICAS = [Topology(data=2), Topology(pipe=2, data=2)]
+THREE = [Topology(data=3), Topology(pipe=2, data=2), Topology(data=2, model=2)]
 FEW_BLOCKS = Shape(layers=0, mix=False, vocabulary=6)
 
 
@@ -76,7 +78,7 @@ def _weights(topology: Topology, steps: int, **config: Any) -> dict[str, Tensor]
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("topology", [Topology(data=3), Topology(pipe=2, data=2), Topology(data=2, model=2)], ids=str)
+@pytest.mark.parametrize("topology", slow_but(THREE[2:], THREE), ids=str)
 def test_replicas_stay_bitwise_equal(topology: Topology) -> None:
     weights = run(_weights, topology.world, topology, 6)
     for replicas in topology.peers(axis=1):
@@ -168,7 +170,7 @@ def _unfrozen(topology: Topology, name: str) -> dict[str, Tensor]:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("topology", [Topology(data=2), Topology(pipe=2, data=2)], ids=str)
+@pytest.mark.parametrize("topology", slow_but([], REPLICAS), ids=str)
 def test_a_parameter_unfrozen_late_on_one_stage(topology: Topology) -> None:
     name = "3.up.weight"
     alone = unfreeze_after_3(one_process(SHAPE, shampoo), name)
@@ -200,7 +202,7 @@ def _poisoned(topology: Topology, stage: int, step: int) -> tuple[dict[str, Tens
 @needs_deepspeed
 @pytest.mark.parametrize(
     ("topology", "stage"),
-    [(Topology(pipe=2), 1), (Topology(pipe=2, data=2), 0), (Topology(data=2, pipeline=True), 0)],
+    beside([(Topology(pipe=2, data=2), 0), (Topology(data=2, pipeline=True), 0)], [(Topology(pipe=2), 1)]),
     ids=str,
 )
 @pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 2])
@@ -232,20 +234,17 @@ def _resume(folder: Path, topology: Topology, hp: ShampooHyperParams) -> dict[st
 @needs_deepspeed
 @pytest.mark.parametrize(
     ("saved", "resumed", "hp", "tolerance"),
-    [
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                (Topology(data=2), Topology(data=2), SETTINGS, 1e-12),
-                (Topology(data=2), Topology(data=1), SETTINGS, 1e-9),
-                (Topology(data=2), Topology(data=3), ONE_SIDED, 1e-9),
-                (Topology(data=2), Topology(data=3), DIAGONALS, 1e-9),
-                (Topology(pipe=2, data=2), Topology(pipe=2, data=2), SETTINGS, 1e-12),
-                (Topology(data=2, model=2), Topology(data=2, model=2), SETTINGS, 1e-12),
-            )
-        ),
-        (Topology(pipe=2, data=2), Topology(pipe=2, data=1), SETTINGS, 1e-9),
-    ],
+    beside(
+        [(Topology(pipe=2, data=2), Topology(pipe=2, data=1), SETTINGS, 1e-9)],
+        [
+            (Topology(data=2), Topology(data=2), SETTINGS, 1e-12),
+            (Topology(data=2), Topology(data=1), SETTINGS, 1e-9),
+            (Topology(data=2), Topology(data=3), ONE_SIDED, 1e-9),
+            (Topology(data=2), Topology(data=3), DIAGONALS, 1e-9),
+            (Topology(pipe=2, data=2), Topology(pipe=2, data=2), SETTINGS, 1e-12),
+            (Topology(data=2, model=2), Topology(data=2, model=2), SETTINGS, 1e-12),
+        ],
+    ),
     ids=lambda of: f"{of.variant.sides}-{of.variant.long_axes}" if isinstance(of, ShampooHyperParams) else str(of),
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(

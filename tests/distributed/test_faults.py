@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common import beside, slow_but
 from shampoo3d.engines.native import Torch
 
 from . import faults
 from .faults import LAYOUTS, LOST, Outcome, attempted, failing_storage, odd, with_faults
 from .harness import needs_deepspeed, run, started, wait
-from .settings import shampoo, slow_but
+from .settings import shampoo
 
 pytestmark = needs_deepspeed
 SECONDS = 30.0
@@ -151,10 +152,7 @@ FAST = [("ddp", "dies within"), ("zero3", "dies before"), ("zero3", "raises")]
 MORE = [*zip(LAYOUTS, 2 * [*LOST], strict=False), *((layout, "dies within") for layout in LAYOUTS)]
 
 
-@pytest.mark.parametrize(
-    ("layout", "kind"),
-    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE if case not in FAST)],
-)
+@pytest.mark.parametrize(("layout", "kind"), beside(FAST, MORE))
 def test_a_rank_that_is_lost(layout: str, kind: str, tmp_path: Path) -> None:
     world = LAYOUTS[layout].world
     with started(_losing, world, layout, kind, tmp_path, seconds=SECONDS, timeout=SHORT) as ranks:

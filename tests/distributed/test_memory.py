@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common import slow_but
 from shampoo3d import Distribution, Shampoo, ShampooHyperParams
 from shampoo3d.engines.dtensor import local
 from shampoo3d.runtime.memory import Memory, Meter, memory
@@ -111,9 +112,7 @@ def _measured(cases: list[Case]) -> list[Found]:
 
 @needs_deepspeed
 @pytest.mark.parametrize(
-    "cases",
-    [FOUR, TWO, pytest.param(REPLICAS, marks=pytest.mark.slow)],
-    ids=["replicas and shards", "ZeRO", "replicas"],
+    "cases", slow_but([TWO], [FOUR, TWO, REPLICAS]), ids=["replicas and shards", "ZeRO", "replicas"]
 )
 def test_every_layout(cases: list[Case]) -> None:
     world = 2 if cases is TWO else 4

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from common import beside, slow_but
+
 from .harness import needs_deepspeed, run
 from .models import Shape
-from .settings import shampoo, slow_but
+from .settings import shampoo
 from .training import Topology, one_process, relative_distance
 from .zero import ODD, TWO, Recipe, Zero, alone, trained, with_zero
 
@@ -54,10 +56,7 @@ def start() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("precision", "stage", "first"),
-    [
-        *(("bf16", 3, 0), ("fp16", 2, 1)),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("bf16", 1, 0), ("bf16", 2, 0), ("fp16", 3, 1))),
-    ],
+    beside([("fp16", 2, 1)], [("bf16", 1, 0), ("bf16", 2, 0), ("bf16", 3, 0), ("fp16", 3, 1)]),
 )
 def test_the_stages_agree(precision: str, stage: int, first: int) -> None:
     base, other = (
@@ -79,13 +78,19 @@ def _check_against_one(way: Zero, how: Recipe | None = None) -> None:
     assert off < 0.05 * gone
 
 
-FAST = [("bf16", 2, 2), ("fp16", 3, 2)]
-MORE = [("bf16", 0, 2), ("bf16", 1, 4), ("bf16", 3, 3), ("fp16", 1, 3), ("fp16", 2, 2), ("fp16", 3, 4)]
+CASES = [
+    ("bf16", 0, 2),
+    ("bf16", 2, 2),
+    ("bf16", 1, 4),
+    ("bf16", 3, 3),
+    ("fp16", 1, 3),
+    ("fp16", 2, 2),
+    ("fp16", 3, 2),
+    ("fp16", 3, 4),
+]
 
 
-@pytest.mark.parametrize(
-    ("precision", "stage", "data"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
-)
+@pytest.mark.parametrize(("precision", "stage", "data"), beside([], CASES))
 def test_many_processes_do_what_one_does(precision: str, stage: int, data: int) -> None:
     _check_against_one(zero(stage, precision, data))
 
@@ -106,11 +111,7 @@ def test_other_wrappers(wrapper: str) -> None:
     _check_against_one(WRAPPERS[wrapper])
 
 
-@pytest.mark.parametrize(
-    "way",
-    [zero(1, "bf16", 2), *(pytest.param(zero(stage, "fp16", 2), marks=pytest.mark.slow) for stage in (2, 3))],
-    ids=str,
-)
+@pytest.mark.parametrize("way", slow_but([], [zero(1, "bf16", 2), zero(2, "fp16", 2), zero(3, "fp16", 2)]), ids=str)
 def test_clipping(way: Zero) -> None:
     _check_against_one(way, recipe(way, "uneven-blocks", clip=0.5))
 
@@ -138,14 +139,15 @@ def test_steps_that_overflow_leave_no_trace(stage: int) -> None:
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
+COUNTED = [zero(0, "bf16", 2), zero(1, "fp16", 2), zero(3, "bf16", 2), WRAPPERS["pipeline-1"]]
+
+
 def _counts(way: Zero) -> set[int]:
     session = with_zero(ODD, way, recipe(way)).train(0, 3)
     return {state["step"] for state in session.optimizer.state.values()}
 
 
-@pytest.mark.parametrize(
-    "way", [zero(0, "bf16", 2), zero(1, "fp16", 2), zero(3, "bf16", 2), WRAPPERS["pipeline-1"]], ids=str
-)
+@pytest.mark.parametrize("way", slow_but(COUNTED[1:3], COUNTED), ids=str)
 def test_every_step_counts_once(way: Zero) -> None:
     """Also where the wrapper calls step() while it is set up, or once for each of its flat tensors."""
     assert run(_counts, way.topology.world, way) == [{3}] * way.topology.world

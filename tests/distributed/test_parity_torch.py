@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from common import slow_but
+
 from .fsdp import Sharding, distance_from_one_process, with_torch
 from .harness import run
-from .settings import cases, paired, shampoo, slow_but, spread
+from .settings import cases, paired, shampoo, spread
 from .training import one_process, relative_distance, unfreeze_after_3
 from .zero import ODD
 
@@ -20,7 +22,7 @@ ONE_AXIS = [
     *(Sharding(replicas=2), Sharding(replicas=3), Sharding(shards=2), Sharding(shards=3), Sharding(shards=4)),
     *(Sharding(shards=2, dim=1), Sharding(shards=3, dim=1), Sharding(model=2)),
 ]
-FAST = [Sharding(replicas=3), Sharding(shards=3), Sharding(shards=3, dim=1), Sharding(model=2)]
+FAST = [Sharding(replicas=3), Sharding(shards=3), Sharding(model=2)]
 
 
 @pytest.mark.parametrize(("sharding", "name"), cases(spread(FAST), paired(ONE_AXIS)))
@@ -29,13 +31,13 @@ def test_one_axis(sharding: Sharding, name: str, steps: int) -> None:
     assert distance_from_one_process(sharding, shampoo(name), steps) < 1e-9
 
 
-@pytest.mark.parametrize(("sharding", "name"), cases(spread(TWO_AXES[:2], 8), paired(TWO_AXES)))
+@pytest.mark.parametrize(("sharding", "name"), cases(spread(TWO_AXES[1:2], 8), paired(TWO_AXES)))
 def test_two_axes(sharding: Sharding, name: str, steps: int) -> None:
     """Hybrid sharding, and FSDP2 over the shards of tensor parallelism."""
     assert distance_from_one_process(sharding, shampoo(name), steps) < 1e-9
 
 
-@pytest.mark.parametrize("sharding", slow_but(FAST[1:2], FAST[:2]), ids=str)
+@pytest.mark.parametrize("sharding", slow_but([], FAST[:2]), ids=str)
 def test_single_precision(sharding: Sharding, steps: int) -> None:
     make_optimizer = shampoo("adagrad-decay", "float32")
     assert distance_from_one_process(sharding, make_optimizer, steps, "float32") < 1e-5

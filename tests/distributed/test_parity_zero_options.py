@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from common import slow_but
+
 from .harness import needs_deepspeed
-from .settings import shampoo, slow_but
+from .settings import shampoo
 from .training import Topology, relative_distance
 from .zero import ODD, TWO, Recipe, Zero, alone, distance_from_one_process
 
@@ -70,7 +72,7 @@ OPTIONS: dict[str, tuple[Zero, str]] = {
     "init-3": (Zero(3, TWO, "float32", init=True), "uneven-blocks"),
     "init-on-3-ranks-3": (Zero(3, THREE, "float32", init=True, options={"sub_group_size": 300}), "merged"),
 }
-FAST = ["round-robin-2", "aligned-1", "not-contiguous-2", "offload-2", "sub-groups-3", "init-3"]
+FAST = ["round-robin-2", "aligned-1", "sub-groups-3", "init-3"]
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 
 
@@ -99,7 +101,7 @@ BOTH = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("stage", slow_but([1, 3], range(4)))
+@pytest.mark.parametrize("stage", slow_but([1], range(4)))
 @pytest.mark.parametrize("batch", [12, pytest.param(10, marks=pytest.mark.slow)], ids=["accumulated", "at-once"])
 @BOTH
 def test_clipping_accumulation_and_a_schedule(stage: int, batch: int, make: Any, steps: int) -> None:
@@ -117,7 +119,7 @@ def test_clipping_and_the_schedule_do_something(make: Any, steps: int) -> None:
     assert min(relative_distance(clipped, plain), relative_distance(slowed, plain)) > 0.01
 
 
-@pytest.mark.parametrize("way", slow_but(GROUPED[1::2], GROUPED), ids=str)
+@pytest.mark.parametrize("way", slow_but(GROUPED[1:2], GROUPED), ids=str)
 @pytest.mark.parametrize(
     "make",
     [pytest.param(sgd, id="sgd", marks=pytest.mark.slow), pytest.param(shampoo("uneven-blocks"), id="shampoo")],

@@ -30,13 +30,9 @@ MORE_LAYOUTS: list[Layout] = [
     *(layout for stage in range(3) for layout in (Experts(stage=stage, world=2), Experts(stage=stage, spread=(1, 2)))),
 ]
 FAST: list[tuple[Layout, str]] = [
-    (AutoTensorParallel(double=True), "uneven-blocks"),
-    (AutoTensorParallel(stage=1), "uneven-blocks"),
     (AutoTensorParallel(stage=3, zero_init=True), "adagrad-decay"),
     (Stripes(double=True), "refresh-3-start-4"),
-    (Stripes(stage=2), "uneven-blocks"),
     (Experts(world=2), "whole"),
-    (Experts(spread=(2, 4)), "uneven-blocks"),
     (Experts(stage=2), "adagrad-decay"),
 ]
 PAIRS = [

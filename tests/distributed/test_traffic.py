@@ -7,16 +7,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from common import beside, slow_but
 from shampoo3d import Distribution, Shampoo
 
 from .fsdp import Sharding, with_torch
 from .harness import needs_deepspeed, run
 from .models import Shape
-from .settings import shampoo, slow_but
+from .settings import shampoo
 from .training import Session, Topology, with_deepspeed
 from .zero import Recipe, Zero, with_zero
 
 SHAPE = Shape(width=24, layers=2)
+SHARDINGS = [Sharding(shards=3), Sharding(shards=2, replicas=2)]
+TOPOLOGIES = [Topology(data=3), Topology(data=2, model=2)]
 ROWS = 2 * 8
 """Bytes of norms for each matrix: of two directions, in float64."""
 
@@ -65,10 +68,7 @@ def _check(found: list[Any]) -> dict[str, int]:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize(
-    ("stage", "ranks"),
-    [(2, 2), (3, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 3), (2, 3), (3, 2)))],
-)
+@pytest.mark.parametrize(("stage", "ranks"), beside([(2, 2)], [(1, 3), (2, 3), (3, 2), (3, 3)]))
 def test_zero(stage: int, ranks: int) -> None:
     """Gradients go to owners and updates home; nothing else travels, of vectors nothing at all."""
     sums = _check(run(_zero, ranks, stage, Distribution()))
@@ -84,7 +84,7 @@ def test_updates_in_the_parameters_own_precision_take_half_the_bytes() -> None:
     assert sums["updates"] * 2 == sums["gradients"] > 0
 
 
-@pytest.mark.parametrize("sharding", [Sharding(shards=3), Sharding(shards=2, replicas=2)], ids=str)
+@pytest.mark.parametrize("sharding", slow_but(SHARDINGS[1:], SHARDINGS), ids=str)
 def test_fsdp(sharding: Sharding) -> None:
     sums = _check(run(_fsdp, sharding.world, sharding))
     assert sums["gradients"] > 0
@@ -92,7 +92,7 @@ def test_fsdp(sharding: Sharding) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("topology", [Topology(data=3), Topology(data=2, model=2)], ids=str)
+@pytest.mark.parametrize("topology", slow_but(TOPOLOGIES[1:], TOPOLOGIES), ids=str)
 def test_replicas_give_each_other_the_weights(topology: Topology) -> None:
     sums = _check(run(_stage_0, topology.world, topology, Distribution()))
     elements = sum(p.numel() for p in _parameters())

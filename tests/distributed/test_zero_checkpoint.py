@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from common import beside, slow_but
+
 from .harness import needs_deepspeed, run
 from .models import Shape
 from .settings import shampoo
@@ -31,13 +33,7 @@ def _interrupted(zero: Zero, folder: str) -> tuple[dict[str, Tensor], dict[str, 
 
 
 @needs_deepspeed
-@pytest.mark.parametrize(
-    ("stage", "precision"),
-    [
-        (3, "bf16"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "bf16"), (2, "float32"))),
-    ],
-)
+@pytest.mark.parametrize(("stage", "precision"), beside([(3, "bf16")], [(1, "bf16"), (2, "float32")]))
 def test_a_run_goes_on_exactly(stage: int, precision: str, tmp_path: Path) -> None:
     found = run(_interrupted, 2, Zero(stage, precision=precision), str(tmp_path))
     assert sum(count for _, _, count in found) > 0
@@ -46,6 +42,7 @@ def test_a_run_goes_on_exactly(stage: int, precision: str, tmp_path: Path) -> No
             assert torch.equal(weight, resumed[name]), name
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_a_run_with_sub_groups_and_offload_goes_on_exactly(tmp_path: Path) -> None:
     options = {"sub_group_size": 500, "offload_optimizer": {"device": "cpu"}}
@@ -67,7 +64,7 @@ def _loaded_elsewhere(zero: Zero, folder: str) -> str:
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", slow_but([1], [1, 3]))
 def test_a_state_of_other_settings_is_refused(stage: int, tmp_path: Path) -> None:
     for message in run(_loaded_elsewhere, 2, Zero(stage, Topology(data=2)), str(tmp_path)):
         assert "saved with other hyperparams: graft_type was 'ADAGRAD' and is 'SGD'" in message

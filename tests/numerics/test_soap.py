@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from common import slow_but
 from reference import Array
 from shampoo3d import Computation, Shampoo, ShampooHyperParams, Variant
 from soap_reference import KLShampoo, Soap, SoapSettings
@@ -75,9 +76,12 @@ def largest_error(
     return worst / lr
 
 
+OTHERS: list[dict[str, Any]] = [{}, {"largest": 5}, {"correct_bias": False}, {"betas": (0.9, 0.99)}]
+
+
 @pytest.mark.parametrize("every", [1, 3, 10])
 @pytest.mark.parametrize("kl", [False, True])
-@pytest.mark.parametrize("other", [{}, {"largest": 5}, {"correct_bias": False}, {"betas": (0.9, 0.99)}], ids=str)
+@pytest.mark.parametrize("other", slow_but(OTHERS[:3], OTHERS), ids=str)
 def test_soap(every: int, kl: bool, other: dict[str, Any]) -> None:
     """Whether diagonal_eps is added to a vector's root before or after its correction is no matter where it is tiny."""
     s = SoapSettings(every=every, kl=kl, weight_decay=0.0, eps=1e-12, **{"ridge": 1e-4 if kl else 1e-12} | other)

@@ -64,7 +64,14 @@ def least_possible(costs: list[float], ranks: int) -> float:
     return max(sum(costs) / ranks, *pigeonholes)
 
 
-@pytest.mark.parametrize(("model", "block_size", "ranks"), [(name, *case) for name in CASES for case in CASES[name]])
+@pytest.mark.parametrize(
+    ("model", "block_size", "ranks"),
+    [
+        pytest.param(name, *case, marks=[pytest.mark.slow] * (number > 0))
+        for name, cases in CASES.items()
+        for number, case in enumerate(cases)
+    ],
+)
 def test_models_with_eight_blocks_per_rank_are_balanced(model: str, block_size: int, ranks: int) -> None:
     """Require max / mean of the estimated costs of at most 1.05, or else the least that any assignment has."""
     hp = ShampooHyperParams(block_size=block_size, best_effort_shape_interpretation=True)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from common import MODELS, put_gradients, replicated
+from common import MODELS, put_gradients, replicated, slow_but
 from shampoo3d import Computation, Shampoo, ShampooHyperParams, Variant
 from shampoo3d.numerics import background, momenta
 from shampoo3d.numerics.roots import choice
@@ -127,12 +127,12 @@ def check(shapes: Shapes, hp: ShampooHyperParams, device: str = "cpu") -> Memory
     return told
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", slow_but([*SETTINGS][::2], SETTINGS))
 def test_one_process(name: str) -> None:
     check(*SETTINGS[name])
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in IN_LIBRARIES])
+@pytest.mark.parametrize("name", slow_but([*SETTINGS][::3], [name for name in SETTINGS if name not in IN_LIBRARIES]))
 def test_what_the_profiler_records(name: str) -> None:
     shapes, hp = SETTINGS[name]
     told, peak = foreseen(shapes, hp), 0
