@@ -1,4 +1,4 @@
-"""How close the planner's cost of a block is to what a step on it takes.
+"""Distance of the planner's cost of a block from the time that a step on it takes.
 
 Times ``Shampoo.step()`` on equal blocks of many shapes, one thread, CPU seconds, and compares with ``cost.block_cost``,
 whose unit is a multiply-add of a large float32 matrix product. Usage: ``python benchmarks/cost_model.py [out.json]``.

@@ -80,7 +80,7 @@ def contenders() -> Iterator[Contender]:
 
 
 def optional_contenders() -> Iterator[Contender]:
-    """Those of pytorch_optimizer; none without it."""
+    """Return the optimizers of pytorch_optimizer; none without it."""
     if find_spec("pytorch_optimizer") is None:
         return
     same = f"beta2 {BETA2}, matrix_eps {MATRIX_EPS}, SGD graft, Nesterov momentum {MOMENTUM}, vectors grafted only"

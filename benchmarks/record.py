@@ -1,4 +1,4 @@
-"""Where and with what a measurement was made: machine, versions, commit."""
+"""Circumstances of a measurement: machine, versions, commit."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 
 
 def setting(**what: Any) -> dict[str, Any]:
-    """``what`` was measured, and the machine, versions and commit ("-dirty": with changes that were not committed)."""
+    """Describe a measurement: ``what``, and the machine, versions and commit ("-dirty": changes not committed)."""
     here = Path(__file__).parent
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     commit = subprocess.run(command, cwd=here, capture_output=True, text=True).stdout.strip()
@@ -33,6 +33,6 @@ def processor() -> str:
 
 
 def write(output: Path, result: dict[str, Any]) -> None:
-    """As JSON."""
+    """Write a result as JSON."""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")

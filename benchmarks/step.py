@@ -52,13 +52,13 @@ class Case:
 
     @property
     def stacks(self) -> Counter[tuple[int, ...]]:
-        """How many blocks there are of each shape."""
+        """Count the blocks of each shape."""
         cuts = ([cut(d, parts_at_most(d, self.block)) for d in shape] for shape in self.shapes if len(shape) == 2)
         return Counter(block.shape for axes in cuts for block in grid(axes))
 
     @property
     def product_flops(self) -> int:
-        """Of a plain step: G G^T, G^T G, P G and (P G) Q, as full products of multiplications and additions."""
+        """Count the operations of a plain step: G G^T, G^T G, P G and (P G) Q, as full products."""
         return sum(4 * m * n * (m + n) * count for (m, n), count in self.stacks.items())
 
 
@@ -201,7 +201,7 @@ def _row(case: Case, contender: Contender, seconds: list[float], process: list[f
 
 
 def products(case: Case, repeats: int, exponent: int, device: torch.device) -> dict[str, Any]:
-    """What the products of a plain step take with ``torch.bmm`` alone, in our stacks and in the whole of our step."""
+    """Time the products of a plain step with ``torch.bmm`` alone, in our stacks and in the whole of our step."""
     clock = Clock(device)
     optimizer = shampoo(with_gradients(case.shapes, device), case.block, NEVER, exponent, Computation())
     optimizer.step()

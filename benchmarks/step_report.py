@@ -1,4 +1,4 @@
-"""What ``benchmarks/step.py`` found, as tables, targets and a figure.
+"""Tables, targets and a figure of the results of ``benchmarks/step.py``.
 
 python benchmarks/step_report.py [benchmarks/results/step.json] [--figure step.png]     prints the tables in Markdown
 """
@@ -62,7 +62,7 @@ def show(rows: Sequence[Found], columns: dict[str, Callable[[Found], str]]) -> N
 
 
 def targets(result: Found) -> list[Found]:
-    """What was aimed at, as far as it was measured."""
+    """Targets, as far as they were measured."""
     found = []
     for bound in result["products"]:
         if bound["width"] in (256, 512) and bound["block"] == 256:

@@ -1,4 +1,4 @@
-"""What each setting of the computation does to the loss of a small language model, and to the seconds of a step.
+"""Effect of each setting of the computation on the loss of a small language model and on the seconds of a step.
 
 A GPT of bytes on the manual that comes with Python, one process, one thread, several seeds; the same batches and rates
 for all. Usage: ``python benchmarks/variants.py [--steps 300] [--seeds 3] [out.json]``.

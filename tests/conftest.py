@@ -1,4 +1,4 @@
-"""How many examples hypothesis tries: few in the fast suite, many more in the slow one, the same at every run."""
+"""Numbers of hypothesis's examples: few in the fast suite, many more in the slow one, the same at every run."""
 
 from hypothesis import settings
 

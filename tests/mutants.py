@@ -74,7 +74,7 @@ class Stage:
 
 @dataclass
 class Outcome:
-    """What became of a mutant.
+    """Outcome of a mutant.
 
     Attributes:
         killed_by: "fast" or "slow", the suite that noticed it; empty while it survives.
@@ -98,7 +98,7 @@ def read(path: Path) -> list[Mutant]:
 
 
 def problems(mutants: Sequence[Mutant], root: Path) -> Iterator[str]:
-    """Why mutants do not apply to a checkout, in words."""
+    """Return the reasons why mutants do not apply to a checkout, in words."""
     yield from (f"{id_}: {count} mutants" for id_, count in Counter(of.id for of in mutants).items() if count > 1)
     for mutant in mutants:
         path = root / PACKAGE / mutant.file
@@ -119,7 +119,7 @@ def problems(mutants: Sequence[Mutant], root: Path) -> Iterator[str]:
 
 
 def stages(mutant: Mutant, depth: str) -> Iterator[Stage]:
-    """What runs until the mutant is noticed; ``depth``: "likely", "fast" or "slow"."""
+    """Return the tests that run until the mutant is noticed; ``depth``: "likely", "fast" or "slow"."""
     likely, slow = ([f"tests/{test}" for test in tests] for tests in (mutant.tests, mutant.slow))
     if likely:
         yield Stage("likely", "fast", tuple(likely), 15.0)

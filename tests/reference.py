@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Settings:
-    """What one parameter is trained with; the names are those of `ShampooHyperParams`, `Computation` and group keys.
+    """Settings of one parameter; the names are those of `ShampooHyperParams`, `Computation` and group keys.
 
     `u` is the machine epsilon of the arithmetic that is to be followed.
     """
@@ -88,7 +88,7 @@ def cut(shape: Sequence[int], block_size: int) -> list[tuple[slice, ...]]:
 
 
 def long_axes(blocks: Sequence[tuple[slice, ...]], s: Settings) -> list[int]:
-    """Those along which a block is longer than the bound, if there is one."""
+    """Return the axes along which a block is longer than the bound, if there is one."""
     longest = np.max([[w.stop - w.start for w in where] for where in blocks], axis=0)
     return [i for i, length in enumerate(longest) if 0 < s.largest_dimension < length]
 
@@ -152,7 +152,7 @@ class Block:
         self.turn = 0
 
     def due(self, t: int, s: Settings) -> bool:
-        """Whether roots are computed: of all blocks at one step, which the start may put off, then in turns."""
+        """Return whether roots are computed: of all blocks at one step, which the start may put off, then in turns."""
         k, first = s.preconditioning_compute_steps, self.first(s)
         if s.statistics == "kl" and t == s.statistics_compute_steps:  # the next gradient is whitened
             return True

@@ -42,7 +42,7 @@ def times(factor: float, bound: float) -> float:
 
 @dataclass
 class Bound:
-    """How far one parameter may have moved: |u| by the lengths that are borrowed, see ``docs/variants.md``.
+    """Bound the way of one parameter: |u| by the lengths that are borrowed, see ``docs/variants.md``.
 
     Attributes:
         gradient: the largest norm of a gradient so far, which bounds that of its average.
@@ -58,7 +58,7 @@ class Bound:
     ordinary: bool = True
 
     def step(self, G: Tensor, W: Tensor, group: dict[str, Any]) -> float:
-        """Of this step."""
+        """Return the bound of this step."""
         v, length = self.hp.variant, G.double().norm().item()
         self.steps += 1
         self.gradient = max(self.gradient, length) if self.hp.averaged else length
@@ -153,7 +153,7 @@ class Case:
         return came
 
     def _judged(self, gradients: list[Any]) -> tuple[bool, bool]:
-        """Whether a gradient cannot be used, and whether rounding decides about one."""
+        """Return whether a gradient cannot be used, and whether rounding decides about one."""
         ratios = [
             g.double().norm().item() / largest_norm(state_dtype(g.dtype), self.hp) for g in gradients if g.numel()
         ]

@@ -279,7 +279,7 @@ def test_a_new_optimizer_has_done_nothing() -> None:
 
 @pytest.mark.parametrize("graft", list(LayerwiseGrafting))
 def test_zero_gradients_with_lr_0_allocate_and_change_nothing(graft: LayerwiseGrafting) -> None:
-    """What `torch.distributed.checkpoint` does to a fresh optimizer to learn its state."""
+    """The trial step of `torch.distributed.checkpoint`, by which it learns the state of a fresh optimizer."""
     params = parameters()
     optimizer = Shampoo(params, lr=0.0, hyperparams=replace(HYPERPARAMS, weight_decay=0.0, **grafted(graft)))
     before = clones(params)

@@ -271,7 +271,7 @@ shapes_up_to_5d = st.lists(st.integers(1, 7), min_size=0, max_size=5).map(tuple)
 
 @st.composite
 def hyperparams(draw: st.DrawFn) -> dict[str, Any]:
-    """What is common to all groups of an optimizer."""
+    """Draw the settings that all groups of an optimizer have in common."""
     chosen: dict[str, Any] = {
         "beta2": draw(st.sampled_from([1.0, 0.95, 0.5])),
         "diagonal_eps": draw(st.sampled_from([1e-6, 1e-2])),
@@ -304,7 +304,7 @@ def hyperparams(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def group_options(draw: st.DrawFn) -> dict[str, Any]:
-    """What each group has for itself."""
+    """Draw the settings that each group has for itself."""
     return {
         "lr": draw(st.sampled_from([0.1, 0.01])),
         "momentum": draw(st.sampled_from([0.0, 0.5, 0.9])),

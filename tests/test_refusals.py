@@ -211,7 +211,7 @@ def test_groups_that_are_none(group: Any, text: str) -> None:
 @pytest.mark.parametrize("warm", [True, False])
 @pytest.mark.parametrize("name", GROUP)
 def test_settings_that_were_changed_between_steps(name: str, warm: bool) -> None:
-    """By hand or by a scheduler: refused by the number of the group before anything is changed."""
+    """A group that is changed by hand or by a scheduler is refused by its number before anything is changed."""
     first, second = parameters(SHAPES), parameters(SHAPES)
     optimizer = Shampoo([{"params": first}, {"params": second}])
     train(optimizer, range(2 * warm))

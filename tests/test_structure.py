@@ -115,7 +115,7 @@ def test_frameworks_are_named_in_engines_only() -> None:
 
 
 def test_nothing_reaches_deep_into_others() -> None:
-    """Of an object whose inside is another's at most two dots are taken."""
+    """At most two dots are taken of an object whose inside is another's."""
     for room, path in LIBRARY.items():
         for node in ast.walk(tree(path)):
             chain = dotted(node)
@@ -124,11 +124,11 @@ def test_nothing_reaches_deep_into_others() -> None:
 
 
 def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
-    for room, path in FILES.items():
+    for path in [*SOURCE.rglob("*.py"), *TESTS.rglob("*.py"), *(TESTS.parent / "benchmarks").rglob("*.py")]:
         strings = [node.value for node in ast.walk(tree(path)) if isinstance(node, ast.Expr)]
         texts = [node.value for node in strings if isinstance(node, ast.Constant) and isinstance(node.value, str)]
         first = [text.split(maxsplit=1)[0].strip(",.:'`").lower() for text in texts]
-        assert not VAGUE & {*first}, (room, VAGUE & {*first})
+        assert not VAGUE & {*first}, (path, VAGUE & {*first})
 
 
 def test_no_file_is_longer_than_400_lines() -> None:

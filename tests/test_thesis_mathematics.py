@@ -15,7 +15,7 @@ SGD, NONE, ADAGRAD = LayerwiseGrafting.SGD, LayerwiseGrafting.NONE, LayerwiseGra
 
 
 def moves(gradients: list[Tensor], hyperparams: ShampooHyperParams, **options: Any) -> list[Tensor]:
-    """How far a parameter that starts at 0 moves per step with lr 1, against its direction."""
+    """Measure how far a parameter that starts at 0 moves per step with lr 1, against its direction."""
     p = nn.Parameter(torch.zeros_like(gradients[0]))
     optimizer, moved = Shampoo([{"params": [p], **options}], lr=1.0, hyperparams=hyperparams), []
     for G in gradients:

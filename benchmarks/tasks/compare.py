@@ -53,7 +53,7 @@ class Record:
         )
 
     def outcome(self, task: Task, contender: Contender, settings: Found, seed: int) -> Found:
-        """Of the run that is there already, or else of a new one."""
+        """Return the result of the run that is there already, or else of a new one."""
         what = {**_about(task, contender), "settings": settings, "seed": seed}
         found = next((run for run in self.runs if run["what"] == what), None)
         if found is None:
@@ -81,7 +81,7 @@ class Record:
         return tuned.best
 
     def write(self) -> None:
-        """As a whole, so that whoever stops the program finds the last results or the ones before."""
+        """Write a whole file, so that whoever stops the program finds the last results or the ones before."""
         part = self.output.with_suffix(".part")
         write(part, self.result)
         part.replace(self.output)

@@ -32,7 +32,7 @@ OURS = {
 
 
 class Optimizer(Protocol):
-    """As much of ``torch.optim.Optimizer`` as training needs."""
+    """The part of ``torch.optim.Optimizer`` that training needs."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...

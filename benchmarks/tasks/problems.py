@@ -65,7 +65,7 @@ class Task:
 
     @property
     def facts(self) -> dict[str, str | int]:
-        """What a result depends on besides the optimizer."""
+        """Return the settings that a result depends on besides the optimizer."""
         parameters = sum(param.numel() for param in self.make(0).parameters())
         batch = len(self.draw(torch.Generator()).inputs)
         return {
@@ -230,7 +230,7 @@ NAMES = ["gpt", *IMAGE_TASKS]
 
 
 def tasks(names: Sequence[str], text: Path | None = None, images: Path | None = None) -> Iterator[Task]:
-    """Those of the names, one after the other; images are read once."""
+    """Yield the tasks of these names, one after the other; images are read once."""
     pictures = cache(lambda: read_images(images))
     for name in names:
         yield IMAGE_TASKS[name](pictures()) if name in IMAGE_TASKS else gpt(text)

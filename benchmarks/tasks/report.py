@@ -1,4 +1,4 @@
-"""What ``compare.py`` found, as tables and pictures.
+"""Tables and pictures of the results of ``compare.py``.
 
 python benchmarks/tasks/report.py [benchmarks/results/tasks.json] [--figures FOLDER]       prints the tables in Markdown
 """
@@ -24,7 +24,7 @@ AXES = {"steps": "steps", "cpu": "CPU seconds", "wall": "wall-clock seconds"}
 
 
 def summary(result: Found) -> dict[str, list[Found]]:
-    """By task and its data and budget, a row for each optimizer that was tuned, AdamW's first."""
+    """Rows by task and its data and budget: one for each optimizer that was tuned, AdamW's first."""
     tables: dict[str, list[Found]] = {}
     for tuned in sorted(result["tuned"], key=lambda one: one["what"]["optimizer"] != BASELINE):
         about = tuned["what"]
@@ -36,7 +36,7 @@ def summary(result: Found) -> dict[str, list[Found]]:
 
 
 def _row(tuned: Found, runs: Sequence[Found]) -> Found:
-    """What is known of an optimizer without the others."""
+    """Results of an optimizer by itself."""
     about, best = tuned["what"], tuned["best"]
     mine = [run for run in runs if about.items() <= run["what"].items()]
     losses = {str(run["what"]["settings"]): run["final"] for run in mine if run["what"]["seed"] == 0}
@@ -76,7 +76,7 @@ def _shorter(what: Found, runs: Sequence[Found]) -> dict[int, Found]:
 
 
 def _compare(rows: Sequence[Found]) -> None:
-    """When each row was at the median final loss of the first, AdamW's, and what part of AdamW's own time that is."""
+    """Tell when each row was at the median final loss of the first, AdamW's, and what part of AdamW's time that is."""
     target, whole = rows[0]["final"], {"steps": rows[0]["steps"], **rows[0]["training"]}
     for row in rows:
         row["target"] = target
@@ -202,7 +202,7 @@ def figure(name: str, rows: Sequence[Found], output: Path) -> None:
 
 
 def _draw(place: Any, row: Found, axis: str, color: str) -> None:
-    """Where seeds ended at different marks, up to the first end."""
+    """Draw the median of the seeds' curves, up to where the first of them ends."""
     curves = row["curves"]
     marks = min(len(curve["losses"]) for curve in curves)
     times = [curve["steps"] if axis == "steps" else curve["seconds"][axis] for curve in curves]

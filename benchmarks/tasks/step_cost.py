@@ -1,4 +1,4 @@
-"""What a training step costs with each optimizer: side by side in one process, in turns, on one thread.
+"""Cost of a training step with each optimizer: side by side in one process, in turns, on one thread.
 
 python benchmarks/tasks/step_cost.py [--tasks gpt vit] [--text FILE] [--images FILE]
 

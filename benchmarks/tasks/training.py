@@ -22,7 +22,7 @@ CLOCKS: dict[str, Callable[[], float]] = {
 
 
 def share_of_rate(step: int, steps: int) -> float:
-    """What part of the learning rate step 1, ..., ``steps`` has."""
+    """Return the part of the learning rate that step 1, ..., ``steps`` has."""
     warmup = max(1, round(WARMUP * steps))
     if step <= warmup:
         return step / warmup
@@ -60,7 +60,7 @@ class Curve:
 
 @dataclass
 class Outcome:
-    """Of a run.
+    """Result of a run.
 
     Args:
         final: the validation loss after the last step; None where training stopped before.

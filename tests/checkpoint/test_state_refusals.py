@@ -1,4 +1,4 @@
-"""What is loaded is refused by name where it is damaged, and the optimizer stays as it was."""
+"""A damaged state is refused by name, and the optimizer stays as it was."""
 
 from __future__ import annotations
 

@@ -318,7 +318,7 @@ def test_missing_extras_are_named(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 def planned(arguments: str, capsys: pytest.CaptureFixture[str]) -> list[dict[str, str]]:
-    """What `shampoo3d plan` prints for each rank, by the headings of all tables."""
+    """Return the rows that `shampoo3d plan` prints for each rank, by the headings of all tables."""
     with pytest.raises(SystemExit) as stop:
         cli.main(f"plan {arguments}".split())
     assert stop.value.code in (0, None)

@@ -88,7 +88,7 @@ def test_ownership_picture(ranks: tuple[int, ...], layout: str, tmp_path: Path) 
 
 
 def test_no_picture_of_nothing(tmp_path: Path) -> None:
-    """What ZeRO stores and no one preconditions has no owner."""
+    """Elements that ZeRO stores and no one preconditions have no owner."""
     matrix = describe(sharding("a.bias", (0, 1), "elements"), ShampooHyperParams(), 2)
     with pytest.raises(ValueError, match="no plan has a block"):
         ownership_figure([make_plan([matrix], (0, 1), ShampooHyperParams())], tmp_path / "a.png")

@@ -39,7 +39,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """How something ended on one rank: the kind of error and its words, both empty if there was none."""
+    """End of something on one rank: the kind of error and its words, both empty if there was none."""
 
     kind: str = ""
     words: str = ""
@@ -65,7 +65,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def snapshot(optimizer: Shampoo) -> list[Any]:
-    """What this rank has of parameters, those that take part in steps, and of state. Local."""
+    """Return this rank's parameters, those that take part in steps, and state. Local."""
     return [*_leaves(optimizer.state.keys()), *_leaves(optimizer.state.values())]
 
 
@@ -86,7 +86,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def odd() -> bool:
-    """Whether this is the rank with the fault."""
+    """Return whether this is the rank with the fault."""
     return dist.get_rank() == dist.get_world_size() - 1
 
 
@@ -100,7 +100,7 @@ def gradients(optimizer: Shampoo) -> list[Tensor]:
 
 @contextmanager
 def _element(optimizer: Shampoo, value: float) -> Iterator[None]:
-    """In the middle of the largest gradient."""
+    """Put a value into the middle of the largest gradient."""
     flat = max(gradients(optimizer), key=Tensor.numel).view(-1)
     place = len(flat) // 2
     before = flat[place].clone()
@@ -123,7 +123,7 @@ def infinite(optimizer: Shampoo) -> Iterator[None]:
 
 @contextmanager
 def not_averaged(optimizer: Shampoo) -> Iterator[None]:
-    """As large as those of two replicas that were summed only."""
+    """Double the gradients, like those of two replicas that were summed only."""
     for gradient in gradients(optimizer):
         gradient.mul_(2.0)
     yield

@@ -112,7 +112,7 @@ def started(
     seconds: float = 120.0,
     timeout: timedelta = COLLECTIVE_TIMEOUT,
 ) -> Iterator[list["Rank"]]:
-    """As `run`, for tests in which ranks are lost: processes of its own, which are ended on the way out."""
+    """Run like `run`, for tests in which ranks are lost: processes of its own, which are ended on the way out."""
     ranks = Ranks(world, timeout)
     try:
         ranks.give(case, args, seconds)

@@ -14,7 +14,7 @@ SHAPE = Shape()
 
 @dataclass(frozen=True)
 class Layout:
-    """`how` is None for one plain process."""
+    """Ranks and the way that they train; `how` is None for one plain process."""
 
     how: Zero | Sharding | None = None
 

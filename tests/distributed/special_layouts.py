@@ -65,7 +65,7 @@ def expert() -> nn.Module:
 
 
 class Mixture(nn.Module):
-    """What `deepspeed.moe.layer.MoE` computes when no token is dropped: each token's best expert, times its weight."""
+    """The result of `deepspeed.moe.layer.MoE` if no token is dropped: each token's best expert, times its weight."""
 
     def __init__(self, experts: int) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class MixtureModel(nn.Module):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is spread over `world` ranks under a ZeRO stage."""
+    """Layout of a model over `world` ranks under a ZeRO stage."""
 
     stage: int = 0
     world: int = 4
@@ -120,7 +120,7 @@ class Layout:
         raise NotImplementedError
 
     def local(self) -> nn.Module:
-        """What this rank gives to DeepSpeed."""
+        """Return the arguments that this rank gives to DeepSpeed."""
         raise NotImplementedError
 
     def logical(self, name: str) -> str:
@@ -136,7 +136,7 @@ class Layout:
         return self.held(name, full)
 
     def groups(self, module: nn.Module) -> Any:
-        """What the optimizer is given."""
+        """Return the parameters that the optimizer is given."""
         return module.parameters()
 
     def config(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class TensorParallel(Layout):
         return dist.get_rank() // 2, self.world // 2
 
     def striped(self, full: Tensor, dim: int, stripes: list[int]) -> Tensor:
-        """Of each stripe of the axis, this rank's half, the first one the larger."""
+        """Return this rank's half of each stripe of the axis, the first one the larger."""
         return torch.cat([stripe.tensor_split(2, dim)[self.shard] for stripe in full.split(stripes, dim)], dim)
 
 
@@ -363,7 +363,7 @@ def train(layout: Layout, engine: Any, first: int, last: int) -> None:
 
 
 def distances(layout: Layout, module: nn.Module, reference: dict[str, Tensor]) -> dict[str, float]:
-    """How far each parameter held here is from its part of the reference, relatively, by its logical name."""
+    """Return each parameter's relative distance from its part of the reference, by its logical name."""
     found = {}
     with gathered(module.parameters()):
         for name, parameter in module.named_parameters():

@@ -1,4 +1,4 @@
-"""What one layout saves any other loads, and goes on as if nothing had happened: 1e-9 in float64."""
+"""A folder that one layout saves loads in any other and goes on as if nothing had happened: 1e-9 in float64."""
 
 import functools
 from pathlib import Path

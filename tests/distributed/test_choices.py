@@ -103,7 +103,7 @@ def _bf16(distribution: Distribution) -> dict[str, Tensor]:
 
 @needs_deepspeed
 def test_updates_in_bfloat16_change_little() -> None:
-    """By rounding them: 2^-9 relative, of which the weights, which are rounded too, see a part."""
+    """Rounding of updates: 2^-9 relative, of which the weights, which are rounded too, see a part."""
     exact, rounded = (run(_bf16, 2, Distribution(update_precision=p))[0] for p in ("state", "parameter"))
     start = one_process(SHAPE, shampoo("uneven-blocks")).weights()
     moved = sum(float((exact[n].double() - start[n]).square().sum()) for n in start) ** 0.5

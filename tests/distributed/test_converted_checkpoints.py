@@ -1,4 +1,4 @@
-"""What DeepSpeed's engine saves becomes a folder that loads into any layout; nothing in its files is executed."""
+"""A checkpoint of DeepSpeed's engine becomes a folder that loads into any layout; nothing in its files is executed."""
 
 import os
 from pathlib import Path

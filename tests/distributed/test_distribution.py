@@ -1,4 +1,4 @@
-"""What the optimizer promises about its ranks: shared work and state, equal replicas, skipped steps, checkpoints."""
+"""Promises of the optimizer about its ranks: shared work and state, equal replicas, skipped steps, checkpoints."""
 
 import math
 from collections import Counter

@@ -43,7 +43,7 @@ def _refused(outcomes: list[Outcome], kind: str, *words: str) -> None:
 
 
 def _given(layout: str, names: list[str]) -> tuple[dict[tuple[str, str], Outcome], int, bool]:
-    """How attempts with faults ended, how many were skipped, and whether the run went on as without them."""
+    """Return the ends of attempts with faults, how many were skipped, and whether the run went on as without them."""
     session = LAYOUTS[layout].session(MAKE).train(0, 2)
     found = with_faults(session.optimizer, names)
     session.train(2, 3)
@@ -102,7 +102,7 @@ def test_ranks_that_differ_are_told_before_the_first_step(layout: str) -> None:
 
 
 def _stored(layout: str, folder: Path) -> tuple[dict[str, Outcome], list[str], int]:
-    """How loading and saving ended, which folders there are, and what step the good one is of."""
+    """Return the ends of loading and saving, the folders there are, and the step that the good one is of."""
     optimizer, found = LAYOUTS[layout].session(MAKE).train(0, 2).optimizer, {}
     optimizer.save_checkpoint(folder / "good")
     for name in ("manifest.json", ".metadata", ".distcp"):
@@ -129,7 +129,7 @@ def test_storage_that_fails_on_one_rank(layout: str, tmp_path: Path) -> None:
 
 
 def _losing(layout: str, kind: str, folder: Path) -> tuple[Outcome, list[Outcome]]:
-    """How the step ended in which a rank is lost, and what comes after it."""
+    """Return the end of the step in which a rank is lost, and of the steps after it."""
     # Groups that DeepSpeed makes have PyTorch's own timeout.
     with mock.patch.object(dist.distributed_c10d, "default_pg_timeout", SHORT):
         session = LAYOUTS[layout].session(MAKE).train(0, 2)

@@ -44,7 +44,7 @@ class OfSteps(Meter):
         self.__enter__()
 
     def _count(self, tensor: Tensor, size: int) -> None:
-        """Of a sharded tensor what is here."""
+        """Return the part of a sharded tensor that is here."""
         if (here := local(tensor)) is tensor:
             super()._count(here, size)
         elif not size:
@@ -87,7 +87,7 @@ TWO = [
 
 @dataclass(frozen=True)
 class Found:
-    """What is told for a rank; bytes of its real state and buffers, and the most in its steps."""
+    """Forecast for a rank, beside the bytes of its real state and buffers and the most in its steps."""
 
     told: Memory
     state: int

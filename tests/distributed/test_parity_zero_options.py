@@ -1,4 +1,4 @@
-"""What can be asked of DeepSpeed's ZeRO beside the stage changes nothing in the result, or what it should."""
+"""Options of DeepSpeed's ZeRO beside the stage change nothing in the result, or the one thing that they are for."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace

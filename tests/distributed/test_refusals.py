@@ -1,4 +1,4 @@
-"""What the ranks cannot do together is refused: by every rank, in words, before anything has changed."""
+"""Refusals of what ranks cannot do together: by every rank, in words, before anything has changed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ def shampoo(params: Any, **given: Any) -> Shampoo:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended on one rank."""
+    """Return the end of an attempt on one rank."""
 
     error: Exception | None
     unchanged: bool = True
@@ -195,7 +195,7 @@ def _different(what: str) -> Outcome:
 
 
 def _another_rate(last: float | None) -> Outcome:
-    """As a scheduler on each rank's own loss may set it; ``last``: that of the last rank."""
+    """Set rates like a scheduler on each rank's own loss; ``last``: that of the last rank."""
     named = _linear()
     for _, parameter in named:
         parameter.grad = torch.ones_like(parameter)

@@ -53,7 +53,7 @@ def test_ddp_with_gradients_that_are_missing_on_a_rank() -> None:
 
 
 def _gradients(branch: bool) -> dict[str, int]:
-    """In how many of the first steps this rank has a gradient for a parameter, before any engine averages it."""
+    """Count the first steps in which this rank has a gradient for a parameter, before an engine averages it."""
     session = with_zero(replace(ODD, branch=branch), Zero(0, Topology(data=dist.get_world_size())), Recipe(sgd))
     counts = dict.fromkeys((name for name, _ in session.module.named_parameters()), 0)
     step = 0

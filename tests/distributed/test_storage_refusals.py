@@ -26,7 +26,7 @@ FAST = Shape(layers=1, mix=False)
 
 
 def _complaint(session: Session) -> tuple[str, bool]:
-    """What the first step says, and whether the weights are what they were."""
+    """Return the words of the first step, and whether the weights are as they were."""
     before = session.weights()
     try:
         session.train(0, 1)
@@ -117,7 +117,7 @@ def test_a_memory_bound_that_cannot_be_met_is_refused_with_its_numbers() -> None
 
 
 def _another_plan(*arguments: Any, **named: Any) -> list[Plan]:
-    """As the right one, but the first block has the other owner."""
+    """Make a plan like the right one, but for the owner of the first block."""
     first, *others = make_plans(*arguments, **named)
     block = first.blocks[0]
     swapped = PlannedBlock(**vars(block) | {"owner": 1 - block.owner})

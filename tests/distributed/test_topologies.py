@@ -25,7 +25,7 @@ RECORDED = [
 ALONE = ["2-1-1", "2-2-2", "2-4-1", "2-4-4", "3-3-3", "1-1-16", "16-1-1"]
 """Compared with one process; all are compared with each other below, where blocks are fair."""
 LAYERS = {8: 8, 27: 9, 32: 8}
-"""By the number of ranks: as many that all stages have the same."""
+"""Numbers of layers by the number of ranks: as many that all stages have the same."""
 STEPS = 3
 TOLERANCE = 1e-9
 

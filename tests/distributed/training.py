@@ -73,7 +73,7 @@ class Topology:
 
 
 class Mpu:
-    """What Megatron's `mpu` tells DeepSpeed about data x model parallelism."""
+    """The part of Megatron's `mpu` that tells DeepSpeed about data x model parallelism."""
 
     def __init__(self, topology: Topology) -> None:
         self.place = topology.coordinate(dist.get_rank())

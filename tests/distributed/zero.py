@@ -38,7 +38,7 @@ SMALL_BUCKETS = {"reduce_bucket_size": 2000, "allgather_bucket_size": 2000}  # s
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the parameters are to be updated, by any engine."""
+    """Recipe by which any engine updates the parameters."""
 
     make_optimizer: MakeOptimizer
     clip: float = 0.0

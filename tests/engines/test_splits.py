@@ -210,7 +210,7 @@ def test_a_parameter_that_is_named_twice_or_belongs_to_others() -> None:
 
 
 def test_a_parameter_that_an_engine_has_replaced_is_told_by_its_name() -> None:
-    """As DeepSpeed's AutoTP does under ZeRO 3: in the model, and in the lists that the groups were made with."""
+    """Parameters are replaced in the model and in the lists of the groups, as by DeepSpeed's AutoTP under ZeRO 3."""
     for told in ("name", "function", "parameter"):
         model = nn.Sequential(nn.Linear(5, 12, bias=False))
         params: list[Tensor] = list(model.parameters())

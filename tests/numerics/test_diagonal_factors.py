@@ -80,7 +80,7 @@ def test_roots_are_those_of_the_whole_matrix(p: int, scale: float, eps: float) -
 
 @pytest.mark.parametrize("pseudo_inverse", [False, True])
 def test_rare_entries_are_no_rounding_errors(pseudo_inverse: bool) -> None:
-    """Of an embedding of which most rows are seldom used, however small L is there beside its largest entry."""
+    """Rows of an embedding that are seldom used are right, however small L is there beside its largest entry."""
     L = torch.tensor([[1.0, 1e-9, 0.0]])
     found, failed = inverse_diagonal_roots(L, 2, 1e-12, pseudo_inverse=pseudo_inverse, previous=torch.ones(1, 3))
     expected = torch.tensor([[1.0, 1e-9**-0.5, 0.0 if pseudo_inverse else 1e6]])

@@ -25,7 +25,7 @@ ROWS: dict[str, Rows] = {"all": ALL, "slice": slice(1, 3), "numbers": torch.tens
 
 @dataclass(frozen=True)
 class Choice:
-    """What an element has to know of the settings."""
+    """Settings that an element has to know."""
 
     graft: str = "sgd"
     nesterov: bool = True
@@ -56,7 +56,7 @@ class Choice:
 
     @property
     def method(self) -> str:
-        """What D is made of: vectors that are to move along a diagonal direction have Adam's where there is none."""
+        """The direction behind D: vectors that are to move along a diagonal one have Adam's where there is none."""
         return "adam" if (self.factored, self.vectors, self.graft) == (False, "diagonal", "none") else self.graft
 
 

@@ -95,7 +95,7 @@ def test_some_rows_are_computed_like_all_and_leave_the_others_alone(
 @pytest.mark.parametrize("rows", [torch.tensor([2, 0]), slice(1, 3)], ids=["numbers", "slice"])
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_block_whose_first_gradient_comes_later_starts_alone(rows: Rows, every: int) -> None:
-    """Of "kl", whose first gradient tells how large the identity is; by the definition of that."""
+    """The first gradient of "kl" tells how large the identity is; here by the definition of that."""
     stack = stack_of((3, 4), 4, beta2=0.9, statistics_compute_steps=every, variant=Variant(statistics="kl"))
     G = gradient((3, 4), 2)
     others = sorted(set(range(4)) - set(torch.arange(4)[rows].tolist()))

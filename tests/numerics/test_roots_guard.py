@@ -1,4 +1,4 @@
-"""What all methods of inverse roots owe the optimizer: failures apart and counted, nothing touched, no waiting."""
+"""Duties of all methods of inverse roots: failures apart and counted, nothing touched, no waiting."""
 
 from collections.abc import Callable
 from typing import Any

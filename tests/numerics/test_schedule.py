@@ -1,4 +1,4 @@
-"""Which step refreshes what: every block soon enough, none too often, no step or rank with much more than another."""
+"""Turns of the refreshes: every block soon enough, none too often, no step or rank with much more than another."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def named(costs: list[float]) -> list[tuple[tuple[str, str], float]]:
 
 
 def test_eigenbases_are_found_at_the_first_step_and_followed_in_turns() -> None:
-    """By hand, with k = 3; roots that are fresh until step 4 have their turns from there on."""
+    """Turns by hand, with k = 3; roots that are fresh until step 4 have theirs from there on."""
     hp = replace(hyperparams(3), beta2=0.9, variant=Variant(direction="adam"))
     assert refreshes(hp, 0, 10) == [1, 4, 7, 10]
     assert refreshes(hp, 2, 10) == [1, 3, 6, 9]
@@ -81,7 +81,7 @@ def test_steps_that_are_alike_refresh_the_same_blocks(every: int, start: int, t:
 
 
 def test_four_blocks_at_every_third_step() -> None:
-    """By hand, with k = 3: the start at 8 lets the refresh at 3 go unseen, but not that at 6."""
+    """Turns by hand, with k = 3: the start at 8 lets the refresh at 3 go unseen, but not that at 6."""
     assert refreshes(hyperparams(3, 8), 0, 14) == [6, 9, 12]
     assert refreshes(hyperparams(3, 8), 1, 14) == [6, 7, 10, 13]
     assert refreshes(hyperparams(3, 8), 2, 14) == [6, 8, 11, 14]

@@ -58,7 +58,7 @@ def weights() -> list[Array]:
 def largest_error(
     hp: ShampooHyperParams, lr: float, references: list[Any], *, vectors: bool = True, first: bool = True
 ) -> float:
-    """In units of the learning rate; ``first``: the optimizer moves at its first step as it likes."""
+    """Return the error in learning rates; ``first``: the optimizer moves at its first step as it likes."""
     params = [nn.Parameter(torch.tensor(W)) for W in weights()]
     optimizer = Shampoo(params, lr, 0.0, hp)
     worst = 0.0
@@ -83,7 +83,7 @@ OTHERS: list[dict[str, Any]] = [{}, {"largest": 5}, {"correct_bias": False}, {"b
 @pytest.mark.parametrize("kl", [False, True])
 @pytest.mark.parametrize("other", slow_but(OTHERS[:3], OTHERS), ids=str)
 def test_soap(every: int, kl: bool, other: dict[str, Any]) -> None:
-    """Whether diagonal_eps is added to a vector's root before or after its correction is no matter where it is tiny."""
+    """A tiny diagonal_eps may be added to a vector's root before its correction or after it."""
     s = SoapSettings(every=every, kl=kl, weight_decay=0.0, eps=1e-12, **{"ridge": 1e-4 if kl else 1e-12} | other)
     s = s if "betas" not in other else SoapSettings(**vars(s) | {"shampoo_beta": s.betas[1]})
     references = [Soap(W, s) for W in weights()]

@@ -43,7 +43,7 @@ def stack_of(shape: Sequence[int], n: int, axes: Sequence[int] | None = None, **
 
 
 def step(stack: EigenStack, G: Tensor, t: int, rows: Rows = ALL, out: Tensor | None = None) -> Tensor | None:
-    """In the order of a step: directions, after the statistics have the gradient; then the bases follow."""
+    """Do what a step does, in its order: statistics have the gradient before the direction, bases follow."""
     stack.accumulate(G, rows, t)
     S = stack.precondition(G, rows, t, out) if t > 1 else None
     stack.refresh_roots(rows, t)
@@ -144,7 +144,7 @@ def test_bases_from_the_background_are_the_same_and_come_when_they_settle(
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 2), (0, 1, 2)], ids=str)
 def test_second_moments_follow_their_columns_along_each_axis(axes: tuple[int, ...], rows: str) -> None:
-    """Of diagonal factors the bases are signed permutations, by the order of their entries."""
+    """The bases of diagonal factors are signed permutations, by the order of their entries."""
     shape, which = (2, 3, 4), ROWS[rows]
     stack = stack_of(shape, 4, axes)
     entries: dict[int, Array] = {axis: draw((4, shape[axis]), 9 + axis).square().numpy() + 0.1 for axis in axes}

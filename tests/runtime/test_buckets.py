@@ -22,7 +22,7 @@ def bound(matrix: Matrix, number: int) -> Binding:
 
 
 def members_by_shape(shapes: list[tuple[int, ...]], block_size: int) -> Rows:
-    """Of all blocks of matrices of these shapes, in the order of the plan."""
+    """Return the blocks of matrices of these shapes, by their own shape, in the order of the plan."""
     hp = ShampooHyperParams(block_size=block_size)
     kinds: dict[tuple[int, ...], list[tuple[Binding, Fragment]]] = {}
     for number, shape in enumerate(shapes):

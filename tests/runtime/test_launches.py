@@ -66,7 +66,7 @@ def layers(count: int, **settings: Any) -> tuple[list[nn.Parameter], Shampoo]:
 
 
 def operations_of_steps(count: int, steps: int, **settings: Any) -> Counter[str]:
-    """Of the given number of steps, after the first two."""
+    """Count the operations of so many steps, after the first two."""
     params, optimizer = layers(count, **settings)
     with Operations() as counted:
         for t in range(2 + steps):

@@ -74,7 +74,7 @@ SETTINGS: dict[str, tuple[Shapes, ShampooHyperParams]] = {
     "kernels": (KERNELS, replace(CLASSIC, block_size=64, weight_decay=0.1)),
 }
 IN_LIBRARIES = {"bfloat16 products"}
-"""Where a processor's library of products works in memory from PyTorch's allocator, each in as much as it likes."""
+"""Settings with which a processor's library of products takes PyTorch's memory, each as much as it likes."""
 
 
 def planned(shapes: Shapes, hp: ShampooHyperParams, world: int = 1) -> tuple[Plan, list[Matrix]]:
@@ -84,12 +84,12 @@ def planned(shapes: Shapes, hp: ShampooHyperParams, world: int = 1) -> tuple[Pla
 
 
 def foreseen(shapes: Shapes, hp: ShampooHyperParams, device: str = "cpu") -> Memory:
-    """Of one process, before it has an optimizer."""
+    """Forecast the memory of one process, before it has an optimizer."""
     return memory([planned(shapes, hp)], 0, hp, device=device)
 
 
 class AtOnce:
-    """In the place of a thread, whose tensors nobody here sees."""
+    """Stand-in for a thread, whose tensors nobody here sees."""
 
     def submit(self, work: Any) -> "Future[Any]":
         done: Future[Any] = Future()
@@ -181,7 +181,7 @@ def test_an_accelerator_works_on_more_at_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_it_follows_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As much as a step takes more some day, more is told."""
+    """More is told on the day that a step takes more."""
     before, direction = foreseen(LAYERS, CLASSIC), momenta.Momenta.direction
 
     def with_copies(self: momenta.Momenta, G: Tensor, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How the work is shared: every bound is checked, and every refusal names the setting and its value."""
+"""Settings of the sharing of work: every bound is checked, and every refusal names the setting and its value."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def test_any_setting_can_be_changed_and_is_checked(name: str) -> None:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_steps_by_default_are_as_long_as_those_of_adamw(weight_decay: float) -> None:
-    """Of each matrix, and vectors move as AdamW moves them: so that learning rates carry over."""
+    """Each matrix, and all vectors, move as AdamW moves them: so learning rates carry over."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(6, 4, generator=generator).double(), torch.randn(5, generator=generator).double()]
     ours, theirs = ([nn.Parameter(W.clone()) for W in start] for _ in range(2))
@@ -92,7 +92,7 @@ def test_the_scale_of_the_loss_does_not_matter(name: str, scale: float) -> None:
 
 
 def test_a_matrix_whose_first_gradients_are_zero_starts_with_the_first_that_is_not() -> None:
-    """As those behind a projection that starts at zero: as good as new, but for what counts the steps."""
+    """Parameters behind a projection that starts at zero are as good as new, but for the count of steps."""
     generator = torch.Generator().manual_seed(0)
     gradients = torch.randn(4, 6, 5, generator=generator).double()
     hp = ShampooHyperParams.default(variant=Variant(statistics="kl"), graft_type="sgd")
