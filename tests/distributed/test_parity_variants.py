@@ -45,13 +45,13 @@ def _distances(
     return make(SHAPE, *arguments).train(0, steps).distances(reference)
 
 
-@pytest.mark.parametrize("name", slow_but(["adam-graft", "diagonals"], VARIANTS))
+@pytest.mark.parametrize("name", slow_but(["soap", "diagonals"], VARIANTS))
 def test_replicas(check: Check, name: str) -> None:
     """The keepers of copied roots have the averages of their blocks, too, and are told a basis with them."""
     check(4, name, data_parallel, partial(shampoo(name), distribution=Distribution(root_copies=2)))
 
 
-@pytest.mark.parametrize("name", slow_but(["default"], VARIANTS))
+@pytest.mark.parametrize("name", slow_but(["adam-graft"], VARIANTS))
 @pytest.mark.parametrize("sharding", slow_but(SHARDINGS[:1], SHARDINGS), ids=["3", "2x2"])
 def test_fsdp(check: Check, name: str, sharding: Sharding) -> None:
     check(sharding.world, name, with_torch, sharding, shampoo(name), torch.float64)
