@@ -51,7 +51,7 @@ NUMBERS: list[tuple[Any, str]] = [
     (True, "must be a number, got True of type bool"),
     (1j, "must be a number, got 1j of type complex"),
     ([0.1], "must be a number, got [0.1] of type list"),
-    (torch.tensor(0.1), "must be a number, got tensor(0.1000) of type Tensor"),
+    (torch.ones(2), "must be a number, got tensor([1., 1.]) of type Tensor"),
 ]
 GROUP: dict[str, list[tuple[Any, str]]] = {
     "lr": [*NUMBERS, (None, "must be a number, got None of type NoneType")],
@@ -71,10 +71,10 @@ ARGUMENTS: dict[str, list[tuple[Any, str]]] = {
         ([EXPANDED], "parameter 'group0.param0' of shape (6, 5) has strides (0, 1): elements that share memory"),
         ([nn.Parameter(torch.eye(3).to_sparse())], "parameter 'group0.param0' is not supported (torch.sparse_coo)"),
         ([nn.Parameter(torch.ones(3, dtype=torch.complex64))], "parameter 'group0.param0' is complex"),
-        ([nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)], "'group0.param0' is not supported"),
     ],
     "lr": GROUP["lr"],
     "momentum": NUMBERS,
+    "weight_decay": NUMBERS,
     "maximize": GROUP["maximize"],
     "hyperparams": [
         (None, "must be a ShampooHyperParams, got None"),
@@ -196,7 +196,9 @@ def test_options_of_a_group_that_is_added(name: str) -> None:
         ({"lr": 0.1}, "param_group must have 'params', got ['lr']"),
         ({"params": [3]}, "can only optimize Tensors, but one of the params is int"),
         ({"params": [EXPANDED]}, "parameter 'group1.param0' of shape (6, 5) has strides (0, 1)"),
-        ({"params": [nn.Parameter(torch.ones(2))], "betas": (0.9, 0.99)}, "no parameter-group option 'betas'"),
+        ({"params": [nn.Parameter(torch.ones(2))], "block_size": 3}, "no parameter-group option 'block_size'"),
+        ({"params": [nn.Parameter(torch.ones(2))], "weight_decays": 0.1}, "did you mean 'weight_decay'?"),
+        ({"params": [nn.Parameter(torch.ones(2))], "maximise": True}, "did you mean 'maximize'?"),
     ],
 )
 def test_groups_that_are_none(group: Any, text: str) -> None:

@@ -22,13 +22,14 @@ from shampoo3d.engines.reading import contents, engine, locate
 from shampoo3d.engines.splits import Splits, copied
 from shampoo3d.planning.plan import Plan
 from shampoo3d.runtime.agreement import StepRefusedError, Verdict, agree
-from shampoo3d.runtime.assemble import Bound, assemble, check_shapes, flat_groups, is_trainable
+from shampoo3d.runtime.ambient import undisturbed
+from shampoo3d.runtime.assemble import Bound, assemble, check_shapes, is_trainable
 from shampoo3d.runtime.bindings import GroupTensor
 from shampoo3d.runtime.report import Report
 from shampoo3d.runtime.step import join_background_roots, take_step
 from shampoo3d.runtime.team import state_bytes
 from shampoo3d.settings.distribution import Distribution
-from shampoo3d.settings.groups import check_group
+from shampoo3d.settings.groups import settings_of
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.validation import check_kind
 
@@ -47,6 +48,7 @@ class Shampoo(Checkpointed):
         momentum: of both directions; Nesterov's if ``hyperparams.nesterov``. 0.9 if not given, or 0 with
             ``variant.beta1``, which averages the gradient in its place.
         hyperparams: all other settings of the update rule.
+        weight_decay: that of the hyperparams if not given.
         maximize: ascend instead of descend.
         model: the module that the parameters belong to, for their names, embeddings and tied layers; found by itself
             when ``params`` is ``model.parameters()`` or ``model.named_parameters()``.
@@ -71,6 +73,7 @@ class Shampoo(Checkpointed):
         momentum: float | None = None,
         hyperparams: ShampooHyperParams = ShampooHyperParams(),
         *,
+        weight_decay: float | None = None,
         maximize: bool = False,
         model: nn.Module | None = None,
         embeddings: Embeddings | None = None,
@@ -96,11 +99,13 @@ class Shampoo(Checkpointed):
         )
         self._bound: Bound | None = None
         self._pending = Pending()
-        self._groups: list[dict[str, Any]] = []  # engines show one at a time in param_groups
+        self._known_groups: list[dict[str, Any]] = []
         self._learn_model(params)
         if momentum is None:
             momentum = 0.0 if hyperparams.averaged else 0.9
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": hyperparams.weight_decay}
+        if weight_decay is None:
+            weight_decay = hyperparams.weight_decay
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"precondition": True, "maximize": maximize})
         self._registry.check_given()
         check_shapes(shapes, [param for group in self.param_groups for param in group["params"]])
@@ -119,18 +124,18 @@ class Shampoo(Checkpointed):
         check_kind("param_group", param_group, dict, "a dict")
         if "params" not in param_group:
             raise ValueError(f"param_group must have 'params', got {sorted(param_group)}")
-        count, models = len(self.param_groups), list(self._registry.models)
+        known, count, models = self._groups, len(self.param_groups), list(self._registry.models)
         try:
             self._learn_model(param_group["params"])
             super().add_param_group(param_group)
             group = self.param_groups[-1]
-            check_group(group, self.hyperparams)
+            settings_of(group, self.hyperparams)
             self._registry.learn(group["params"], group.get("param_names"))
         except Exception:
             del self.param_groups[count:]
             self._registry.models = models
             raise
-        self._groups.append(group)
+        self._known_groups = [*known, group]
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -139,7 +144,6 @@ class Shampoo(Checkpointed):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # bookkeeping between large products: nothing to fuse
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update the parameters that are in the groups now; collective if the work is shared.
 
@@ -159,35 +163,43 @@ class Shampoo(Checkpointed):
             check_kind("closure", closure, Callable, "a function")  # type: ignore[arg-type]
             with torch.enable_grad():
                 loss = closure()
-        if self._bound is None and engine().is_trial_step(self._contents()):
-            return loss
-        with during(lambda: f"before step {self._steps_taken() + 1}"):
-            verdict = self._verdict()
-        if verdict is Verdict.SKIP:
-            self.skipped_steps += 1
-            return loss
-        with during(lambda: f"in step {self._unfinished}"):
+        with undisturbed():
             self._step()
         return loss
 
     def _step(self) -> None:
+        if self._bound is None and engine().is_trial_step(self._contents()):
+            return
+        with during(lambda: f"before step {self._steps_taken() + 1}"):
+            verdict, settings = self._verdict()
+        if verdict is Verdict.SKIP:
+            self.skipped_steps += 1
+            return
         assert self._bound is not None
-        steps = {tensor: self._count(tensor) for tensor in self._present() if tensor.gradient is not None}
-        self._unfinished = max(steps.values(), default=0)
-        take_step(self._bound.teams, self._bound.exchanges, self._groups, self.hyperparams, steps)
-        self._unfinished = 0
+        with during(lambda: f"in step {self._unfinished}"):
+            steps = {tensor: self._count(tensor) for tensor in self._present() if tensor.gradient is not None}
+            self._unfinished = max(steps.values(), default=0)
+            take_step(self._bound.teams, self._bound.exchanges, settings, self.hyperparams, steps)
+            self._unfinished = 0
 
-    def _verdict(self) -> Verdict:
-        """Agree on the next action of all ranks; bind parameters first, if a rank has unbound ones."""
+    def _verdict(self) -> tuple[Verdict, list[dict[str, Any]]]:
+        """Agree on the next action of all ranks, with the settings of all groups; bind unbound parameters first."""
         parallel = self._located()
-        verdict = self._agree(parallel, self._unusable(), self._has_unbound())
+        verdict, settings = self._agree(parallel, "", self._has_unbound())
         if verdict is Verdict.BIND:
-            verdict = self._agree(parallel, self._bind(parallel) or self._unusable(), unbound=False)
-        return verdict
+            verdict, settings = self._agree(parallel, self._bind(parallel), unbound=False)
+        return verdict, settings
 
-    def _agree(self, parallel: ParallelGroups, error: str, unbound: bool) -> Verdict:
-        hp, present = self.hyperparams, self._present()
-        return agree(parallel, self._teams, present, hp, self._groups, error, unbound)
+    def _agree(self, parallel: ParallelGroups, error: str, unbound: bool) -> tuple[Verdict, list[dict[str, Any]]]:
+        settings: list[dict[str, Any]] = []
+        for number, group in enumerate(self._groups):
+            try:
+                settings.append(settings_of(group, self.hyperparams))
+            except (TypeError, ValueError) as raised:
+                error = error or f"in group {number} {raised}"
+        if len(settings) == len(self._groups):
+            error = error or self._unusable(settings)
+        return agree(parallel, self._teams, self._present(), self.hyperparams, settings, error, unbound), settings
 
     def _located(self) -> ParallelGroups:
         return self._bound.parallel if self._bound else locate(self._claims)
@@ -203,24 +215,25 @@ class Shampoo(Checkpointed):
         self.state[group_tensor.tensor]["step"] += 1
         return int(self.state[group_tensor.tensor]["step"])
 
-    def _unusable(self) -> str:
+    def _unusable(self, settings: Sequence[Mapping[str, Any]]) -> str:
         """Return the error in the input of this step, or about too many failed roots; empty if none."""
         if self._bound and not engine().placed(self._bound.parallel):
             return f"the ranks were found before {engine().name} was started: bind or load after {engine().set_up}"
         most = self.hyperparams.computation.max_root_failures
         if most is not None and self.root_failures > most:
             return f"{self.root_failures} roots could not be computed or used, more than max_root_failures={most}"
-        for number, group in enumerate(self._groups):
-            try:
-                check_group(group, self.hyperparams)
-            except (TypeError, ValueError) as raised:
-                return f"in group {number} {raised}"
+        present = self._present()
         for team in self._teams:
-            for group_tensor, names in team.names.items():
+            for group_tensor, names in ((tensor, names) for tensor, names in team.names.items() if tensor in present):
+                if (shape := tuple(group_tensor.stored.shape)) != group_tensor.shape:
+                    return (
+                        f"{names[0]!r} has shape {shape} and had {tuple(group_tensor.shape)} at its first step: put a "
+                        "new parameter into the group in its place, which then begins anew"
+                    )
                 if group_tensor.tensor.grad is not None and not group_tensor.has_dense_gradient:
                     return f"the gradient of {names[0]!r} is sparse, which Shampoo does not support"
-                if self._groups[group_tensor.group]["precondition"] != group_tensor.precondition:
-                    number = group_tensor.group
+                number = group_tensor.group
+                if number < len(settings) and settings[number]["precondition"] != group_tensor.precondition:
                     return f"precondition of group {number} was changed after its first step; make a new optimizer"
         return ""
 
@@ -232,7 +245,7 @@ class Shampoo(Checkpointed):
         return {bound[param] for group in self.param_groups for param in group["params"] if param in bound}
 
     def _has_unbound(self) -> bool:
-        """Return whether a parameter was added, unfrozen or removed since parameters were bound."""
+        """Return whether parameters were added, unfrozen, removed or moved, or state taken away, since binding."""
         if self._bound is None:
             return True
         bound = self._group_tensors
@@ -240,12 +253,15 @@ class Shampoo(Checkpointed):
         trainable = {param: number for param, number in shown.items() if is_trainable(param)}
         if any(param not in bound or bound[param].group != number for param, number in trainable.items()):
             return True
-        return not flat_groups(self._registry) and not bound.keys() <= shown.keys()
+        if any("step" not in self.state.get(tensor, ()) or bound[tensor].moved for tensor in bound):
+            return True
+        return not self._registry.flat and not bound.keys() <= shown.keys()
 
     def _bind(self, parallel: ParallelGroups) -> str:
-        """Bind all parameters anew; those bound before keep state and owners. Return the error, if any."""
-        shown = {p for group in self._groups for p in group["params"]}
-        owned = {tensor: self.state[tensor] for tensor in self._group_tensors if tensor in shown}
+        """Bind all parameters anew; those bound before keep their owners and state. Return the error, if any."""
+        shown, flat = {p for group in self._groups for p in group["params"]}, self._registry.flat
+        states = {tensor: self.state.get(tensor, {}) for tensor in self._group_tensors if tensor in shown}
+        owned = {tensor: checkpoint.own(state, flat=flat) for tensor, state in states.items() if "step" in state}
         try:
             self._assemble(parallel, self._pending, owned)
         except ValueError as raised:  # perhaps on this rank only; the ranks then agree on it
@@ -264,7 +280,8 @@ class Shampoo(Checkpointed):
         """
         fixed = {b.id: b.owner for team in self._teams for b in team.plan.blocks} if owned else {}
         join_background_roots(self._teams)
-        teams = assemble(self._groups, self._registry, parallel, self.distribution, owned.keys(), fixed)
+        known = {tensor: int(state["step"]) for tensor, state in owned.items()}
+        teams = assemble(self._groups, self._registry, parallel, self.distribution, known, fixed)
         saved = {tensor: state for tensor, state in pending.saved.items() if state != {"step": 0}}  # not begun
         live = checkpoint.live_state(teams)
         if pending.own is not None:
@@ -278,8 +295,7 @@ class Shampoo(Checkpointed):
         checkpoint.carry(live, owned, self._teams, teams)
         self._bound = Bound.of(parallel, teams, self.distribution)
         self._pending = Pending({param: state for param, state in saved.items() if param not in live})
-        self.state.clear()
-        self.state.update(live)
+        self._put_state(live)
 
     @during("in bind()")
     def bind(self) -> None:

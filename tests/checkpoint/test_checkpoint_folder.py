@@ -322,7 +322,7 @@ def test_damage_is_refused_and_nothing_executed(damage: Callable[[Path], None], 
         (lambda m: m["parameters"]["layer.0.weight"].pop("cuts"), "manifest.json is damaged"),
         (lambda m: m.update(files={"../harm": [1, 1]}), "'../harm' is not the name of a file"),
         (lambda m: m["groups"][0].update(lr=-1.0), "lr must be"),
-        (lambda m: m["groups"][0].update(betas=[0.9, 0.99]), "no parameter-group option 'betas'"),
+        (lambda m: m["groups"][0].update(block_size=3), "no parameter-group option 'block_size'"),
         (lambda m: m.update(groups=[]), "has 0 parameter groups, the optimizer has 1"),
     ],
 )

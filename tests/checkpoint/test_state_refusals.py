@@ -49,7 +49,10 @@ DAMAGE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "what it skipped": (lambda state: put(state, -1, "shampoo", "skipped_steps"), "skipped_steps of the loaded state"),
     "lr": (lambda state: put(state, NAN, "param_groups", 0, "lr"), "lr must be finite and >= 0, got nan"),
     "maximize": (lambda state: put(state, 1, "param_groups", 0, "maximize"), "maximize must be True or False, got 1"),
-    "betas": (lambda state: put(state, 1, "param_groups", 0, "betas"), "no parameter-group option 'betas'"),
+    "block_size": (
+        lambda state: put(state, 1, "param_groups", 0, "block_size"),
+        "no parameter-group option 'block_size'",
+    ),
 }
 
 

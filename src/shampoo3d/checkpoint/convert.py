@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shampoo3d.checkpoint.folder import settings_of, write
-from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, Parameter
+from shampoo3d.checkpoint.folder import write
+from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, Parameter, saved_settings
 from shampoo3d.checkpoint.reading import load_tensors_only
 from shampoo3d.checkpoint.state import FLAT_NAMES
 from shampoo3d.checkpoint.tensors import WEIGHT, Held, among_equals_of, merge_chunks, stacked
@@ -74,7 +74,7 @@ def _described(ranks: Sequence[RankState]) -> Manifest:
             if parameters.setdefault(name, of) != of:
                 raise CheckpointError(f"{rank.path} has {name!r} as {of}, and another file as {parameters[name]}")
     first = ranks[0].state
-    groups = tuple(settings_of(group) for group in first["param_groups"])
+    groups = tuple(saved_settings(group) for group in first["param_groups"])
     shampoo = first["shampoo"]
     return Manifest(parameters, (), dict(shampoo["hyperparams"]), groups, int(shampoo["skipped_steps"]), {})
 

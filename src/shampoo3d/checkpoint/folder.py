@@ -3,7 +3,6 @@
 Each rank writes what it keeps. A folder gets its final name only when it is complete.
 """
 
-import json
 import os
 import shutil
 import warnings
@@ -109,7 +108,7 @@ def save(source: Source, path: str | os.PathLike[str]) -> None:
     """
     names = for_saving(source.parallel, source.teams)
     parameters, idle = source.parameters(names.called), source.everyones_idle()
-    groups, settings = tuple(map(settings_of, source.groups)), of_folder.flatten_settings(source.hp)
+    groups, settings = tuple(map(of_folder.saved_settings, source.groups)), of_folder.flatten_settings(source.hp)
     described = Manifest(parameters, idle, settings, groups, source.skipped_steps, {})
     write(source.parallel, path, held(source.teams, names.written, source.weights(), everything=False), described)
 
@@ -158,12 +157,6 @@ def _words(error: BaseException) -> str:
 
 def _prepare(folder: Path, described: Manifest) -> str:
     """Make the partial folder; return an error, or empty."""
-    for number, group in enumerate(described.groups):
-        for name, value in group.items():
-            try:
-                json.dumps(value)
-            except (TypeError, ValueError):
-                return f"group {number} has a setting {name!r} of type {type(value).__name__}, which cannot be saved"
     try:
         if folder.exists():
             return f"{folder} exists already: a checkpoint is written into a folder of its own"
@@ -173,11 +166,6 @@ def _prepare(folder: Path, described: Manifest) -> str:
     except OSError as raised:
         return f"{folder} could not be written: {raised}"
     return ""
-
-
-def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a parameter group that are saved."""
-    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
 
 
 def _share(parallel: ParallelGroups) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from typing import Any
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import Cuts
 from shampoo3d.planning.layout import Matrix
+from shampoo3d.settings.groups import SETTINGS
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.validation import check_path
 
@@ -258,3 +259,22 @@ def recut(saved: Mapping[str, Parameter], now: Mapping[str, Parameter]) -> list[
 
 def _times(numbers: Sequence[int]) -> str:
     return "x".join(map(str, numbers)) or "()"
+
+
+def saved_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a parameter group that are saved: numbers as such, of other keys what JSON can hold."""
+    saved = {}
+    for name, value in group.items():
+        if name not in ("params", "param_names"):
+            number = value.item() if getattr(value, "shape", None) in ((), (1,)) else value
+            if name in SETTINGS or _is_json(number):
+                saved[name] = number
+    return saved
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,7 +19,8 @@ from shampoo3d.distributed.errors import during
 from shampoo3d.distributed.topology import Claims, ParallelGroups
 from shampoo3d.engines.parameters import ParameterRegistry
 from shampoo3d.runtime.agreement import StepRefusedError
-from shampoo3d.runtime.assemble import Bound, DisagreementError, flat_groups
+from shampoo3d.runtime.ambient import undisturbed
+from shampoo3d.runtime.assemble import Bound, DisagreementError
 from shampoo3d.runtime.bindings import GroupTensor
 from shampoo3d.runtime.step import UnfinishedStepError, join_background_roots
 from shampoo3d.runtime.team import Team
@@ -53,7 +53,7 @@ class Checkpointed(Optimizer):
     _registry: ParameterRegistry
     _bound: Bound | None
     _pending: "Pending"
-    _groups: list[dict[str, Any]]
+    _known_groups: list[dict[str, Any]]
     _unfinished: int = 0  # the step that is running or was interrupted; 0 if none
 
     @abstractmethod
@@ -81,6 +81,12 @@ class Checkpointed(Optimizer):
     def _group_tensors(self) -> dict[Tensor, GroupTensor]:
         return self._bound.group_tensors if self._bound else {}
 
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        """The groups as they are now, of which an engine may show a part in ``param_groups``."""
+        self._known_groups = self._registry.follow(self._known_groups, self.param_groups)
+        return self._known_groups
+
     def _must_be_whole(self) -> None:
         if self._unfinished:
             raise UnfinishedStepError(
@@ -90,28 +96,50 @@ class Checkpointed(Optimizer):
 
     @property
     def _steps(self) -> dict[Tensor, int]:
-        """Number of steps that each tensor of the groups has taken."""
-        return {tensor: int(state["step"]) for tensor, state in self.state.items()}
+        """Number of steps that each tensor of the groups has taken; 0 where its state was taken away."""
+        return {tensor: int(self.state.get(tensor, {}).get("step", 0)) for tensor in self._group_tensors}
 
     def _complete_state(self) -> dict[Tensor, ParamState]:
         """Gather the state of every parameter from all ranks; for flat slices, only that on this rank."""
-        begun = dict(self._pending.saved)
+        begun, steps = dict(self._pending.saved), self._steps
         if self._bound is None:
             return begun
         join_background_roots(self._teams)
         for team in self._teams:
-            if flat_groups(self._registry):
+            if self._registry.flat:
                 begun |= {
-                    group_tensor.tensor: dict(self.state[group_tensor.tensor]) for group_tensor in team.group_tensors
+                    group_tensor.tensor: checkpoint.own(self.state[group_tensor.tensor], flat=True)
+                    for group_tensor in team.group_tensors
                 }
             else:
-                begun |= checkpoint.complete_state(team, self._steps)
+                begun |= checkpoint.complete_state(team, steps)
+        begun |= {tensor: {"step": 0} for tensor, step in steps.items() if not step}
         return {param: begun.get(param, {"step": 0}) for group in self.param_groups for param in group["params"]}
+
+    def _foreign_state(self) -> dict[Any, Any]:
+        """Return the entries of ``state`` that a wrapper has put there, by parameter or by a key of its own."""
+        flat = self._registry.flat
+        return {
+            key: checkpoint.foreign(state, flat=flat) if isinstance(key, Tensor) else state
+            for key, state in self.state.items()
+        }
+
+    def _put_state(self, live: Mapping[Tensor, ParamState]) -> None:
+        """Put our state into ``state``, in the place of what we had there; entries of others stay."""
+        flat = self._registry.flat
+        for key in [key for key in self.state if isinstance(key, Tensor)]:
+            for name in checkpoint.own(self.state[key], flat=flat):
+                del self.state[key][name]
+            if not self.state[key] and key not in live:
+                del self.state[key]
+        for tensor, state in live.items():
+            self.state.setdefault(tensor, {}).update(state)
 
     def _parameters(self) -> dict[str, Any]:
         """Describe the bound matrices, in plain data; in an unbound copy, those of the original."""
         return checkpoint.parameters_of(self._teams, self._steps) if self._bound else self._pending.known
 
+    @undisturbed()
     @during("in state_dict()")
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the complete state of all ranks, as one process would have it.
@@ -120,14 +148,17 @@ class Checkpointed(Optimizer):
         the state on this rank, without communication, as in DeepSpeed's files, and loads only into the same layout.
         """
         self._must_be_whole()
-        owned, self.state = self.state, defaultdict(dict, self._complete_state())
+        params = [param for group in self._groups for param in group["params"]]
+        foreign, complete = self._foreign_state(), self._complete_state()
+        whole_state = {param: complete.get(param, {}) | foreign.pop(param, {}) for param in params}
+        whole_state |= {key: state for key, state in foreign.items() if not isinstance(key, Tensor)}
+        owned, self.state = self.state, defaultdict(dict, {key: of for key, of in whole_state.items() if of})
         try:
             whole = super().state_dict()
         finally:
             self.state = owned
         whole["shampoo"] = form.description(self._parameters(), self.hyperparams, self.skipped_steps)
-        params = [param for group in self.param_groups for param in group["params"]]
-        if not flat_groups(self._registry):
+        if not self._registry.flat:
             originals = (param for group in self._registry.originals for param in group)
             whole["shampoo"]["names"] = [self._registry.names[param] for param in originals]
         elif self._bound is not None:
@@ -135,7 +166,7 @@ class Checkpointed(Optimizer):
             whole["shampoo"] |= slices.own_state(self._teams, numbers)
         return whole
 
-    @torch.no_grad()
+    @undisturbed()
     @during("in load_state_dict()")
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state from :meth:`state_dict`; each rank loads the parts that it stores and owns.
@@ -147,11 +178,13 @@ class Checkpointed(Optimizer):
         """
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        groups, saved = form.by_parameter(self.param_groups, state_dict, self._registry.names, self.hyperparams)
+        flat = self._registry.flat
+        groups, loaded = form.by_parameter(self.param_groups, state_dict, self._registry.names, self.hyperparams)
+        saved = {key: checkpoint.own(of, flat=flat) for key, of in loaded.items() if isinstance(key, Tensor)}
         described: dict[str, Any] = state_dict.get("shampoo", {})  # absent after PyTorch's conversions
         form.check_described(described, self.hyperparams)
         own = described if "layout" in described else None
-        if saved and flat_groups(self._registry) != (own is not None):
+        if saved and flat != (own is not None):
             raise ValueError(
                 "ZeRO state loads only into the same layout, and a ZeRO run accepts only ZeRO state; use "
                 "save_checkpoint() and load_checkpoint() to change layouts"
@@ -166,10 +199,23 @@ class Checkpointed(Optimizer):
             except DisagreementError as error:
                 raise StepRefusedError(str(error)) from None
         form.replace_settings(self.param_groups, groups)
+        self._put_foreign(loaded)
         self.skipped_steps = described.get("skipped_steps", self.skipped_steps)
         self._unfinished = 0
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _put_foreign(self, loaded: Mapping[Any, Any]) -> None:
+        """Put the loaded entries of wrappers into ``state``, in the place of those that are there."""
+        flat = self._registry.flat
+        for key, state in self._foreign_state().items():
+            for name in state if isinstance(key, Tensor) else ():
+                del self.state[key][name]
+        for key, state in loaded.items():
+            if not isinstance(key, Tensor):
+                self.state[key] = state
+            elif entries := checkpoint.foreign(state, flat=flat):
+                self.state.setdefault(key, {}).update(form.cast(key, entries))
 
     def _source(self) -> folder.Source:
         assert self._bound is not None
@@ -188,7 +234,7 @@ class Checkpointed(Optimizer):
             self.skipped_steps,
         )
 
-    @torch.no_grad()
+    @undisturbed()
     def save_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Write the complete state and the weights into a new folder, each rank its own part.
 
@@ -206,7 +252,7 @@ class Checkpointed(Optimizer):
             self.bind()
             folder.save(self._source(), path)
 
-    @torch.no_grad()
+    @undisturbed()
     def load_checkpoint(
         self, path: str | os.PathLike[str], *, weights: bool = True, strict: bool = True, reblock: bool = False
     ) -> folder.Loaded:
@@ -253,5 +299,11 @@ class Checkpointed(Optimizer):
             "_unfinished",
         )
         pending = Pending(self._complete_state(), self._pending.own, self._parameters())
-        fresh = {"state": defaultdict(dict), "_registry": registry, "_bound": None, "_pending": pending}
-        return {name: getattr(self, name) for name in names} | fresh | {"_groups": self._groups}
+        fresh = {
+            "state": defaultdict(dict, self._foreign_state()),
+            "_registry": registry,
+            "_bound": None,
+            "_pending": pending,
+            "_known_groups": self._groups,
+        }
+        return {name: getattr(self, name) for name in names} | fresh

@@ -3,6 +3,7 @@
 The blocks of a checkpoint are those of the logical matrix, so that it does not depend on the layout it came from.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -35,6 +36,24 @@ FLAT_NAMES = {
     "graft_momentum": "graft_momentum",
 }
 """Names of the state of flat slices, which are those that DeepSpeed expects."""
+_FLAT = {*FLAT_NAMES.values()}
+_BLOCK = re.compile(r"\d+:\d+(,\d+:\d+)*")
+
+
+def own(state: Mapping[Any, Any], *, flat: bool) -> ParamState:
+    """Return the entries of a parameter's state that are ours; ``flat``: those of a flat slice."""
+    return {name: value for name, value in state.items() if _is_own(name, flat)}
+
+
+def foreign(state: Mapping[Any, Any], *, flat: bool) -> dict[Any, Any]:
+    """Return the entries that a wrapper has put into a parameter's state, which are left to it."""
+    return {name: value for name, value in state.items() if not _is_own(name, flat)}
+
+
+def _is_own(name: Any, flat: bool) -> bool:
+    if name == "step" or (flat and name in _FLAT):
+        return True
+    return isinstance(name, str) and _BLOCK.fullmatch(name) is not None
 
 
 def live_state(teams: Sequence[Team]) -> dict[Tensor, ParamState]:
@@ -263,8 +282,9 @@ def carry(
 ) -> None:
     """Copy the state of the teams before into those now; owners and homes of bound parameters do not change."""
     factors = owned_factors(now)
-    for name, blocks in owned_factors(before).items() if owned else ():
-        for key, views in factors.get(name, {}).items():
+    kept = {of.matrix.name for team in before for of in team.bindings if of.group_tensor.tensor in owned}
+    for name, blocks in owned_factors(before).items():
+        for key, views in factors.get(name, {}).items() if name in kept else ():
             copy_into(views, blocks[key])
     for tensor, state in owned.items():
         for key, value in state.items():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shampoo3d.checkpoint.manifest import FORMAT, contradictions, flatten_settings
 from shampoo3d.checkpoint.state import ParamState
-from shampoo3d.settings.groups import check_group
+from shampoo3d.settings.groups import settings_of
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.validation import check_integer, check_kind
 
@@ -31,15 +31,17 @@ def loaded_groups(
             )
         own: dict[str, Any] = {name: ours[name] for name in ("params", "param_names") if name in ours}
         group: dict[str, Any] = {**ours, **theirs, **own}
-        check_group(group, hp)
+        settings_of(group, hp)
         groups.append(group)
     return groups
 
 
 def by_parameter(
     current: Sequence[dict[str, Any]], saved: Mapping[str, Any], names: Mapping[Tensor, str], hp: ShampooHyperParams
-) -> tuple[list[dict[str, Any]], dict[Tensor, ParamState]]:
-    """Return the groups, see :func:`loaded_groups`, and the state of each parameter in a ``state_dict()``.
+) -> tuple[list[dict[str, Any]], dict[Any, ParamState]]:
+    """Return the groups, see :func:`loaded_groups`, and the state in a ``state_dict()``, by parameter.
+
+    Wrappers may have entries by other keys there.
 
     Raises:
         TypeError, ValueError: as :func:`loaded_groups`, or naming the parameters without state.
@@ -51,10 +53,12 @@ def by_parameter(
         for old, now in zip(saved["param_groups"], groups, strict=True)
         for number, param in zip(old["params"], now["params"], strict=True)
     }
-    if unknown := [n for n in saved["state"] if n not in numbers]:
+    kinds = {type(number) for number in numbers}  # PyTorch's conversions number parameters by name
+    if unknown := [n for n in saved["state"] if n not in numbers and type(n) in kinds]:
         raise ValueError(f"the loaded state has entries {unknown[:5]} of parameters that are in none of its groups")
-    state = {numbers[n]: param_state for n, param_state in saved["state"].items()}
-    if missing := [names.get(param, "") for param in numbers.values() if state and param not in state]:
+    state = {numbers.get(n, n): param_state for n, param_state in saved["state"].items()}
+    begun = {key for key, entries in state.items() if isinstance(key, Tensor) and "step" in entries}
+    if missing := [names.get(param, "") for param in numbers.values() if begun and param not in begun]:
         count = f"{len(missing)} of {len(numbers)}"
         raise ValueError(f"the loaded state has nothing for {count} parameters: {missing[:5]}")
     return groups, state
@@ -71,8 +75,17 @@ def _check_form(saved: Any) -> None:
     for number, group in enumerate(saved["param_groups"]):
         check_kind(f"group {number} of state_dict", group, Mapping, "a dict")
         check_kind(f"'params' of group {number} of state_dict", group.get("params"), (list, tuple), "a list of numbers")
-    for number, of in saved["state"].items():
+    for number, of in ((key, of) for key, of in saved["state"].items() if isinstance(key, int)):
         check_kind(f"state_dict's 'state' of parameter {number}", of, Mapping, "a dict")
+
+
+def cast(param: Tensor, value: Any) -> Any:
+    """Move entries of a wrapper to the parameter's device and, of real numbers, dtype, as PyTorch does."""
+    if isinstance(value, Mapping):
+        return {name: cast(param, each) for name, each in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(param.device, param.dtype if param.is_floating_point() and value.is_floating_point() else None)
 
 
 def replace_settings(groups: Sequence[dict[str, Any]], loaded: Sequence[Mapping[str, Any]]) -> None:

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shampoo3d.engines import deepspeed, native
+from shampoo3d.engines.reading import engine
 from shampoo3d.engines.splits import Splits, splits_of
 from shampoo3d.planning.blocks import Split
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Embeddings = Iterable[Tensor | str] | Callable[[str, Tensor], bool]
 
 
@@ -27,6 +29,21 @@ def collected(given: Embeddings | None) -> Embeddings | None:
     if items is None or not all(isinstance(item, (str, Tensor)) for item in items):
         raise TypeError(f"embeddings must be names or parameters, or a function of both, got {given!r}")
     return items
+
+
+def check_supported(param: Tensor, name: str) -> None:
+    """Raise ValueError, naming the parameter, if it is one that steps cannot update."""
+    if param.dtype not in DTYPES:
+        kind = "complex" if param.is_complex() else "not supported"
+        raise ValueError(f"parameter {name!r} is {kind} ({param.dtype}); supported: {', '.join(map(str, DTYPES))}")
+    if param.layout != torch.strided:
+        raise ValueError(f"parameter {name!r} is not supported ({param.layout}); its layout must be dense")
+    strides = zip(param.stride(), param.shape, strict=True)
+    if param.numel() and any(stride == 0 and n > 1 for stride, n in strides):
+        raise ValueError(
+            f"parameter {name!r} of shape {tuple(param.shape)} has strides {param.stride()}: elements that share "
+            "memory cannot be updated independently; clone it"
+        )
 
 
 @dataclass
@@ -60,31 +77,69 @@ class ParameterRegistry:
             TypeError, ValueError: naming a parameter that is not supported, or what is wrong with embeddings or splits.
         """
         fresh = self._names_of(len(self.originals), params, names)
-        for param, name in fresh.items():
-            if param.dtype not in _DTYPES:
-                kind = "complex" if param.is_complex() else "not supported"
-                supported = ", ".join(map(str, _DTYPES))
-                raise ValueError(f"parameter {name!r} is {kind} ({param.dtype}); supported: {supported}")
-            if param.layout != torch.strided:
-                raise ValueError(f"parameter {name!r} is not supported ({param.layout}); its layout must be dense")
-            if param.numel() and any(
-                stride == 0 and n > 1 for stride, n in zip(param.stride(), param.shape, strict=True)
-            ):
-                raise ValueError(
-                    f"parameter {name!r} of shape {tuple(param.shape)} has strides {param.stride()}: elements that "
-                    "share memory cannot be updated independently; clone it"
-                )
+        for param in (param for param in params if param.requires_grad):
+            check_supported(param, fresh[param])
         embeddings, split = self._embeddings_of(fresh), splits_of(self.splits, fresh)
         self.embeddings |= embeddings
         self.split |= split
         self.names |= fresh
         self.originals.append(params)
 
-    def learn_replaced(self) -> None:
-        """Register parameters by which an engine has replaced others since the optimizer was made."""
+    @property
+    def flat(self) -> bool:
+        """True if an engine has put flat slices into the groups."""
+        return any(engine().is_flat(params) for params in self.originals)
+
+    def follow(self, known: list[dict[str, Any]], shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the groups as they are now, and take over their lists of parameters.
+
+        Dictionaries and lists are the user's, who may replace, add and remove them. An engine, though, may show some
+        of the dictionaries at a time, and puts its own tensors into them.
+
+        Args:
+            known: the groups before, in the order of ``originals``.
+            shown: those that ``param_groups`` has now.
+        """
+        pairs = zip(known, shown, self.originals, strict=False)
+        if len(known) == len(shown) and all(a is b and b["params"] is params for a, b, params in pairs):
+            return known
+        places = [self._place_of(group, known) for group in shown]
+        if not self.flat:
+            self.originals = [self._originals_of(group, place) for group, place in zip(shown, places, strict=True)]
+            return list(shown)
+        shown_at = {place: group for group, place in zip(shown, places, strict=True) if place is not None}
+        return [shown_at.get(place, group) for place, group in enumerate(known)]
+
+    def _place_of(self, group: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> int | None:
+        """Find the number that a group had: its dictionary, its list or one of its parameters was there."""
+        places = [place for place, before in enumerate(known) if before is group]
+        params = group["params"]
+        places += [place for place, before in enumerate(known) if before["params"] is params]
+        places += [place for place, before in enumerate(self.originals) if not {*before}.isdisjoint(params)]
+        return places[0] if places else None
+
+    def _originals_of(self, group: Mapping[str, Any], place: int | None) -> list[Tensor]:
+        """Return the list of the model's own parameters: that of the group, unless an engine has put copies into it."""
+        params: list[Tensor] = group["params"]
+        if place is None or not params:
+            return params
+        before = self.originals[place]
+        of_model = {param for model in self.models for param in model.parameters()}
+        if any(param in self.names or param in of_model for param in params):
+            return params
+        shapes = [param.shape for param in before if param.requires_grad and param.numel()]
+        copies = shapes == [param.shape for param in params]
+        matrices = any(param.dim() > 1 for param in before)
+        slices = matrices and len(params) <= len(before) and all(param.dim() == 1 for param in params)
+        return before if copies or slices else params
+
+    def learn_replaced(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Register parameters that an engine or the user has put into the groups since they were registered."""
         for group, params in enumerate(self.originals):
             if fresh := [param for param in params if param not in self.names]:
-                names = self._names_of(group, fresh, None)
+                given = groups[group].get("param_names", ())
+                called = dict(zip(params, given, strict=True)) if len(given) == len(params) else {}
+                names = self._names_of(group, fresh, [called[param] for param in fresh] if called else None)
                 self.embeddings |= self._embeddings_of(names)
                 self.split |= splits_of(self.splits, names)
                 self.names |= names

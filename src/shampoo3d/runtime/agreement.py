@@ -139,7 +139,7 @@ def _compare(
     ]
     absent = [name for group_tensor, matrices in names.items() if group_tensor.tensor.grad is None for name in matrices]
     options = ("lr", "momentum", "weight_decay", "maximize")
-    settings = sorted({str({name: groups[group_tensor.group][name] for name in options}) for group_tensor in names})
+    settings = sorted({_shown({name: groups[of.group][name] for name in options}) for of in names})
     numbers = [len(present), _fingerprint(present), largest, _fingerprint(settings)]
     ranks, device = team.group.ranks, communicating_device(team.group, team.device)
     mine = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -167,6 +167,11 @@ def _compare(
                 "average them in backward)"
             )
     return ""
+
+
+def _shown(settings: Mapping[str, Any]) -> str:
+    """Describe settings; a learning rate on an accelerator is not read."""
+    return str({name: "a tensor" if isinstance(value, Tensor) else value for name, value in settings.items()})
 
 
 def _fingerprint(texts: Sequence[str]) -> int:

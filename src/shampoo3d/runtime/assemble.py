@@ -2,7 +2,7 @@
 
 import math
 from collections import ChainMap, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from shampoo3d.distributed.collectives import all_gather_object, first_error
 from shampoo3d.distributed.errors import during
 from shampoo3d.distributed.topology import ParallelGroups
 from shampoo3d.engines.engine import LocalShard
-from shampoo3d.engines.parameters import ParameterRegistry
+from shampoo3d.engines.parameters import ParameterRegistry, check_supported
 from shampoo3d.engines.reading import contents, engine, local, read
 from shampoo3d.numerics.schedule import BlockId
 from shampoo3d.planning.grid import describe
@@ -47,7 +47,7 @@ def assemble(
     registry: ParameterRegistry,
     parallel: ParallelGroups,
     distribution: Distribution,
-    known: Collection[Tensor],
+    known: Mapping[Tensor, int],
     fixed: Mapping[BlockId, int],
 ) -> list[Team]:
     """Bind the trainable parameters and those that are ``known`` already, and plan in each team.
@@ -55,6 +55,7 @@ def assemble(
     Collective: each error is raised on all ranks.
 
     Args:
+        known: the steps that they have taken.
         fixed: the owners of blocks that were planned before, which stay.
 
     Raises:
@@ -66,7 +67,7 @@ def assemble(
     error = ""
     for ranks in in_order(by_team):
         # Also after an error, since others may wait for this rank in another team.
-        matrices[ranks], differences = _matrices(ranks, by_team[ranks], groups, registry, parallel, distribution)
+        matrices[ranks], differences = _matrices(ranks, by_team[ranks], groups, registry, parallel, distribution, known)
         error = error or differences
     _refuse(parallel, error)
     plans, hp = _planned(matrices, registry.hp, fixed, distribution.memory_bound, parallel), registry.hp
@@ -113,13 +114,13 @@ def _read(
     registry: ParameterRegistry,
     parallel: ParallelGroups,
     distribution: Distribution,
-    known: Collection[Tensor],
+    known: Mapping[Tensor, int],
 ) -> tuple[list[LocalShard], dict[Tensor, Ranks]]:
     """Read this rank's shards of the parameters that take part, and the ranks of those that are tied across stages."""
     stored: list[LocalShard] = []
     tied: dict[Tensor, Ranks] = {}
     try:
-        registry.learn_replaced()
+        registry.learn_replaced(groups)
         registry.count_experts()
         for model in registry.models:
             tied |= engine().tied_holders(model)
@@ -128,6 +129,8 @@ def _read(
         flat = engine().is_flat
         taking_part = (s for s in shards if flat([s.original]) or is_trainable(s.tensor) or s.tensor in known)
         stored = [s for s in taking_part if math.prod(s.shape) > 0]
+        for s in stored:
+            check_supported(s.original, registry.names[s.original])
         error = _unknown_ties(stored, registry, tied)
     except (ValueError, RuntimeError) as raised:  # perhaps on this rank only; _refuse raises it on all
         error = str(raised)
@@ -194,13 +197,14 @@ def _teams(
 class RankRecord(NamedTuple):
     """Record that one rank sends to its team: settings and, for each matrix, its sharding, local shard and checksum.
 
-    Each of ``shards`` has the number of its shard group.
+    Each of ``shards`` has the number of its shard group; ``steps`` are those taken with the state that there is.
     """
 
     settings: dict[str, Any]
     shardings: list[Sharding]
     shards: list[tuple[int, Shard]]
     checksums: list[Checksum]
+    steps: list[int]
 
 
 def _record(
@@ -208,9 +212,10 @@ def _record(
     groups: Sequence[Mapping[str, Any]],
     registry: ParameterRegistry,
     distribution: Distribution,
+    known: Mapping[Tensor, int],
 ) -> RankRecord:
     settings = {field.name: getattr(of, field.name) for of in (registry.hp, distribution) for field in fields(of)}
-    record = RankRecord(settings, [], [], [])
+    record = RankRecord(settings, [], [], [], [])
     for s, shard_group in members:
         excluded = "embedding" if s.original in registry.embeddings else ""
         if not groups[s.group]["precondition"]:
@@ -220,6 +225,7 @@ def _record(
         sharding = Sharding(name, s.shape, dtype, (), s.sharded, s.divided, excluded, model_dtype, split)
         record.shardings.append(sharding)
         record.shards.append((shard_group, s.shard))
+        record.steps.append(0 if registry.flat else known.get(s.tensor, 0))
         flat = local(s.tensor).reshape(-1)
         record.checksums.append(checksum(flat[s.offset : s.offset + s.shard.elements]))
     return record
@@ -232,9 +238,10 @@ def _matrices(
     registry: ParameterRegistry,
     parallel: ParallelGroups,
     distribution: Distribution,
+    known: Mapping[Tensor, int],
 ) -> tuple[list[Matrix], str]:
     """Describe the matrices of a team by the shards on its ranks, or return how the ranks differ. Collective."""
-    record = _record(members, groups, registry, distribution)
+    record = _record(members, groups, registry, distribution, known)
     table = all_gather_object(parallel.group(ranks), record)
     matrices: list[Matrix] = []
     if error := _differences(ranks, table):
@@ -260,6 +267,10 @@ def _differences(ranks: Ranks, table: Sequence[RankRecord]) -> str:
         pairs: list[tuple[str, Any, Any]] = [(name, first.settings[name], row.settings[name]) for name in row.settings]
         shardings = enumerate(zip(first.shardings, row.shardings, strict=False))
         pairs += ((f"parameter {number}", one, other) for number, (one, other) in shardings)
+        pairs += (
+            (f"the step of {sharding.name}", one, other)
+            for sharding, one, other in zip(first.shardings, first.steps, row.steps, strict=False)
+        )
         pairs.append(("number of parameters", len(first.shardings), len(row.shardings)))
         for subject, one, other in pairs:
             if one != other:
@@ -319,11 +330,6 @@ def _different_plans(plans: Sequence[Plan], parallel: ParallelGroups) -> str:
             if other != everyones_plans[0] and not error:
                 error = f"the plans of ranks {plan.ranks[0]} and {rank} differ: {differing}"
     return error
-
-
-def flat_groups(registry: ParameterRegistry) -> bool:
-    """Return whether an engine has put flat slices into the groups."""
-    return any(engine().is_flat(params) for params in registry.originals)
 
 
 def check_shapes(shapes: Sequence[Sequence[int]] | None, params: Sequence[Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Tensors of the parameter groups, and the shards of matrices that this rank stores in them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Generic, TypeVar
 
@@ -17,12 +17,25 @@ from shampoo3d.planning.layout import Matrix, Piece
 class GroupTensor:
     """A tensor of a parameter group: a parameter, this rank's shard of one, or a flat slice of many.
 
-    ``precondition`` is the setting of its group at the time it was bound.
+    ``precondition`` is the setting of its group at the time it was bound; ``shape`` and ``kind``, its dtype and device,
+    are those of the values on this rank.
     """
 
     tensor: Tensor
     group: int
     precondition: bool
+    shape: torch.Size = field(init=False)
+    kind: tuple[torch.dtype, torch.device] = field(init=False)
+
+    def __post_init__(self) -> None:
+        stored = self.stored
+        self.shape, self.kind = stored.shape, (stored.dtype, stored.device)
+
+    @property
+    def moved(self) -> bool:
+        """True if the values have another dtype or are on another device than when it was bound."""
+        stored = self.stored
+        return (stored.dtype, stored.device) != self.kind
 
     @property
     def stored(self) -> Tensor:

@@ -120,7 +120,7 @@ class FlatBucket:
             _turn(settings, self.S, D)
             W = self.group_tensor.flat
             u = self.momenta.update(W, self.S, D, settings, started=self.started)
-            W.sub_(u, alpha=settings["lr"])
+            _descend([W], [u], settings["lr"])
             self.group_tensor.store(W)
         del self.D, self.S
 
@@ -327,11 +327,19 @@ class StackedBucket:
                 W = torch.empty_like(S)
                 torch._foreach_copy_([patch.among(W) for patch in run.patches], views)
             u = self.momenta.update(W, S, run.D, settings, started=run.started, rows=run.rows)
-            torch._foreach_add_(views, [patch.among(u) for patch in run.patches], alpha=-settings["lr"])
+            _descend(views, [patch.among(u) for patch in run.patches], settings["lr"])
             for group_tensor, flat in flats.items():
                 group_tensor.store(flat)
             del S, W, u, run.D
         del self.S, self.runs
+
+
+def _descend(W: Sequence[Tensor], u: Sequence[Tensor], lr: float | Tensor) -> None:
+    """Subtract lr u from W; a rate on the device is not read."""
+    if isinstance(lr, Tensor):
+        torch._foreach_sub_(list(W), torch._foreach_mul(list(u), lr))
+    else:
+        torch._foreach_add_(list(W), list(u), alpha=-lr)
 
 
 def _views(patches: Sequence[Patch], *, gradient: bool) -> tuple[list[Tensor], dict[GroupTensor, Tensor]]:

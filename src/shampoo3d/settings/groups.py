@@ -1,6 +1,7 @@
-"""Checks of the settings in a parameter group."""
+"""Settings in a parameter group: read at each step, checked, and told from keys that belong to others."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from shampoo3d.settings.computation import Computation
@@ -8,30 +9,63 @@ from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.validation import check_bool, check_number
 from shampoo3d.settings.variant import Variant
 
-# Options that a parameter group would silently ignore: those of other optimizers, and our own that hold for all groups.
-_FOREIGN_OPTIONS = {
-    *("alpha", "amsgrad", "betas", "capturable", "centered", "dampening", "differentiable", "eps", "etas", "foreach"),
-    *("fused", "lambd", "lr_decay", "ns_steps", "rho", "t0"),
+SETTINGS = ("lr", "momentum", "weight_decay", "precondition", "maximize")
+_FOR_ALL_GROUPS = {
     *(ShampooHyperParams.__dataclass_fields__.keys() - {"weight_decay"}),
     *(Variant.__dataclass_fields__ | Computation.__dataclass_fields__),
 }
+_NEAR = 0.86
+"""Similarity from which on a key is taken for a misspelt setting; that of max_momentum to momentum is 0.8."""
+_ROUNDING = 1e-12
+"""Schedulers that end at zero may end at minus that much of it."""
 
 
-def check_group(group: Mapping[str, Any], hp: ShampooHyperParams) -> None:
-    """Raise if a setting of a parameter group is invalid, or is one that groups do not have; the error names it."""
-    foreign = sorted(_FOREIGN_OPTIONS.intersection(group))
-    if foreign:
+def settings_of(group: Mapping[str, Any], hp: ShampooHyperParams) -> dict[str, Any]:
+    """Return the settings of a parameter group, checked.
+
+    Numbers may be NumPy's, or tensors of one element. A learning rate on an accelerator stays there: it is not read.
+
+    Raises:
+        TypeError, ValueError: naming a setting that is invalid or missing, that only holds for all groups, or that is
+            nearly spelt like one. Other keys belong to schedulers and wrappers and are ignored.
+    """
+    _check_names(group)
+    lr, momentum, weight_decay = (_number(group[name]) for name in ("lr", "momentum", "weight_decay"))
+    if isinstance(lr, float) and -_ROUNDING <= lr < 0.0:
+        lr = 0.0
+    if _on_host(lr):
+        check_number("lr", lr, least=0.0)
+    check_number("momentum", momentum, least=0.0)
+    if hp.averaged and momentum:
         raise ValueError(
-            f"Shampoo has no parameter-group option {', '.join(map(repr, foreign))}; a group may set lr, momentum, "
-            "weight_decay, precondition and maximize, everything else is set in ShampooHyperParams for all groups"
+            f"momentum={momentum} cannot be combined with variant.beta1={hp.variant.beta1}, which averages the "
+            "gradient in its place; take 0, and cycle_momentum=False for OneCycleLR and CyclicLR, which set it"
         )
-    check_number("lr", group["lr"], least=0.0)
-    check_number("momentum", group["momentum"], least=0.0)
-    if hp.averaged and group["momentum"]:
-        raise ValueError(
-            f"momentum={group['momentum']} cannot be combined with variant.beta1={hp.variant.beta1}, which averages "
-            "the gradient in its place; take 0"
-        )
-    check_number("weight_decay", group["weight_decay"], least=0.0)
+    check_number("weight_decay", weight_decay, least=0.0)
     check_bool("precondition", group["precondition"])
     check_bool("maximize", group["maximize"])
+    values = (lr, momentum, weight_decay, group["precondition"], group["maximize"])
+    return dict(zip(SETTINGS, values, strict=True))
+
+
+def _check_names(group: Mapping[str, Any]) -> None:
+    own = sorted(_FOR_ALL_GROUPS.intersection(group))
+    if own:
+        raise ValueError(
+            f"Shampoo has no parameter-group option {', '.join(map(repr, own))}; a group may set lr, momentum, "
+            "weight_decay, precondition and maximize, everything else is set in ShampooHyperParams for all groups"
+        )
+    if missing := [name for name in SETTINGS if name not in group]:
+        raise ValueError(f"the group has no {', '.join(missing)}: give groups to add_param_group(), which sets them")
+    for name in group.keys() - {*SETTINGS, "params", "param_names"}:
+        if near := get_close_matches(name, [*SETTINGS, *_FOR_ALL_GROUPS], 1, _NEAR):
+            raise ValueError(f"Shampoo has no parameter-group option {name!r}; did you mean {near[0]!r}?")
+
+
+def _on_host(value: Any) -> bool:
+    return getattr(getattr(value, "device", "cpu"), "type", "cpu") == "cpu"
+
+
+def _number(value: Any) -> Any:
+    """Return the number in a tensor or array of one element that is on the host; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) in ((), (1,)) and _on_host(value) else value

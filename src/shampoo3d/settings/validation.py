@@ -1,7 +1,9 @@
 """Checks of single settings; their errors name the setting, its value and its bound."""
 
 import math
+import numbers
 import os
+from typing import Any
 
 
 def check_number(
@@ -14,15 +16,16 @@ def check_number(
     below: float = math.inf,
 ) -> None:
     """Raise unless ``value`` is a finite real number with ``least <= value <= most`` and ``above < value < below``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not (_is_finite(value) and least <= value <= most and above < value < below):
+    number: Any = value
+    if not (_is_finite(number) and least <= number <= most and above < number < below):
         bounds = [f"> {above:g}"] * (above > -math.inf) + [f">= {least:g}"] * (least > -math.inf)
         bounds += [f"<= {most:g}"] * (most < math.inf) + [f"< {below:g}"] * (below < math.inf)
         raise ValueError(f"{name} must be finite{''.join(' and ' + b for b in bounds)}, got {value!r}")
 
 
-def _is_finite(value: float) -> bool:
+def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond all floating-point numbers
