@@ -196,9 +196,9 @@ class Shampoo(Checkpointed):
             try:
                 settings.append(settings_of(group, self.hyperparams))
             except (TypeError, ValueError) as raised:
+                settings.append({})
                 error = error or f"in group {number} {raised}"
-        if len(settings) == len(self._groups):
-            error = error or self._unusable(settings)
+        error = error or self._unusable(settings)
         return agree(parallel, self._teams, self._present(), self.hyperparams, settings, error, unbound), settings
 
     def _located(self) -> ParallelGroups:
@@ -233,7 +233,7 @@ class Shampoo(Checkpointed):
                 if group_tensor.tensor.grad is not None and not group_tensor.has_dense_gradient:
                     return f"the gradient of {names[0]!r} is sparse, which Shampoo does not support"
                 number = group_tensor.group
-                if number < len(settings) and settings[number]["precondition"] != group_tensor.precondition:
+                if settings[number]["precondition"] != group_tensor.precondition:
                     return f"precondition of group {number} was changed after its first step; make a new optimizer"
         return ""
 
@@ -259,9 +259,11 @@ class Shampoo(Checkpointed):
 
     def _bind(self, parallel: ParallelGroups) -> str:
         """Bind all parameters anew; those bound before keep their owners and state. Return the error, if any."""
-        shown, flat = {p for group in self._groups for p in group["params"]}, self._registry.flat
+        shown, flat = {p for group in self._groups for p in group["params"]}, self._flat_tensors
         states = {tensor: self.state.get(tensor, {}) for tensor in self._group_tensors if tensor in shown}
-        owned = {tensor: checkpoint.own(state, flat=flat) for tensor, state in states.items() if "step" in state}
+        owned = {
+            tensor: checkpoint.own(state, flat=tensor in flat) for tensor, state in states.items() if "step" in state
+        }
         try:
             self._assemble(parallel, self._pending, owned)
         except ValueError as raised:  # perhaps on this rank only; the ranks then agree on it
@@ -293,9 +295,9 @@ class Shampoo(Checkpointed):
                     checkpoint.check_loadable(binding, saved[binding.group_tensor.tensor], self.hyperparams)
             checkpoint.load(teams, live, saved)
         checkpoint.carry(live, owned, self._teams, teams)
+        self._put_state(live)
         self._bound = Bound.of(parallel, teams, self.distribution)
         self._pending = Pending({param: state for param, state in saved.items() if param not in live})
-        self._put_state(live)
 
     @during("in bind()")
     def bind(self) -> None:

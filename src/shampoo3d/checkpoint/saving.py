@@ -82,6 +82,11 @@ class Checkpointed(Optimizer):
         return self._bound.group_tensors if self._bound else {}
 
     @property
+    def _flat_tensors(self) -> set[Tensor]:
+        """Tensors of the groups that hold shards, the state of whose elements has the shape of the tensor."""
+        return {group_tensor.tensor for team in self._teams for group_tensor in team.flat_buckets}
+
+    @property
     def _groups(self) -> list[dict[str, Any]]:
         """The groups as they are now, of which an engine may show a part in ``param_groups``."""
         self._known_groups = self._registry.follow(self._known_groups, self.param_groups)
@@ -118,17 +123,17 @@ class Checkpointed(Optimizer):
 
     def _foreign_state(self) -> dict[Any, Any]:
         """Return the entries of ``state`` that a wrapper has put there, by parameter or by a key of its own."""
-        flat = self._registry.flat
+        flat = self._flat_tensors
         return {
-            key: checkpoint.foreign(state, flat=flat) if isinstance(key, Tensor) else state
+            key: checkpoint.foreign(state, flat=key in flat) if isinstance(key, Tensor) else state
             for key, state in self.state.items()
         }
 
     def _put_state(self, live: Mapping[Tensor, ParamState]) -> None:
         """Put our state into ``state``, in the place of what we had there; entries of others stay."""
-        flat = self._registry.flat
+        flat = self._flat_tensors
         for key in [key for key in self.state if isinstance(key, Tensor)]:
-            for name in checkpoint.own(self.state[key], flat=flat):
+            for name in checkpoint.own(self.state[key], flat=key in flat):
                 del self.state[key][name]
             if not self.state[key] and key not in live:
                 del self.state[key]

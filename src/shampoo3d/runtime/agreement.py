@@ -139,7 +139,7 @@ def _compare(
     ]
     absent = [name for group_tensor, matrices in names.items() if group_tensor.tensor.grad is None for name in matrices]
     options = ("lr", "momentum", "weight_decay", "maximize")
-    settings = sorted({_shown({name: groups[of.group][name] for name in options}) for of in names})
+    settings = sorted({_shown({name: groups[of.group].get(name) for name in options}) for of in names})
     numbers = [len(present), _fingerprint(present), largest, _fingerprint(settings)]
     ranks, device = team.group.ranks, communicating_device(team.group, team.device)
     mine = torch.tensor(numbers, dtype=torch.float64, device=device)
