@@ -12,9 +12,9 @@ from shampoo3d.checkpoint import slices
 from shampoo3d.checkpoint import state as checkpoint
 from shampoo3d.checkpoint.saving import Checkpointed, Pending
 from shampoo3d.checkpoint.state import ParamState
-from shampoo3d.distributed.collectives import all_gather_object, first_error
+from shampoo3d.distributed.collectives import all_gather_object, first_error, meet
 from shampoo3d.distributed.errors import during
-from shampoo3d.distributed.topology import Claims, ParallelGroups, Topology
+from shampoo3d.distributed.topology import Claims, ParallelGroups
 from shampoo3d.engines import native
 from shampoo3d.engines.engine import GroupContent
 from shampoo3d.engines.parameters import Embeddings, ParameterRegistry, collected
@@ -57,8 +57,9 @@ class Shampoo(Checkpointed):
         splits: parameters that are several matrices in one, such as fused queries, keys and values: by name or
             parameter the number of equal ones along axis 0, their lengths, or by axis either of these; or a function of
             name and parameter that returns one of these or None. See ``docs/update-rule.md``.
-        world_rank, world_size, topology, shapes: the ranks (``topology`` is DeepSpeed's, as from ``model.topology()``)
-            and the shapes of the trainable parameters. They are found if not given, and checked if given.
+        topology: the ranks that train these parameters, if they are not those of an engine or of the parameters' own
+            meshes, nor all ranks: a ``DeviceMesh``, a process group of replicas, or DeepSpeed's ``model.topology()``.
+        world_rank, world_size, shapes: the ranks and the shapes of the trainable parameters; checked if given.
         distribution: settings of the sharing of work; they change where state is kept and computed, not the result.
 
     Raises:
@@ -90,7 +91,7 @@ class Shampoo(Checkpointed):
         check_kind("model", model, (nn.Module, type(None)), "a torch.nn.Module")
         self.hyperparams, self.distribution = hyperparams, distribution
         self.skipped_steps = 0
-        self._claims = Claims(world_rank, world_size, None if topology is None else Topology.of(topology))
+        self._claims = Claims.of(world_rank, world_size, topology)
         if dist.is_available() and dist.is_initialized():
             self._claims.check_ranks(dist.get_rank(), dist.get_world_size(), "torch.distributed")
         models = [] if model is None else [model]
@@ -114,6 +115,8 @@ class Shampoo(Checkpointed):
         model = native.model_behind(params)
         if model is not None and all(model is not known for known in self._registry.models):
             self._registry.models.append(model)
+            if self._claims.topology is None and (replicas := native.replicas_of(model)) is not None:
+                self._claims = Claims.of(self._claims.world_rank, self._claims.world_size, replicas)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with settings of their own; they take part from the next step on.
@@ -185,6 +188,7 @@ class Shampoo(Checkpointed):
     def _verdict(self) -> tuple[Verdict, list[dict[str, Any]]]:
         """Agree on the next action of all ranks, with the settings of all groups; bind unbound parameters first."""
         parallel = self._located()
+        meet(parallel.world, "step()")
         verdict, settings = self._agree(parallel, "", self._has_unbound())
         if verdict is Verdict.BIND:
             verdict, settings = self._agree(parallel, self._bind(parallel), unbound=False)
@@ -202,7 +206,7 @@ class Shampoo(Checkpointed):
         return agree(parallel, self._teams, self._present(), self.hyperparams, settings, error, unbound), settings
 
     def _located(self) -> ParallelGroups:
-        return self._bound.parallel if self._bound else locate(self._claims)
+        return self._bound.parallel if self._bound else locate(self._claims, self._contents())
 
     def _contents(self) -> list[GroupContent]:
         return contents(self._groups, self._registry.originals, self._registry.names)
@@ -219,6 +223,8 @@ class Shampoo(Checkpointed):
         """Return the error in the input of this step, or about too many failed roots; empty if none."""
         if self._bound and not engine().placed(self._bound.parallel):
             return f"the ranks were found before {engine().name} was started: bind or load after {engine().set_up}"
+        if any(native.is_joined(model) for model in self._registry.models):
+            return "DistributedDataParallel.join() is not supported, since ranks without input do not step"
         most = self.hyperparams.computation.max_root_failures
         if most is not None and self.root_failures > most:
             return f"{self.root_failures} roots could not be computed or used, more than max_root_failures={most}"
@@ -299,7 +305,8 @@ class Shampoo(Checkpointed):
         self._bound = Bound.of(parallel, teams, self.distribution)
         self._pending = Pending({param: state for param, state in saved.items() if param not in live})
 
-    @during("in bind()")
+    @undisturbed()
+    @during("in bind(), which all ranks must call")
     def bind(self) -> None:
         """Find the ranks and plan now, instead of at the first step. Collective where the work is shared.
 
@@ -309,6 +316,7 @@ class Shampoo(Checkpointed):
             StepRefusedError: on every rank, as from :meth:`step`.
         """
         parallel = self._located()
+        meet(parallel.world, "bind()")
         if any(all_gather_object(parallel.world, self._has_unbound())) and (
             why := first_error(parallel, self._bind(parallel))
         ):

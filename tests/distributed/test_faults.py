@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common import beside, slow_but
+from shampoo3d.distributed.topology import Claims
 from shampoo3d.engines.native import Torch
 
 from . import faults
@@ -207,7 +208,7 @@ def test_a_rank_that_hangs_while_others_save(layout: str, tmp_path: Path) -> Non
 
 
 def _timeouts() -> list[timedelta]:
-    parallel = Torch().locate(None)
+    parallel = Torch().locate(Claims(), [])
     groups = [parallel.group((0, 1, 2)), parallel.group((0, 1) if parallel.rank < 2 else (2,))]
     handles: list[Any] = [group.handle for group in groups if group.handle is not None]
     return [handle._get_backend(torch.device("cpu")).options._timeout for handle in handles]

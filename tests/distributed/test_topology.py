@@ -30,7 +30,7 @@ def test_deepspeeds_topology_is_read_and_agrees() -> None:
 
 
 def test_anything_else_is_refused_by_type() -> None:
-    with pytest.raises(TypeError, match=r"topology must be a DeepSpeed process topology .* got int"):
+    with pytest.raises(TypeError, match=r"topology must be a DeviceMesh, a process group, or a DeepSpeed .* got int"):
         Topology.of(4)
 
 

@@ -220,11 +220,11 @@ def test_a_parameter_that_an_engine_has_replaced_is_told_by_its_name() -> None:
         assert registry.split == {model[0].weight: ((0, 3),)}
         params[0] = model[0].weight = nn.Parameter(draw((12, 5), 0))
         if told != "parameter":
-            registry.learn_replaced()
+            registry.learn_replaced([{"params": []}])
             assert registry.split == {model[0].weight: ((0, 3),)}
         else:
             with pytest.raises(ValueError, match=r"splits has '0.weight' as a parameter, which an engine has replaced"):
-                registry.learn_replaced()
+                registry.learn_replaced([{"params": []}])
 
 
 def test_a_parameter_that_joins_later_can_be_told_by_a_function() -> None:

@@ -122,7 +122,8 @@ def write(parallel: ParallelGroups, path: str | os.PathLike[str], state: Sequenc
     try:
         with _quiet():
             writer = FileSystemWriter(partial(folder))
-            state_dict_saver.save(tensors, storage_writer=writer, no_dist=parallel.world.size == 1)
+            world = parallel.world
+            state_dict_saver.save(tensors, storage_writer=writer, process_group=world.handle, no_dist=world.size == 1)
         sums = _checksums(parallel, partial(folder))
     except ANY_ERROR as raised:  # a disk error on any rank
         error = f"{folder} could not be written: {_words(raised)}"
@@ -356,7 +357,8 @@ class Loading:
     def _read(self, into: Mapping[str, Tensor]) -> None:
         with _quiet():
             world = self.source.parallel.world
-            state_dict_loader.load(dict(into), storage_reader=Reader(self.folder), no_dist=world.size == 1)
+            alone, reader = world.size == 1, Reader(self.folder)
+            state_dict_loader.load(dict(into), storage_reader=reader, process_group=world.handle, no_dist=alone)
 
     def loaded(self) -> Loaded:
         """Report what was done. Collective."""

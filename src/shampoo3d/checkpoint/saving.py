@@ -15,6 +15,7 @@ from shampoo3d.checkpoint import folder, slices
 from shampoo3d.checkpoint import state as checkpoint
 from shampoo3d.checkpoint import state_dict as form
 from shampoo3d.checkpoint.state import ParamState
+from shampoo3d.distributed.collectives import meet
 from shampoo3d.distributed.errors import during
 from shampoo3d.distributed.topology import Claims, ParallelGroups
 from shampoo3d.engines.parameters import ParameterRegistry
@@ -145,7 +146,7 @@ class Checkpointed(Optimizer):
         return checkpoint.parameters_of(self._teams, self._steps) if self._bound else self._pending.known
 
     @undisturbed()
-    @during("in state_dict()")
+    @during("in state_dict(), which all ranks must call")
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the complete state of all ranks, as one process would have it.
 
@@ -153,6 +154,8 @@ class Checkpointed(Optimizer):
         the state on this rank, without communication, as in DeepSpeed's files, and loads only into the same layout.
         """
         self._must_be_whole()
+        if self._bound is not None and not self._registry.flat:
+            meet(self._bound.parallel.world, "state_dict()")
         params = [param for group in self._groups for param in group["params"]]
         foreign, complete = self._foreign_state(), self._complete_state()
         whole_state = {param: complete.get(param, {}) | foreign.pop(param, {}) for param in params}
@@ -172,7 +175,7 @@ class Checkpointed(Optimizer):
         return whole
 
     @undisturbed()
-    @during("in load_state_dict()")
+    @during("in load_state_dict(), which all ranks must call")
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state from :meth:`state_dict`; each rank loads the parts that it stores and owns.
 
@@ -199,8 +202,10 @@ class Checkpointed(Optimizer):
         if self._bound is None and distributed:
             self._pending = pending
         else:
+            parallel = self._located()
+            meet(parallel.world, "load_state_dict()")
             try:
-                self._assemble(self._located(), pending, {})
+                self._assemble(parallel, pending, {})
             except DisagreementError as error:
                 raise StepRefusedError(str(error)) from None
         form.replace_settings(self.param_groups, groups)
@@ -254,6 +259,7 @@ class Checkpointed(Optimizer):
         check_path("path", path)
         self._must_be_whole()
         with during(f"about the checkpoint {os.fspath(path)}"):
+            meet(self._located().world, "save_checkpoint()")
             self.bind()
             folder.save(self._source(), path)
 
@@ -281,6 +287,7 @@ class Checkpointed(Optimizer):
         for name, value in (("weights", weights), ("strict", strict), ("reblock", reblock)):
             check_bool(name, value)
         with during(f"about the checkpoint {os.fspath(path)}"):
+            meet(self._located().world, "load_checkpoint()")
             self.bind()
             loading = folder.Loading.open(self._source(), path, weights=weights, strict=strict, reblock=reblock)
             loading.finish()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo3d.distributed.errors import awaiting
+from shampoo3d.distributed.errors import CallsDifferError, awaiting
 from shampoo3d.distributed.topology import Group, ParallelGroups
 from shampoo3d.planning.routes import buckets, width
 
@@ -190,6 +190,27 @@ def communicating_device(group: Group, device: torch.device) -> torch.device:
     if group.size > 1 and device.type == "cpu" and dist.get_backend(group.handle) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+CALLS = ("step()", "bind()", "state_dict()", "load_state_dict()", "save_checkpoint()", "load_checkpoint()")
+
+
+def meet(group: Group, call: str) -> None:
+    """Check that all ranks of the group are in the same call of the optimizer. Only on gloo, where this costs little.
+
+    Raises:
+        CallsDifferError: on all ranks, naming who is where.
+    """
+    if group.size == 1 or dist.get_backend(group.handle) != "gloo":
+        return
+    table = torch.empty(group.size, dtype=torch.int64)
+    with awaiting(f"the calls of {call}", group.ranks):
+        all_gather(table, torch.tensor([CALLS.index(call)], dtype=torch.int64), group=group.handle)
+    numbers: list[int] = table.tolist()
+    if len(set(numbers)) > 1:
+        where = {number: [r for r, n in zip(group.ranks, numbers, strict=True) if n == number] for number in numbers}
+        shown = ", ".join(f"ranks {ranks[:8]} called {CALLS[number]}" for number, ranks in sorted(where.items()))
+        raise CallsDifferError(f"all ranks must make the same calls, but {shown}; nothing was changed")
 
 
 def all_gather_object(group: Group, value: T) -> list[T]:

@@ -24,6 +24,10 @@ class RankLostError(RuntimeError):
         )
 
 
+class CallsDifferError(RuntimeError):
+    """Meeting of ranks that are in different calls; raised on all of them, before anything changed."""
+
+
 @contextmanager
 def awaiting(collective: str, ranks: Sequence[int]) -> Iterator[None]:
     """Turn errors of a collective, RuntimeErrors of any backend, into RankLostErrors; wrap nothing else in it."""

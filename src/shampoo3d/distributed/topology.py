@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from shampoo3d.distributed.errors import awaiting
 from shampoo3d.settings.validation import check_integer
@@ -25,12 +26,24 @@ class Group:
         return len(self.ranks)
 
 
+AXES = {
+    "pipe": {"pipe", "pp", "pipeline"},
+    "data": {"data", "dp", "ddp", "fsdp", "hsdp", "replicate", "shard", "dp_replicate", "dp_shard", "dp_cp", "cp"},
+    "model": {"model", "tp", "tensor"},
+}
+"""Names that the axes of a ``DeviceMesh`` may have. Ranks along a context-parallel axis hold the same parameters."""
+
+
 @dataclass(frozen=True)
 class Topology:
-    """A grid of ranks with named axes, the last varying fastest, as in DeepSpeed's ``ProcessTopology``."""
+    """A grid of ranks with named axes, the last varying fastest, as in DeepSpeed's ``ProcessTopology``.
+
+    ``ranks`` are those of the grid in this order, if they are not all ranks from 0 on.
+    """
 
     axes: tuple[str, ...]
     dims: tuple[int, ...]
+    ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value in (("axes", self.axes), ("dims", self.dims)):
@@ -44,32 +57,64 @@ class Topology:
             )
         for axis, length in zip(self.axes, self.dims, strict=True):
             check_integer(f"the length of axis {axis!r} in dims", length, least=1)
+        if self.ranks and len(set(self.ranks)) != self.world_size:
+            raise ValueError(f"a topology of {self} needs as many different ranks, got {self.ranks}")
 
     @classmethod
     def of(cls, source: Any) -> "Topology":
-        """Read a ``Topology``, or anything with DeepSpeed's ``get_axis_names()`` and ``get_dim(axis)``.
+        """Read a ``Topology``, a ``DeviceMesh``, a process group of replicas, or a process topology of DeepSpeed.
+
+        The latter is anything with ``get_axis_names()`` and ``get_dim(axis)``. Axes of a mesh are known by their names,
+        see ``AXES``; several data-parallel axes (replicate, shard) are one.
 
         Raises:
-            TypeError: if it is neither.
+            TypeError: if it is none of these.
+            ValueError: naming an axis of a mesh that is not known.
         """
         if isinstance(source, cls):
             return source
+        if isinstance(source, DeviceMesh):
+            return cls._of_mesh(source)
+        if isinstance(source, dist.ProcessGroup):
+            ranks = tuple(dist.get_process_group_ranks(source))
+            return cls(("data",), (len(ranks),), ranks)
         if not (hasattr(source, "get_axis_names") and hasattr(source, "get_dim")):
             raise TypeError(
-                f"topology must be a DeepSpeed process topology such as model.topology(), got {type(source).__name__}"
+                "topology must be a DeviceMesh, a process group, or a DeepSpeed process topology such as "
+                f"model.topology(), got {type(source).__name__}"
             )
         axes = tuple(source.get_axis_names())
         return cls(axes, tuple(int(source.get_dim(axis)) for axis in axes))
+
+    @classmethod
+    def _of_mesh(cls, mesh: DeviceMesh) -> "Topology":
+        names = mesh.mesh_dim_names or ("data",) * mesh.ndim
+        unknown = [name for name in names if not any(name in known for known in AXES.values())]
+        if unknown:
+            known = "; ".join(f"{axis}: {', '.join(sorted(called))}" for axis, called in AXES.items())
+            raise ValueError(f"topology has a mesh with axes {names}, of which {unknown} are not known ({known})")
+        order = [index for called in AXES.values() for index, name in enumerate(names) if name in called]
+        sizes = [math.prod(mesh.size(i) for i, name in enumerate(names) if name in called) for called in AXES.values()]
+        ranks = mesh.mesh.permute(order).reshape(sizes)
+        if not bool((ranks.diff(dim=-1) > 0).all()):
+            raise ValueError(f"topology has a mesh whose ranks do not ascend along its tensor-parallel axis: {mesh}")
+        return cls(tuple(AXES), tuple(sizes), tuple(ranks.flatten().tolist()))
 
     @property
     def world_size(self) -> int:
         return math.prod(self.dims)
 
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The ranks, in the order of the grid."""
+        return self.ranks or tuple(range(self.world_size))
+
     def coordinates(self, rank: int) -> tuple[int, ...]:
         check_integer("rank", rank, least=0)
-        if rank >= self.world_size:
-            raise ValueError(f"rank must be < {self.world_size}, the number of ranks of {self}, got {rank}")
-        coordinates = []
+        if rank not in self.members:
+            bound = f"one of {self.ranks}" if self.ranks else f"< {self.world_size}"
+            raise ValueError(f"rank must be {bound}, the ranks of {self}, got {rank}")
+        coordinates, rank = [], self.members.index(rank)
         for length in reversed(self.dims):
             rank, coordinate = divmod(rank, length)
             coordinates.append(coordinate)
@@ -82,7 +127,7 @@ class Topology:
         here = self.coordinates(rank)
         return tuple(
             other
-            for other, there in enumerate(itertools.product(*map(range, self.dims)))
+            for other, there in zip(self.members, itertools.product(*map(range, self.dims)), strict=True)
             if all(a == b for a, b, name in zip(here, there, self.axes, strict=True) if name != axis)
         )
 
@@ -114,7 +159,7 @@ class ParallelGroups:
 
         For all ranks it is the one with the timeout that the user gave, though an engine may have made another.
         """
-        wanted = tuple(ranks)
+        wanted = tuple(sorted(ranks))
         for known in (self.world, self.data, self.model, *self._groups.values()):
             if known.ranks == wanted:
                 return known
@@ -134,32 +179,43 @@ class Claims:
     world_rank: int | None = None
     world_size: int | None = None
     topology: Topology | None = None
+    handles: tuple[dist.ProcessGroup, ...] = ()
+
+    @classmethod
+    def of(cls, world_rank: int | None, world_size: int | None, topology: Any) -> "Claims":
+        """Read the arguments; process groups that come with the topology are used."""
+        found = None if topology is None else Topology.of(topology)
+        return cls(world_rank, world_size, found, handles_of(topology))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for copies, which make groups of their own."""
+        return {**vars(self), "handles": ()}
 
     def __post_init__(self) -> None:
         if self.world_rank is not None:
             check_integer("world_rank", self.world_rank, least=0)
         if self.world_size is not None:
             check_integer("world_size", self.world_size, least=1)
-        size = self.topology.world_size if self.world_size is None and self.topology else self.world_size
-        if size is not None and self.topology is not None and self.topology.world_size != size:
-            raise ValueError(
-                f"world_size={size} contradicts topology, whose {self.topology} are {self.topology.world_size}"
-            )
+        whole = self.topology if self.topology is None or not self.topology.ranks else None
+        size = whole.world_size if self.world_size is None and whole else self.world_size
+        if size is not None and whole is not None and whole.world_size != size:
+            raise ValueError(f"world_size={size} contradicts topology, whose {whole} are {whole.world_size}")
         if size is not None and self.world_rank is not None and self.world_rank >= size:
             raise ValueError(f"world_rank must be < {size}, the number of ranks, got {self.world_rank}")
 
     def check_ranks(self, rank: int, world_size: int, source: str) -> None:
         """Raise ValueError, naming both numbers, where the rank or the number of ranks contradicts ``source``."""
+        whole = self.topology if self.topology is None or not self.topology.ranks else None
         _compare(
             source,
             ("world_rank", self.world_rank, rank),
             ("world_size", self.world_size, world_size),
-            ("topology's number of ranks", self.topology and self.topology.world_size, world_size),
+            ("topology's number of ranks", whole and whole.world_size, world_size),
         )
 
     def check(self, parallel: ParallelGroups) -> None:
         """Raise ValueError, naming both, where a claim contradicts what was found."""
-        self.check_ranks(parallel.rank, parallel.world.size, parallel.source)
+        self.check_ranks(parallel.rank, total_ranks(), parallel.source)
         if self.topology is not None:
             for axis, group in (("data", parallel.data), ("model", parallel.model)):
                 if axis in self.topology.axes:
@@ -173,12 +229,31 @@ def _compare(source: str, *claims: tuple[str, object, object]) -> None:
             raise ValueError(f"{name} was given as {claimed}, but {source} says {actual}")
 
 
-def groups_in(topology: Topology, rank: int, world: Group, source: str) -> ParallelGroups:
-    """Make the process groups of ``rank`` in ``topology``; every rank must call this."""
-    parallel = ParallelGroups(rank, world, Group((rank,)), Group((rank,)), source)
+def groups_in(topology: Topology, rank: int, source: str, handles: Sequence[dist.ProcessGroup] = ()) -> ParallelGroups:
+    """Make the process groups of ``rank`` in ``topology``, of whose ranks every one must call this.
+
+    Args:
+        handles: groups that there are already, each of which is used if its ranks are wanted.
+    """
+    me = Group((rank,))
+    known = [world_group(), *(group_of(handle) for handle in handles if dist.get_rank(handle) >= 0)]
+    parallel = ParallelGroups(rank, me, me, me, source, {group.ranks: group for group in reversed(known)})
+    parallel.world = parallel.group(sorted(topology.members))
     parallel.model = parallel.group(topology.peers(rank, "model") if "model" in topology.axes else (rank,))
     parallel.data = parallel.group(topology.peers(rank, "data") if "data" in topology.axes else (rank,))
     return parallel
+
+
+def handles_of(source: Any) -> tuple[dist.ProcessGroup, ...]:
+    """Return the process groups in a ``DeviceMesh``, or the one that this is."""
+    if isinstance(source, dist.ProcessGroup):
+        return (source,)
+    return tuple(source.get_all_groups()) if isinstance(source, DeviceMesh) else ()
+
+
+def total_ranks() -> int:
+    """Return the number of ranks of ``torch.distributed``, 1 without it."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def world_group() -> Group:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shampoo3d.distributed.topology import Group, ParallelGroups, Topology, group_of, world_group
+from shampoo3d.distributed.topology import Claims, Group, ParallelGroups, Topology, group_of, world_group
 from shampoo3d.engines import zero
 from shampoo3d.engines.engine import GroupContent, LocalShard, Ranks
 from shampoo3d.engines.native import Torch
@@ -71,7 +71,7 @@ class DeepSpeed(Torch):
         comm = sys.modules.get("deepspeed.comm")
         return comm is not None and bool(comm.is_initialized())
 
-    def locate(self, topology: Topology | None) -> ParallelGroups:
+    def locate(self, claims: Claims, tensors: Sequence[Tensor]) -> ParallelGroups:
         """Find this process's place by the engine's groups; valid once ``deepspeed.initialize`` has run."""
         rank = torch.distributed.get_rank()
         data = group_of(_groups()._get_sequence_data_parallel_group())

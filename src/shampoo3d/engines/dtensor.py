@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
 from shampoo3d.planning.blocks import Span
@@ -20,6 +21,21 @@ def team_of(param: DTensor) -> tuple[int, ...]:
     mesh = param.device_mesh.mesh
     ranks: list[int] = mesh.flatten().tolist()
     return tuple(sorted(ranks))
+
+
+def ranks_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return the ranks that share these tensors, if all of them are on meshes of which one contains the others."""
+    if not tensors or not all(isinstance(tensor, DTensor) for tensor in tensors):
+        return ()
+    teams = {team_of(tensor) for tensor in tensors if isinstance(tensor, DTensor)}
+    largest = max(teams, key=len)
+    return largest if all(set(team) <= set(largest) for team in teams) else ()
+
+
+def handles_in(tensors: Sequence[Tensor]) -> tuple[ProcessGroup, ...]:
+    """Return the process groups of the tensors' meshes."""
+    meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor))
+    return tuple(handle for mesh in meshes for handle in mesh.get_all_groups())
 
 
 def is_sharded(param: DTensor) -> bool:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from shampoo3d.distributed.topology import ParallelGroups, Topology
+from shampoo3d.distributed.topology import Claims, ParallelGroups
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.layout import Shard
 
@@ -62,8 +62,8 @@ class Engine(Protocol):
         """Return whether it has been started in this process."""
         ...
 
-    def locate(self, topology: Topology | None) -> ParallelGroups:
-        """Find this process's place among the ranks; ``topology`` is the user's, if given."""
+    def locate(self, claims: Claims, tensors: Sequence[Tensor]) -> ParallelGroups:
+        """Find this process's place among the ranks that train these tensors, by the user's claims where it can."""
         ...
 
     def placed(self, parallel: ParallelGroups) -> bool:

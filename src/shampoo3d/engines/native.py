@@ -1,14 +1,14 @@
 """Plain PyTorch: one process, the replicas of ``torch.distributed``, ``DTensor``; modules and their embeddings."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shampoo3d.distributed.topology import ParallelGroups, Topology, groups_in, world_group
+from shampoo3d.distributed.topology import Claims, ParallelGroups, Topology, groups_in
 from shampoo3d.engines import dtensor
 from shampoo3d.engines.engine import GroupContent, LocalShard, Ranks
 from shampoo3d.numerics.tiles import Shape
@@ -24,14 +24,18 @@ class Torch:
     def is_running(self) -> bool:
         return True
 
-    def locate(self, topology: Topology | None) -> ParallelGroups:
-        """Find this process's place in the given topology; without one, all ranks are replicas of each other."""
+    def locate(self, claims: Claims, tensors: Sequence[Tensor]) -> ParallelGroups:
+        """Find this process's place in the topology that is given.
+
+        Without one, the ranks are those of the meshes of the tensors, or all ranks, as replicas of each other.
+        """
         if not (dist.is_available() and dist.is_initialized()):
             return ParallelGroups.alone()
-        world = world_group()
-        if topology is None or topology.world_size != world.size:
-            topology = Topology(("data",), (world.size,))
-        return groups_in(topology, dist.get_rank(), world, self.name)
+        topology, handles = claims.topology, claims.handles
+        if topology is None or not (topology.ranks or topology.world_size == dist.get_world_size()):
+            ranks = dtensor.ranks_of(tensors) or tuple(range(dist.get_world_size()))
+            topology, handles = Topology(("data",), (len(ranks),), ranks), dtensor.handles_in(tensors)
+        return groups_in(topology, dist.get_rank(), self.name, handles)
 
     def placed(self, parallel: ParallelGroups) -> bool:
         return True
@@ -114,6 +118,39 @@ def model_behind(params: Iterable[Any]) -> nn.Module | None:
         return None
     owner = inspect.getgeneratorlocals(params).get("self")
     return owner if isinstance(owner, nn.Module) else None
+
+
+def replicas_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """Return the process group of a ``DistributedDataParallel`` that spans a part of the ranks."""
+    group = model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    return None if group is None or group.size() == dist.get_world_size() else group
+
+
+def is_joined(model: nn.Module) -> bool:
+    """Return whether this is a ``DistributedDataParallel`` inside its ``join()``, where some ranks do not step."""
+    config = getattr(model, "_join_config", None)
+    return isinstance(model, nn.parallel.DistributedDataParallel) and bool(getattr(config, "enable", False))
+
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def names_in(model: nn.Module) -> dict[Tensor, str]:
+    """Name the parameters of a module, without what wrappers put into names: they are those of the bare model."""
+    inside = {f"{name}.module" if name else "module" for name, of in model.named_modules() if _wraps(of)}
+    return {parameter: bare(name, inside) for name, parameter in model.named_parameters()}
+
+
+def bare(name: str, inside: Collection[str] = ()) -> str:
+    """Take the names of wrapped modules out of a parameter's; ``inside``: paths of more such modules."""
+    parts = name.split(".")
+    kept = (part for i, part in enumerate(parts) if part not in _WRAPPED and ".".join(parts[: i + 1]) not in inside)
+    return ".".join(kept)
+
+
+def _wraps(module: nn.Module) -> bool:
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    return isinstance(module, parallel) or type(module).__name__ in ("DeepSpeedEngine", "PipelineEngine")
 
 
 def embedding_weights(model: nn.Module) -> set[Tensor]:

@@ -28,7 +28,7 @@ def collected(given: Embeddings | None) -> Embeddings | None:
     items = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, Tensor)) else None
     if items is None or not all(isinstance(item, (str, Tensor)) for item in items):
         raise TypeError(f"embeddings must be names or parameters, or a function of both, got {given!r}")
-    return items
+    return tuple(native.bare(item) if isinstance(item, str) else item for item in items)
 
 
 def check_supported(param: Tensor, name: str) -> None:
@@ -161,8 +161,11 @@ class ParameterRegistry:
 
     def _names_of(self, group: int, params: Sequence[Tensor], given: Sequence[str] | None) -> dict[Tensor, str]:
         """Name the parameters uniquely: as given, as in the model, or by index."""
-        named = (item for model in reversed(self.models) for item in model.named_parameters())
-        in_model: dict[Tensor, str] = {param: name for name, param in named}
+        in_model: dict[Tensor, str] = {}
+        for model in reversed(self.models):
+            in_model |= native.names_in(model)
+        if given and all(name.startswith("module.") for name in given):  # of a DistributedDataParallel
+            given = [name.removeprefix("module.") for name in given]
         used = {
             name
             for param, name in self.names.items()
@@ -170,7 +173,7 @@ class ParameterRegistry:
         }
         fresh: dict[Tensor, str] = {}
         for index, param in enumerate(params):
-            name = given[index] if given else in_model.get(param, f"group{group}.param{index}")
+            name = native.bare(given[index]) if given else in_model.get(param, f"group{group}.param{index}")
             fresh[param] = name if name not in used else f"group{group}.{name}"
             used.add(fresh[param])
         return fresh

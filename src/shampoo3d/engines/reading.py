@@ -25,13 +25,13 @@ def engine() -> Engine:
     return next(engine for engine in ENGINES if engine.is_running())
 
 
-def locate(claims: Claims) -> ParallelGroups:
-    """Find this process's place among the ranks, and check it against the user's claims.
+def locate(claims: Claims, groups: Iterable[GroupContent]) -> ParallelGroups:
+    """Find this process's place among the ranks that train the parameters, and check it against the user's claims.
 
     Raises:
         ValueError: if a claim contradicts the ranks that were found.
     """
-    parallel = engine().locate(claims.topology)
+    parallel = engine().locate(claims, [tensor for group in groups for tensor in group.tensors])
     claims.check(parallel)
     return parallel
 

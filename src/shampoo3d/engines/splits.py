@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from shampoo3d.engines.native import bare
 from shampoo3d.planning.blocks import Split
 
 Parts = int | Sequence[int]
@@ -26,7 +27,7 @@ def copied(splits: Splits | None) -> Splits | None:
         return splits
     if not isinstance(splits, Mapping) or not all(isinstance(key, (str, Tensor)) for key in splits):
         raise TypeError(f"splits must be a mapping from names or parameters, or a function of both, got {splits!r}")
-    return dict(splits)
+    return {bare(key) if isinstance(key, str) else key: parts for key, parts in splits.items()}  # type: ignore[return-value]
 
 
 def splits_of(splits: Splits | None, names: Mapping[Tensor, str]) -> dict[Tensor, Split]:
