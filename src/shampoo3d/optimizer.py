@@ -18,7 +18,7 @@ from shampoo3d.distributed.topology import Claims, ParallelGroups
 from shampoo3d.engines import native
 from shampoo3d.engines.engine import GroupContent
 from shampoo3d.engines.parameters import Embeddings, ParameterRegistry, collected
-from shampoo3d.engines.reading import contents, engine, locate
+from shampoo3d.engines.reading import engine, locate
 from shampoo3d.engines.splits import Splits, copied
 from shampoo3d.planning.plan import Plan
 from shampoo3d.runtime.agreement import StepRefusedError, Verdict, agree
@@ -100,7 +100,6 @@ class Shampoo(Checkpointed):
         )
         self._bound: Bound | None = None
         self._pending = Pending()
-        self._known_groups: list[dict[str, Any]] = []
         self._learn_model(params)
         if momentum is None:
             momentum = 0.0 if hyperparams.averaged else 0.9
@@ -127,18 +126,18 @@ class Shampoo(Checkpointed):
         check_kind("param_group", param_group, dict, "a dict")
         if "params" not in param_group:
             raise ValueError(f"param_group must have 'params', got {sorted(param_group)}")
-        known, count, models = self._groups, len(self.param_groups), list(self._registry.models)
+        self._registry.follow(self.param_groups)
+        count, models = len(self.param_groups), list(self._registry.models)
         try:
             self._learn_model(param_group["params"])
             super().add_param_group(param_group)
             group = self.param_groups[-1]
             settings_of(group, self.hyperparams)
-            self._registry.learn(group["params"], group.get("param_names"))
+            self._registry.learn(group)
         except Exception:
             del self.param_groups[count:]
             self._registry.models = models
             raise
-        self._known_groups = [*known, group]
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -209,7 +208,8 @@ class Shampoo(Checkpointed):
         return self._bound.parallel if self._bound else locate(self._claims, self._contents())
 
     def _contents(self) -> list[GroupContent]:
-        return contents(self._groups, self._registry.originals, self._registry.names)
+        self._registry.follow(self.param_groups)
+        return self._registry.contents
 
     def _steps_taken(self) -> int:
         """Return the largest step count of a parameter."""
@@ -221,7 +221,7 @@ class Shampoo(Checkpointed):
 
     def _unusable(self, settings: Sequence[Mapping[str, Any]]) -> str:
         """Return the error in the input of this step, or about too many failed roots; empty if none."""
-        if self._bound and not engine().placed(self._bound.parallel):
+        if self._bound and not engine().placed(self._bound.parallel, self._contents()):
             return f"the ranks were found before {engine().name} was started: bind or load after {engine().set_up}"
         if any(native.is_joined(model) for model in self._registry.models):
             return "DistributedDataParallel.join() is not supported, since ranks without input do not step"
@@ -265,6 +265,8 @@ class Shampoo(Checkpointed):
 
     def _bind(self, parallel: ParallelGroups) -> str:
         """Bind all parameters anew; those bound before keep their owners and state. Return the error, if any."""
+        if unknown := self._foreign_slices():
+            return unknown
         shown, flat = {p for group in self._groups for p in group["params"]}, self._flat_tensors
         states = {tensor: self.state.get(tensor, {}) for tensor in self._group_tensors if tensor in shown}
         owned = {
@@ -274,6 +276,21 @@ class Shampoo(Checkpointed):
             self._assemble(parallel, self._pending, owned)
         except ValueError as raised:  # perhaps on this rank only; the ranks then agree on it
             return str(raised)
+        return ""
+
+    def _foreign_slices(self) -> str:
+        """Return an error if an engine has filled the state of slices itself, without the factors that belong to it."""
+        bound, loaded = self._group_tensors, self._pending.saved
+        if self._registry.flat and any(
+            checkpoint.own(state, flat=True)
+            for key, state in self.state.items()
+            if key not in bound and key not in loaded
+        ):
+            return (
+                "the engine has put state into optimizer.state itself, as DeepSpeed does with a universal checkpoint, "
+                "which has no factors of 3D-Shampoo: use save_checkpoint() and load_checkpoint() to change layouts, or "
+                "clear optimizer.state to begin anew"
+            )
         return ""
 
     def _assemble(

@@ -37,7 +37,7 @@ class FlatBuffer(Torch):
     def mine(self, tensors: Sequence[Tensor]) -> Tensor:
         return nn.utils.parameters_to_vector(tensors)[self.first : self.last].clone()
 
-    def is_flat(self, originals: Sequence[Tensor]) -> bool:
+    def is_flat(self, group: GroupContent) -> bool:
         return True
 
     def local_shards(

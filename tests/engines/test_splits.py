@@ -216,15 +216,15 @@ def test_a_parameter_that_an_engine_has_replaced_is_told_by_its_name() -> None:
         params: list[Tensor] = list(model.parameters())
         ways: dict[str, Any] = {"name": {"0.weight": 3}, "function": lambda name, _: 3, "parameter": {params[0]: 3}}
         registry = ParameterRegistry(ShampooHyperParams(), splits=ways[told], models=[model])
-        registry.learn(params, None)
+        registry.learn({"params": params})
         assert registry.split == {model[0].weight: ((0, 3),)}
         params[0] = model[0].weight = nn.Parameter(draw((12, 5), 0))
         if told != "parameter":
-            registry.learn_replaced([{"params": []}])
+            registry.learn_replaced()
             assert registry.split == {model[0].weight: ((0, 3),)}
         else:
             with pytest.raises(ValueError, match=r"splits has '0.weight' as a parameter, which an engine has replaced"):
-                registry.learn_replaced([{"params": []}])
+                registry.learn_replaced()
 
 
 def test_a_parameter_that_joins_later_can_be_told_by_a_function() -> None:

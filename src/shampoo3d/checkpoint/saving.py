@@ -54,8 +54,11 @@ class Checkpointed(Optimizer):
     _registry: ParameterRegistry
     _bound: Bound | None
     _pending: "Pending"
-    _known_groups: list[dict[str, Any]]
     _unfinished: int = 0  # the step that is running or was interrupted; 0 if none
+
+    @abstractmethod
+    def _has_unbound(self) -> bool:
+        """Return whether parameters were added, unfrozen, removed or moved, or state taken away, since binding."""
 
     @abstractmethod
     def bind(self) -> None:
@@ -90,8 +93,8 @@ class Checkpointed(Optimizer):
     @property
     def _groups(self) -> list[dict[str, Any]]:
         """The groups as they are now, of which an engine may show a part in ``param_groups``."""
-        self._known_groups = self._registry.follow(self._known_groups, self.param_groups)
-        return self._known_groups
+        self._registry.follow(self.param_groups)
+        return self._registry.groups
 
     def _must_be_whole(self) -> None:
         if self._unfinished:
@@ -201,6 +204,8 @@ class Checkpointed(Optimizer):
         pending = Pending(saved, own, described.get("parameters", {}))
         if self._bound is None and distributed:
             self._pending = pending
+        elif self._bound is not None and own is not None and not self._has_unbound():
+            self._load_own(own, saved)
         else:
             parallel = self._located()
             meet(parallel.world, "load_state_dict()")
@@ -214,6 +219,15 @@ class Checkpointed(Optimizer):
         self._unfinished = 0
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _load_own(self, own: Mapping[str, Any], saved: Mapping[Tensor, ParamState]) -> None:
+        """Load the state of flat slices where it is; an engine may have loaded only a part of its own by now."""
+        join_background_roots(self._teams)
+        live = {tensor: checkpoint.own(self.state[tensor], flat=True) for tensor in self._group_tensors}
+        slices.check_own(self._teams, live, own, saved)
+        slices.load_own(self._teams, live, own, saved)
+        for tensor, state in live.items():
+            self.state[tensor]["step"] = state["step"]
 
     def _put_foreign(self, loaded: Mapping[Any, Any]) -> None:
         """Put the loaded entries of wrappers into ``state``, in the place of those that are there."""
@@ -316,6 +330,5 @@ class Checkpointed(Optimizer):
             "_registry": registry,
             "_bound": None,
             "_pending": pending,
-            "_known_groups": self._groups,
         }
         return {name: getattr(self, name) for name in names} | fresh

@@ -74,12 +74,17 @@ class DeepSpeed(Torch):
     def locate(self, claims: Claims, tensors: Sequence[Tensor]) -> ParallelGroups:
         """Find this process's place by the engine's groups; valid once ``deepspeed.initialize`` has run."""
         rank = torch.distributed.get_rank()
-        data = group_of(_groups()._get_sequence_data_parallel_group())
-        return ParallelGroups(rank, world_group(), data, _model_group(rank), self.name)
+        return ParallelGroups(rank, world_group(), self._data_group(), _model_group(rank), self.name)
 
-    def placed(self, parallel: ParallelGroups) -> bool:
-        """Return whether the groups were read from DeepSpeed, and not before it was started."""
-        return parallel.source == self.name
+    def placed(self, parallel: ParallelGroups, groups: Sequence[GroupContent]) -> bool:
+        """Return whether the groups of ranks are DeepSpeed's, or it was started later and for another model."""
+        if parallel.source == self.name:
+            return True
+        own = self._data_group().ranks, _model_group(parallel.rank).ranks
+        return not any(map(self.is_flat, groups)) and own == (parallel.data.ranks, parallel.model.ranks)
+
+    def _data_group(self) -> Group:
+        return group_of(_groups()._get_sequence_data_parallel_group())
 
     def tied_holders(self, model: nn.Module) -> dict[Tensor, Ranks]:
         """Find the ranks, of all stages, that hold each parameter that a PipelineModule ties across stages."""
@@ -100,14 +105,15 @@ class DeepSpeed(Torch):
         """Return whether a PipelineModule has marked the parameter as the copy of a weight of an earlier stage."""
         return bool(getattr(param, "ds_pipe_replicated", False))
 
-    def is_flat(self, originals: Sequence[Tensor]) -> bool:
-        return any(zero.is_partitioned(param) for param in originals)
+    def is_flat(self, group: GroupContent) -> bool:
+        """Return whether ZeRO has put its tensors into the group; its marks on parameters outlive an engine."""
+        return group.tensors is not group.originals and any(zero.is_partitioned(param) for param in group.originals)
 
     def local_shards(
         self, group: GroupContent, parallel: ParallelGroups, tied: Mapping[Tensor, Ranks]
     ) -> list[LocalShard]:
         """Read the slices of flat tensors, or whole parameters and copies of them."""
-        if not self.is_flat(group.originals):
+        if not self.is_flat(group):
             return super().local_shards(group, parallel, tied)
         return [
             replace(

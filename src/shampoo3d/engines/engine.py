@@ -66,16 +66,16 @@ class Engine(Protocol):
         """Find this process's place among the ranks that train these tensors, by the user's claims where it can."""
         ...
 
-    def placed(self, parallel: ParallelGroups) -> bool:
-        """Return whether these groups are those of this engine."""
+    def placed(self, parallel: ParallelGroups, groups: Sequence[GroupContent]) -> bool:
+        """Return whether these groups of ranks are right for these parameter groups under this engine."""
         ...
 
     def tied_holders(self, model: nn.Module) -> dict[Tensor, Ranks]:
         """Find the ranks that hold each parameter that is tied across pipeline stages."""
         ...
 
-    def is_flat(self, originals: Sequence[Tensor]) -> bool:
-        """Return whether the group holds flat slices instead of these parameters."""
+    def is_flat(self, group: GroupContent) -> bool:
+        """Return whether the group holds flat slices instead of its parameters."""
         ...
 
     def local_shards(

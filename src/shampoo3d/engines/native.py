@@ -37,7 +37,7 @@ class Torch:
             topology, handles = Topology(("data",), (len(ranks),), ranks), dtensor.handles_in(tensors)
         return groups_in(topology, dist.get_rank(), self.name, handles)
 
-    def placed(self, parallel: ParallelGroups) -> bool:
+    def placed(self, parallel: ParallelGroups, groups: Sequence[GroupContent]) -> bool:
         return True
 
     def tied_holders(self, model: nn.Module) -> dict[Tensor, Ranks]:
@@ -46,7 +46,7 @@ class Torch:
     def untold_tie(self, param: Tensor) -> bool:
         return False
 
-    def is_flat(self, originals: Sequence[Tensor]) -> bool:
+    def is_flat(self, group: GroupContent) -> bool:
         return False
 
     def local_shards(
@@ -97,7 +97,7 @@ class Torch:
     def is_trial_step(self, groups: Sequence[GroupContent]) -> bool:
         """Return whether the groups hold copies of parameters, whole ones, whose gradients are all zero."""
         copies = [tensor for group in groups for tensor in group.tensors if tensor not in group.names]
-        if any(self.is_flat(group.originals) for group in groups) or not copies:
+        if any(self.is_flat(group) for group in groups) or not copies:
             return False
         trial = all(copy.grad is None or not copy.grad.any() for copy in copies)
         for group in groups if trial else ():

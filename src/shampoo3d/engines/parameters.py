@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shampoo3d.engines import deepspeed, native
+from shampoo3d.engines.engine import GroupContent
 from shampoo3d.engines.reading import engine
 from shampoo3d.engines.splits import Splits, splits_of
 from shampoo3d.planning.blocks import Split
@@ -58,6 +59,7 @@ class ParameterRegistry:
         models: the modules that the parameters belong to, as far as they could be found.
         originals: the model's parameters, by group, in the very lists that the groups were made with: an engine puts
             other tensors into the groups, but replaces a parameter of the model in these lists.
+        groups: the parameter groups, of which an engine may show a part.
     """
 
     hp: ShampooHyperParams
@@ -68,15 +70,17 @@ class ParameterRegistry:
     split: dict[Tensor, Split] = field(default_factory=dict)
     models: list[nn.Module] = field(default_factory=list)
     originals: list[list[Tensor]] = field(default_factory=list)
+    groups: list[dict[str, Any]] = field(default_factory=list)
     _counted: set[Tensor] = field(default_factory=set)
 
-    def learn(self, params: list[Tensor], names: Sequence[str] | None) -> None:
+    def learn(self, group: dict[str, Any]) -> None:
         """Register a new group of parameters; if that raises, nothing has been registered.
 
         Raises:
             TypeError, ValueError: naming a parameter that is not supported, or what is wrong with embeddings or splits.
         """
-        fresh = self._names_of(len(self.originals), params, names)
+        params: list[Tensor] = group["params"]
+        fresh = self._names_of(len(self.originals), params, group.get("param_names"))
         for param in (param for param in params if param.requires_grad):
             check_supported(param, fresh[param])
         embeddings, split = self._embeddings_of(fresh), splits_of(self.splits, fresh)
@@ -84,37 +88,41 @@ class ParameterRegistry:
         self.split |= split
         self.names |= fresh
         self.originals.append(params)
+        self.groups.append(group)
+
+    @property
+    def contents(self) -> list[GroupContent]:
+        """The parameter groups with the tensors that are in them now."""
+        pairs = enumerate(zip(self.groups, self.originals, strict=True))
+        return [GroupContent(number, group["params"], params, self.names) for number, (group, params) in pairs]
 
     @property
     def flat(self) -> bool:
         """True if an engine has put flat slices into the groups."""
-        return any(engine().is_flat(params) for params in self.originals)
+        return any(engine().is_flat(group) for group in self.contents)
 
-    def follow(self, known: list[dict[str, Any]], shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the groups as they are now, and take over their lists of parameters.
+    def follow(self, shown: list[dict[str, Any]]) -> None:
+        """Take over the groups and their lists of parameters from those that ``param_groups`` has now.
 
         Dictionaries and lists are the user's, who may replace, add and remove them. An engine, though, may show some
         of the dictionaries at a time, and puts its own tensors into them.
-
-        Args:
-            known: the groups before, in the order of ``originals``.
-            shown: those that ``param_groups`` has now.
         """
-        pairs = zip(known, shown, self.originals, strict=False)
-        if len(known) == len(shown) and all(a is b and b["params"] is params for a, b, params in pairs):
-            return known
-        places = [self._place_of(group, known) for group in shown]
-        if not self.flat:
+        pairs = zip(self.groups, shown, self.originals, strict=False)
+        if len(self.groups) == len(shown) and all(a is b and b["params"] is params for a, b, params in pairs):
+            return
+        places = [self._place_of(group) for group in shown]
+        if self.flat:
+            shown_at = {place: group for group, place in zip(shown, places, strict=True) if place is not None}
+            self.groups = [shown_at.get(place, group) for place, group in enumerate(self.groups)]
+        else:
             self.originals = [self._originals_of(group, place) for group, place in zip(shown, places, strict=True)]
-            return list(shown)
-        shown_at = {place: group for group, place in zip(shown, places, strict=True) if place is not None}
-        return [shown_at.get(place, group) for place, group in enumerate(known)]
+            self.groups = list(shown)
 
-    def _place_of(self, group: Mapping[str, Any], known: Sequence[Mapping[str, Any]]) -> int | None:
+    def _place_of(self, group: Mapping[str, Any]) -> int | None:
         """Find the number that a group had: its dictionary, its list or one of its parameters was there."""
-        places = [place for place, before in enumerate(known) if before is group]
+        places = [place for place, before in enumerate(self.groups) if before is group]
         params = group["params"]
-        places += [place for place, before in enumerate(known) if before["params"] is params]
+        places += [place for place, before in enumerate(self.groups) if before["params"] is params]
         places += [place for place, before in enumerate(self.originals) if not {*before}.isdisjoint(params)]
         return places[0] if places else None
 
@@ -133,11 +141,11 @@ class ParameterRegistry:
         slices = matrices and len(params) <= len(before) and all(param.dim() == 1 for param in params)
         return before if copies or slices else params
 
-    def learn_replaced(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def learn_replaced(self) -> None:
         """Register parameters that an engine or the user has put into the groups since they were registered."""
         for group, params in enumerate(self.originals):
             if fresh := [param for param in params if param not in self.names]:
-                given = groups[group].get("param_names", ())
+                given = self.groups[group].get("param_names", ())
                 called = dict(zip(params, given, strict=True)) if len(given) == len(params) else {}
                 names = self._names_of(group, fresh, [called[param] for param in fresh] if called else None)
                 self.embeddings |= self._embeddings_of(names)

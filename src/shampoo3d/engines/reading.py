@@ -1,8 +1,7 @@
 """Local shards of the parameters, read through the engine that is in charge. Nothing here communicates."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from shampoo3d.engines.engine import Engine, GroupContent, LocalShard, Ranks
 from shampoo3d.engines.native import Torch
 from shampoo3d.planning.layout import Shard
 
-__all__ = ["ENGINES", "contents", "engine", "local", "locate", "read"]
+__all__ = ["ENGINES", "engine", "local", "locate", "read"]
 
 ENGINES: list[Engine] = [DeepSpeed(), Torch()]
 """The supported frameworks; the first that is running is in charge."""
@@ -34,14 +33,6 @@ def locate(claims: Claims, groups: Iterable[GroupContent]) -> ParallelGroups:
     parallel = engine().locate(claims, [tensor for group in groups for tensor in group.tensors])
     claims.check(parallel)
     return parallel
-
-
-def contents(
-    groups: Iterable[Mapping[str, Any]], originals: Iterable[Sequence[Tensor]], names: Mapping[Tensor, str]
-) -> list[GroupContent]:
-    """Describe the parameter groups as they are now."""
-    pairs = enumerate(zip(groups, originals, strict=True))
-    return [GroupContent(number, group["params"], params, names) for number, (group, params) in pairs]
 
 
 def read(

@@ -15,7 +15,7 @@ from shampoo3d.distributed.errors import during
 from shampoo3d.distributed.topology import ParallelGroups
 from shampoo3d.engines.engine import LocalShard
 from shampoo3d.engines.parameters import ParameterRegistry, check_supported
-from shampoo3d.engines.reading import contents, engine, local, read
+from shampoo3d.engines.reading import engine, local, read
 from shampoo3d.numerics.schedule import BlockId
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding
@@ -120,14 +120,14 @@ def _read(
     stored: list[LocalShard] = []
     tied: dict[Tensor, Ranks] = {}
     try:
-        registry.learn_replaced(groups)
+        registry.learn_replaced()
         registry.count_experts()
         for model in registry.models:
             tied |= engine().tied_holders(model)
         exact = distribution.tensor_parallel == "exact"
-        shards = read(contents(groups, registry.originals, registry.names), parallel, tied, exact=exact)
-        flat = engine().is_flat
-        taking_part = (s for s in shards if flat([s.original]) or is_trainable(s.tensor) or s.tensor in known)
+        shards = read(registry.contents, parallel, tied, exact=exact)
+        flat = {group.number for group in registry.contents if engine().is_flat(group)}
+        taking_part = (s for s in shards if s.group in flat or is_trainable(s.tensor) or s.tensor in known)
         stored = [s for s in taking_part if math.prod(s.shape) > 0]
         for s in stored:
             check_supported(s.original, registry.names[s.original])
