@@ -32,7 +32,8 @@ def as_adamw(behaviours: Behaviours) -> Callable[[Any], Any]:
     """Parametrize a test by behaviours and by our presets."""
 
     def decorated(test: Any) -> Any:
-        by_preset = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+        presets = [pytest.param(MAKERS[key], id=key, marks=[pytest.mark.slow] * (key == "soap")) for key in MAKERS]
+        by_preset = pytest.mark.parametrize("make", presets)
         return by_preset(pytest.mark.parametrize("behaves", behaviours.values(), ids=behaviours.keys())(test))
 
     return decorated

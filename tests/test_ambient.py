@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common import assert_equal, parameters, put_gradients, snapshot, train
+from common import assert_equal, parameters, put_gradients, slow_but, snapshot, train
 from shampoo3d import Computation, Shampoo, ShampooHyperParams
 
 PRESETS = {
@@ -71,18 +71,20 @@ def trained(hp: ShampooHyperParams, dtype: torch.dtype, ambience: Callable[[], A
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("ambience", AMBIENCES.values(), ids=AMBIENCES.keys())
-@pytest.mark.parametrize("hp", PRESETS.values(), ids=PRESETS.keys())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("preset", slow_but(["default", "asynchronous"], PRESETS))
+@pytest.mark.parametrize("dtype", slow_but([torch.float32], [torch.float32, torch.bfloat16]), ids=str)
 def test_steps_are_those_outside(
-    dtype: torch.dtype, hp: ShampooHyperParams, ambience: Callable[[], AbstractContextManager[Any]]
+    dtype: torch.dtype, preset: str, ambience: Callable[[], AbstractContextManager[Any]]
 ) -> None:
+    hp = PRESETS[preset]
     outside = trained(hp, dtype, ambience, set())
     assert_equal(trained(hp, dtype, ambience, set(range(6))), outside)
     assert_equal(trained(hp, dtype, ambience, {0, 3}), outside)  # state that was made inside is written outside
 
 
-@pytest.mark.parametrize("hp", PRESETS.values(), ids=PRESETS.keys())
-def test_inside_a_compiled_function(hp: ShampooHyperParams) -> None:
+@pytest.mark.parametrize("preset", slow_but(["default"], PRESETS))
+def test_inside_a_compiled_function(preset: str) -> None:
+    hp = PRESETS[preset]
     params, others = parameters(), parameters()
     compiled, plain = Shampoo(params, lr=0.01, hyperparams=hp), Shampoo(others, lr=0.01, hyperparams=hp)
 

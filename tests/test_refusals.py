@@ -115,7 +115,9 @@ ARGUMENTS: dict[str, list[tuple[Any, str]]] = {
         (NAN, "must be an integer, got nan of type float"),
         (True, "must be an integer, got True of type bool"),
     ],
-    "topology": [(4, "must be a DeepSpeed process topology such as model.topology(), got int")],
+    "topology": [
+        (4, "must be a DeviceMesh, a process group, or a DeepSpeed process topology such as model.topology(), got int")
+    ],
     "shapes": [
         (3, "must be the shapes of the trainable parameters, got 3"),
         ([6, 5], "must be the shapes of the trainable parameters, got [6, 5]"),

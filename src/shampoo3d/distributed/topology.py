@@ -112,8 +112,8 @@ class Topology:
     def coordinates(self, rank: int) -> tuple[int, ...]:
         check_integer("rank", rank, least=0)
         if rank not in self.members:
-            bound = f"one of {self.ranks}" if self.ranks else f"< {self.world_size}"
-            raise ValueError(f"rank must be {bound}, the ranks of {self}, got {rank}")
+            bound = f"one of {self.ranks}, the" if self.ranks else f"< {self.world_size}, the number of"
+            raise ValueError(f"rank must be {bound} ranks of {self}, got {rank}")
         coordinates, rank = [], self.members.index(rank)
         for length in reversed(self.dims):
             rank, coordinate = divmod(rank, length)
