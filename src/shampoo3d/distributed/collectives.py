@@ -204,7 +204,7 @@ def meet(group: Group, call: str) -> None:
     if group.size == 1 or dist.get_backend(group.handle) != "gloo":
         return
     table = torch.empty(group.size, dtype=torch.int64)
-    with awaiting(f"the calls of {call}", group.ranks):
+    with awaiting("the agreement", group.ranks):
         all_gather(table, torch.tensor([CALLS.index(call)], dtype=torch.int64), group=group.handle)
     numbers: list[int] = table.tolist()
     if len(set(numbers)) > 1:

@@ -112,6 +112,8 @@ class ParameterRegistry:
             return
         places = [self._place_of(group) for group in shown]
         if self.flat:
+            if len(shown) == len(self.groups):
+                places = [number if place is None else place for number, place in enumerate(places)]
             shown_at = {place: group for group, place in zip(shown, places, strict=True) if place is not None}
             self.groups = [shown_at.get(place, group) for place, group in enumerate(self.groups)]
         else:
