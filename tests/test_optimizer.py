@@ -349,3 +349,19 @@ def test_names_that_groups_have_in_common_are_told_apart() -> None:
     optimizer = Shampoo([{"params": [("weight", first)]}, {"params": [("weight", second)]}])
     train(optimizer)
     assert set(paths(optimizer)) == {"weight", "group1.weight"}
+
+
+@pytest.mark.parametrize("way", ["params", "module"])
+def test_a_module_may_be_given_as_it_is(way: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    given: dict[str, Any] = {"params": model} if way == "params" else {"params": [*model.parameters()], "module": model}
+    optimizer = Shampoo(**given, lr=0.1, hyperparams=HYPERPARAMS)
+    assert optimizer.state_dict()["shampoo"]["names"] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+def test_a_message_does_not_print_a_whole_model() -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(50)))
+    with pytest.raises(TypeError) as caught:
+        Shampoo(model.parameters(), lr=0.1, hyperparams=model)  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 250
+    assert "\n" not in str(caught.value)

@@ -60,6 +60,15 @@ GROUP: dict[str, list[tuple[Any, str]]] = {
     "precondition": [(1, "must be True or False, got 1 of type int"), (None, "must be True or False, got None")],
     "maximize": [(1, "must be True or False, got 1 of type int"), ("no", "must be True or False, got 'no'")],
 }
+
+
+def flattened() -> nn.Parameter:
+    """Make a parameter that FSDP1 has flattened, as it marks it."""
+    parameter = nn.Parameter(torch.ones(3, 2))
+    parameter._fsdp_flattened = True  # type: ignore[attr-defined]
+    return parameter
+
+
 EXPANDED = nn.Parameter(torch.ones(1, 5).expand(6, 5))
 ARGUMENTS: dict[str, list[tuple[Any, str]]] = {
     "params": [
@@ -69,6 +78,7 @@ ARGUMENTS: dict[str, list[tuple[Any, str]]] = {
         ([3], "can only optimize Tensors, but one of the params is int"),
         (torch.ones(3), "params argument given to the optimizer should be an iterable of Tensors"),
         ([EXPANDED], "parameter 'group0.param0' of shape (6, 5) has strides (0, 1): elements that share memory"),
+        ([flattened()], "parameter 'group0.param0' is flattened by FullyShardedDataParallel, which does not say"),
         ([nn.Parameter(torch.eye(3).to_sparse())], "parameter 'group0.param0' is not supported (torch.sparse_coo)"),
         ([nn.Parameter(torch.ones(3, dtype=torch.complex64))], "parameter 'group0.param0' is complex"),
     ],
@@ -87,6 +97,7 @@ ARGUMENTS: dict[str, list[tuple[Any, str]]] = {
         ({"root_copies": 2}, "must be a Distribution, got {'root_copies': 2} of type dict"),
     ],
     "model": [("gpt", "must be a torch.nn.Module, got 'gpt' of type str"), ([], "must be a torch.nn.Module, got []")],
+    "module": [("gpt", "must be a torch.nn.Module, got 'gpt' of type str")],
     "embeddings": [
         (3, "must be names or parameters, or a function of both, got 3"),
         ("layer.0.weight", "must be names or parameters, or a function of both, got 'layer.0.weight'"),

@@ -51,7 +51,8 @@ class Shampoo(Checkpointed):
         weight_decay: that of the hyperparams if not given.
         maximize: ascend instead of descend.
         model: the module that the parameters belong to, for their names, embeddings and tied layers; found by itself
-            when ``params`` is ``model.parameters()`` or ``model.named_parameters()``.
+            when ``params`` is ``model.parameters()`` or ``model.named_parameters()``, or the module itself.
+        module: the same, for trainers that keep an argument called ``model`` to themselves.
         embeddings: names or parameters of embeddings, or a function of name and parameter, for
             ``hyperparams.ignore_embedding_layer``; embedding modules of the model are found by themselves.
         splits: parameters that are several matrices in one, such as fused queries, keys and values: by name or
@@ -69,7 +70,7 @@ class Shampoo(Checkpointed):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Iterable[Any] | nn.Module,
         lr: float = 1e-1,
         momentum: float | None = None,
         hyperparams: ShampooHyperParams = ShampooHyperParams(),
@@ -77,6 +78,7 @@ class Shampoo(Checkpointed):
         weight_decay: float | None = None,
         maximize: bool = False,
         model: nn.Module | None = None,
+        module: nn.Module | None = None,
         embeddings: Embeddings | None = None,
         splits: Splits | None = None,
         world_rank: int | None = None,
@@ -85,16 +87,19 @@ class Shampoo(Checkpointed):
         shapes: Sequence[Sequence[int]] | None = None,
         distribution: Distribution = Distribution(),
     ) -> None:
-        check_kind("params", params, Iterable, "parameters, named parameters or groups of them")
+        check_kind("params", params, (Iterable, nn.Module), "parameters, named parameters or groups of them")
         check_kind("hyperparams", hyperparams, ShampooHyperParams, "a ShampooHyperParams")
         check_kind("distribution", distribution, Distribution, "a Distribution")
-        check_kind("model", model, (nn.Module, type(None)), "a torch.nn.Module")
+        for name, of in (("model", model), ("module", module)):
+            check_kind(name, of, (nn.Module, type(None)), "a torch.nn.Module")
         self.hyperparams, self.distribution = hyperparams, distribution
         self.skipped_steps = 0
         self._claims = Claims.of(world_rank, world_size, topology)
         if dist.is_available() and dist.is_initialized():
             self._claims.check_ranks(dist.get_rank(), dist.get_world_size(), "torch.distributed")
-        models = [] if model is None else [model]
+        if isinstance(params, nn.Module):
+            params = params.parameters()
+        models = [of for of in (model, module) if of is not None]
         self._registry = ParameterRegistry(
             hyperparams, given=collected(embeddings), splits=copied(splits), models=models
         )

@@ -34,6 +34,11 @@ def collected(given: Embeddings | None) -> Embeddings | None:
 
 def check_supported(param: Tensor, name: str) -> None:
     """Raise ValueError, naming the parameter, if it is one that steps cannot update."""
+    if type(param).__name__ == "FlatParameter" or getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            f"parameter {name!r} is flattened by FullyShardedDataParallel, which does not say where matrices begin: "
+            "shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
+        )
     if param.dtype not in DTYPES:
         kind = "complex" if param.is_complex() else "not supported"
         raise ValueError(f"parameter {name!r} is {kind} ({param.dtype}); supported: {', '.join(map(str, DTYPES))}")

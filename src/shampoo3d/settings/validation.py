@@ -49,7 +49,13 @@ def check_bool(name: str, value: object) -> None:
 def check_kind(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
     """Raise unless ``value`` is an instance of ``kind``; ``wanted`` describes the kind in the error."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {wanted}, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be {wanted}, got {_short(value)} of type {type(value).__name__}")
+
+
+def _short(value: object) -> str:
+    """Show a value in one line; a model would take a hundred."""
+    shown = " ".join(repr(value).split())
+    return shown if len(shown) <= 120 else f"{shown[:100]}..."
 
 
 def check_path(name: str, value: object) -> None:
