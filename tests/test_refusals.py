@@ -87,10 +87,13 @@ ARGUMENTS: dict[str, list[tuple[Any, str]]] = {
     "weight_decay": NUMBERS,
     "maximize": GROUP["maximize"],
     "hyperparams": [
-        (None, "must be a ShampooHyperParams, got None"),
-        ({"beta2": 0.9}, "must be a ShampooHyperParams, got {'beta2': 0.9} of type dict"),
-        (Variant(), "must be a ShampooHyperParams, got Variant("),
-        (ShampooHyperParams, "must be a ShampooHyperParams, got <class"),
+        (None, "must be a ShampooHyperParams, the name of a preset or a dict of settings, got None of type NoneType"),
+        ({"beta_2": 0.9}, "has no setting 'beta_2'; did you mean 'beta2'?"),
+        ({"preset": "soap", "betas": 0.9}, "has no setting 'betas'; did you mean 'beta"),
+        ({"preset": "adam"}, "must name a preset, one of recommended, default, soap, classic, got 'adam'"),
+        ("adamw", "must name a preset, one of recommended, default, soap, classic, got 'adamw'"),
+        (Variant(), "must be a ShampooHyperParams, the name of a preset or a dict of settings, got Variant("),
+        (ShampooHyperParams, "must be a ShampooHyperParams, the name of a preset or a dict of settings, got <class"),
     ],
     "distribution": [
         (None, "must be a Distribution, got None of type NoneType"),

@@ -31,6 +31,7 @@ from shampoo3d.runtime.team import state_bytes
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.groups import settings_of
 from shampoo3d.settings.hyperparams import ShampooHyperParams
+from shampoo3d.settings.names import hyperparams_of
 from shampoo3d.settings.validation import check_kind
 
 
@@ -47,7 +48,8 @@ class Shampoo(Checkpointed):
         lr: learning rate.
         momentum: of both directions; Nesterov's if ``hyperparams.nesterov``. 0.9 if not given, or 0 with
             ``variant.beta1``, which averages the gradient in its place.
-        hyperparams: all other settings of the update rule.
+        hyperparams: all other settings of the update rule, the name of a preset ("recommended", "soap", "classic"), or
+            a dictionary of settings by their names, with ``"preset"``.
         weight_decay: that of the hyperparams if not given.
         maximize: ascend instead of descend.
         model: the module that the parameters belong to, for their names, embeddings and tied layers; found by itself
@@ -73,7 +75,7 @@ class Shampoo(Checkpointed):
         params: Iterable[Any] | nn.Module,
         lr: float = 1e-1,
         momentum: float | None = None,
-        hyperparams: ShampooHyperParams = ShampooHyperParams(),
+        hyperparams: ShampooHyperParams | str | Mapping[str, Any] = ShampooHyperParams(),
         *,
         weight_decay: float | None = None,
         maximize: bool = False,
@@ -88,10 +90,10 @@ class Shampoo(Checkpointed):
         distribution: Distribution = Distribution(),
     ) -> None:
         check_kind("params", params, (Iterable, nn.Module), "parameters, named parameters or groups of them")
-        check_kind("hyperparams", hyperparams, ShampooHyperParams, "a ShampooHyperParams")
         check_kind("distribution", distribution, Distribution, "a Distribution")
         for name, of in (("model", model), ("module", module)):
             check_kind(name, of, (nn.Module, type(None)), "a torch.nn.Module")
+        hyperparams = hyperparams_of(hyperparams)
         self.hyperparams, self.distribution = hyperparams, distribution
         self.skipped_steps = 0
         self._claims = Claims.of(world_rank, world_size, topology)

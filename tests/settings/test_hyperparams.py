@@ -311,11 +311,6 @@ def test_out_of_bounds_in_the_constructor(name: str, value: Any) -> None:
         Shampoo([parameter()], **{name: value})
 
 
-def test_hyperparams_of_another_kind_are_refused() -> None:
-    with pytest.raises((ValueError, TypeError), match="hyperparams"):
-        Shampoo([parameter()], hyperparams={"beta2": 0.9})  # type: ignore[arg-type]
-
-
 def test_an_unknown_setting_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match="beta1"):
         ShampooHyperParams(beta1=0.9)  # type: ignore[call-arg]

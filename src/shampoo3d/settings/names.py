@@ -1,0 +1,54 @@
+"""Settings from a file: one flat set of names for all of them, wherever they live."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from shampoo3d.settings.computation import Computation
+from shampoo3d.settings.hyperparams import ShampooHyperParams
+from shampoo3d.settings.variant import Variant
+
+PRESETS: dict[str, Callable[[], ShampooHyperParams]] = {
+    "recommended": ShampooHyperParams.default,
+    "default": ShampooHyperParams.default,
+    "soap": ShampooHyperParams.soap,
+    "classic": ShampooHyperParams.classic,
+}
+"""``"recommended"`` is the preset of the project's examples; it may become a better one."""
+
+
+def hyperparams_of(given: ShampooHyperParams | str | Mapping[str, Any]) -> ShampooHyperParams:
+    """Return the settings that a preset's name or a dictionary of names gives, such as a YAML or JSON file holds.
+
+    Args:
+        given: the settings themselves; the name of a preset; or a dictionary of settings of ``ShampooHyperParams``,
+            ``Variant`` and ``Computation`` by their names, with ``"preset"``, "recommended" if it has none.
+
+    Raises:
+        TypeError, ValueError: naming the setting and its bound, or an unknown name with the nearest.
+    """
+    if isinstance(given, ShampooHyperParams):
+        return given
+    if not isinstance(given, (str, Mapping)):
+        raise TypeError(
+            "hyperparams must be a ShampooHyperParams, the name of a preset or a dict of settings, got "
+            f"{str(given)[:80]} of type {type(given).__name__}"
+        )
+    changes = {"preset": given} if isinstance(given, str) else dict(given)
+    preset = changes.pop("preset", "recommended")
+    if preset not in PRESETS:
+        raise ValueError(f"hyperparams must name a preset, one of {', '.join(PRESETS)}, got {preset!r}")
+    base = PRESETS[preset]()
+    homes = {field.name: kind for kind in (ShampooHyperParams, Variant, Computation) for field in fields(kind)}
+    homes = {name: kind for name, kind in homes.items() if name not in ("variant", "computation")}
+    if unknown := [name for name in changes if name not in homes]:
+        near = get_close_matches(str(unknown[0]), [*homes, "preset"], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(homes))}"
+        raise ValueError(f"hyperparams has no setting {unknown[0]!r}{hint}")
+
+    def of(kind: type) -> dict[str, Any]:
+        return {name: value for name, value in changes.items() if homes[name] is kind}
+
+    variant, computation = replace(base.variant, **of(Variant)), replace(base.computation, **of(Computation))
+    return replace(base, variant=variant, computation=computation, **of(ShampooHyperParams))
