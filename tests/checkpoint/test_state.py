@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import cycle, product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ from common import (
     snapshot,
     train,
 )
-from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams, Variant
+from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams, UnfinishedStepError, Variant
 
 STATES: dict[str, ShampooHyperParams] = {
     "sgd": HYPERPARAMS,
@@ -250,3 +251,24 @@ def test_a_state_without_an_entry_for_one_parameter_is_refused_at_once(fresh: bo
     with pytest.raises(ValueError, match=r"1 of 4 parameters.*'layer\.2\.weight'"):
         target.load_state_dict(state)
     assert_equal(snapshot(target), before)
+
+
+def test_a_dictionary_whose_state_is_elsewhere(tmp_path: Path) -> None:
+    params, others = parameters(), parameters()
+    optimizer, resumed = Shampoo(params, lr=0.05, hyperparams=HYPERPARAMS), Shampoo(others, hyperparams=HYPERPARAMS)
+    train(optimizer)
+    optimizer.elsewhere = "beside"
+    state = saved_and_loaded(optimizer.state_dict())
+    assert state["state"] == {}
+    optimizer.save_checkpoint(tmp_path / "beside")
+    resumed.load_state_dict(state)
+    assert resumed.awaits_folder
+    assert resumed.param_groups[0]["lr"] == 0.05
+    for call in (resumed.step, resumed.state_dict, lambda: resumed.save_checkpoint(tmp_path / "another")):
+        with pytest.raises(UnfinishedStepError, match="has no state: it is in 'beside' beside it; load that with"):
+            call()
+    resumed.load_checkpoint(tmp_path / "beside")
+    optimizer.elsewhere = ""
+    train(optimizer, range(3, 6))
+    train(resumed, range(3, 6))
+    assert_equal(snapshot(resumed), snapshot(optimizer))

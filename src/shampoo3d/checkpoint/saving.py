@@ -55,6 +55,10 @@ class Checkpointed(Optimizer):
     _bound: Bound | None
     _pending: "Pending"
     _unfinished: int = 0  # the step that is running or was interrupted; 0 if none
+    elsewhere: str = ""
+    """Name of a folder into which a trainer saves the state on all ranks; then ``state_dict()``, which it calls on one,
+    has settings and this name only, and does not communicate."""
+    _awaited: str = ""  # the folder that must be loaded, since a dictionary without state was
 
     @abstractmethod
     def _has_unbound(self) -> bool:
@@ -96,7 +100,17 @@ class Checkpointed(Optimizer):
         self._registry.follow(self.param_groups)
         return self._registry.groups
 
+    @property
+    def awaits_folder(self) -> bool:
+        """True if a dictionary was loaded whose state is in a folder, which :meth:`load_checkpoint` has yet to load."""
+        return bool(self._awaited)
+
     def _must_be_whole(self) -> None:
+        if self._awaited:
+            raise UnfinishedStepError(
+                f"the dictionary that was loaded has no state: it is in {self._awaited!r} beside it; load that with "
+                "load_checkpoint(), on all ranks"
+            )
         if self._unfinished:
             raise UnfinishedStepError(
                 f"step {self._unfinished} was interrupted; parameters and optimizer state are inconsistent: load a "
@@ -157,6 +171,8 @@ class Checkpointed(Optimizer):
         the state on this rank, without communication, as in DeepSpeed's files, and loads only into the same layout.
         """
         self._must_be_whole()
+        if self.elsewhere and not self._registry.flat:
+            return self._settings_only()
         if self._bound is not None and not self._registry.flat:
             meet(self._bound.parallel.world, "state_dict()")
         params = [param for group in self._groups for param in group["params"]]
@@ -177,6 +193,16 @@ class Checkpointed(Optimizer):
             whole["shampoo"] |= slices.own_state(self._teams, numbers)
         return whole
 
+    def _settings_only(self) -> dict[str, Any]:
+        """Return the groups, and in which folder the state is."""
+        owned, self.state = self.state, defaultdict(dict)
+        try:
+            settings = super().state_dict()
+        finally:
+            self.state = owned
+        settings["shampoo"] = form.description({}, self.hyperparams, self.skipped_steps) | {"elsewhere": self.elsewhere}
+        return settings
+
     @undisturbed()
     @during("in load_state_dict(), which all ranks must call")
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -194,6 +220,7 @@ class Checkpointed(Optimizer):
         saved = {key: checkpoint.own(of, flat=flat) for key, of in loaded.items() if isinstance(key, Tensor)}
         described: dict[str, Any] = state_dict.get("shampoo", {})  # absent after PyTorch's conversions
         form.check_described(described, self.hyperparams)
+        self._awaited = described.get("elsewhere", "")
         own = described if "layout" in described else None
         if saved and flat != (own is not None):
             raise ValueError(
@@ -309,7 +336,7 @@ class Checkpointed(Optimizer):
             self.state[tensor]["step"] = step
         form.replace_settings(self._groups, loading.groups)
         self.skipped_steps = loading.manifest.skipped_steps
-        self._unfinished = 0
+        self._unfinished, self._awaited = 0, ""
         return loading.loaded()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -323,6 +350,8 @@ class Checkpointed(Optimizer):
             "skipped_steps",
             "_claims",
             "_unfinished",
+            "elsewhere",
+            "_awaited",
         )
         pending = Pending(self._complete_state(), self._pending.own, self._parameters())
         fresh = {

@@ -1,0 +1,66 @@
+"""Checkpoints of Hugging Face's ``Trainer``, complete on any number of ranks.
+
+The trainer saves the optimizer on its first rank only, where 3D-Shampoo has a part of its state. The callback saves a
+folder beside that on all ranks, and loads it when the trainer resumes, on another number of ranks, too.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from shampoo3d.optimizer import Shampoo
+
+FOLDER = "shampoo"
+"""Name of the folder within each of the trainer's checkpoints."""
+
+
+class ShampooCallback(TrainerCallback):  # type: ignore[misc]
+    """Saves and loads the optimizer's state beside the trainer's checkpoints; give it as one of its ``callbacks``.
+
+    Under DeepSpeed it does nothing, since engines save the state of all ranks themselves.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Load the folder of the checkpoint that the trainer resumes from.
+
+        Raises:
+            FileNotFoundError: naming the places, if the dictionary that was loaded has its state in a folder that is in
+                none of them.
+        """
+        optimizer = _shampoo(kwargs.get("optimizer"))
+        if optimizer is None or args.deepspeed is not None or (args.world_size == 1 and not optimizer.awaits_folder):
+            return
+        optimizer.elsewhere = FOLDER if args.world_size > 1 else ""
+        if optimizer.awaits_folder:
+            places = [_checkpoint(args, state)]
+            if isinstance(args.resume_from_checkpoint, str) and Path(args.resume_from_checkpoint).is_dir():
+                places.insert(0, Path(args.resume_from_checkpoint))
+            found = [place / FOLDER for place in places if (place / FOLDER).is_dir()]
+            if not found:
+                raise FileNotFoundError(f"the state is in a folder {FOLDER!r}, which is in none of {places}")
+            optimizer.load_checkpoint(found[0], weights=False)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save the folder, on all ranks."""
+        optimizer = _shampoo(kwargs.get("optimizer"))
+        if optimizer is not None and optimizer.elsewhere and not args.save_only_model:
+            folder = _checkpoint(args, state) / FOLDER
+            if state.is_world_process_zero and folder.exists():  # the run went on from an earlier step
+                shutil.rmtree(folder)
+            optimizer.save_checkpoint(folder)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _shampoo(optimizer: Any) -> Shampoo | None:
+    """Find the optimizer inside Accelerate's wrapper."""
+    while optimizer is not None and not isinstance(optimizer, Shampoo):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
