@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -379,3 +380,10 @@ def test_files_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "settings.json").write_text("{}")
     assert "does not hold the settings of a run" in refusal(f"train --resume --output {tmp_path}", capsys)
     assert "--picture plan.doc" in refusal("plan --picture plan.doc", capsys)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert not ended.value.code
+    assert re.fullmatch(r"3d-shampoo \d+\.\d+\S*, torch \d+\.\d+\S*\n", capsys.readouterr().out)

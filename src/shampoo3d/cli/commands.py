@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields, replace
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast, get_type_hints
 
@@ -30,6 +31,22 @@ INTERRUPTED = 130
 """The exit code of a process that Ctrl-C ended."""
 
 app = typer.Typer(add_completion=False, help="3D-Shampoo: train with it, see who owns what.")
+
+
+@app.callback(invoke_without_command=True)
+def _base(
+    context: typer.Context,
+    show: Annotated[
+        bool, typer.Option("--version", help="Show the versions of 3D-Shampoo and PyTorch, and exit.")
+    ] = False,
+) -> None:
+    if show:
+        typer.echo(f"3d-shampoo {version('3d-shampoo')}, torch {version('torch')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+
 
 checkpoint = typer.Typer(help="Look at checkpoints, and make those of DeepSpeed load into any layout.")
 app.add_typer(checkpoint, name="checkpoint")
