@@ -123,6 +123,17 @@ def a_group_in_two(make: Make) -> bool:
 
 
 @behaviour
+def a_group_put_there_by_hand(make: Make) -> bool:
+    params, new = parameters(), parameters([(5, 4)])
+    optimizer = make(params)
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": new})
+    before = clones(new)
+    put_gradients(new, 0)
+    advance(optimizer, params, range(3))
+    return not equal(new, before)
+
+
+@behaviour
 def keys_of_others_stay(make: Make) -> bool:
     keys = {
         "rho": 0.05,

@@ -365,3 +365,13 @@ def test_a_message_does_not_print_a_whole_model() -> None:
         Shampoo(model.parameters(), lr=0.1, hyperparams=model)  # type: ignore[arg-type]
     assert len(str(caught.value)) < 250
     assert "\n" not in str(caught.value)
+
+
+def test_a_group_that_lost_its_settings_has_the_defaults() -> None:
+    """PyTorch's conversions of checkpoints leave them out of empty groups."""
+    params = parameters()
+    optimizer = Shampoo(params, lr=0.1, hyperparams=HYPERPARAMS)
+    optimizer.param_groups.append({"params": [], "lr": 0.3})
+    train(optimizer)
+    assert optimizer.skipped_steps == 0
+    assert all(state["step"] == 3 for state in optimizer.state.values())

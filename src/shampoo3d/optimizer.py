@@ -204,7 +204,7 @@ class Shampoo(Checkpointed):
         settings: list[dict[str, Any]] = []
         for number, group in enumerate(self._groups):
             try:
-                settings.append(settings_of(group, self.hyperparams))
+                settings.append(settings_of(self.defaults | group, self.hyperparams))
             except (TypeError, ValueError) as raised:
                 settings.append({})
                 error = error or f"in group {number} {raised}"

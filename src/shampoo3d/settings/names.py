@@ -7,6 +7,7 @@ from typing import Any
 
 from shampoo3d.settings.computation import Computation
 from shampoo3d.settings.hyperparams import ShampooHyperParams
+from shampoo3d.settings.validation import check_kind
 from shampoo3d.settings.variant import Variant
 
 PRESETS: dict[str, Callable[[], ShampooHyperParams]] = {
@@ -30,11 +31,7 @@ def hyperparams_of(given: ShampooHyperParams | str | Mapping[str, Any]) -> Shamp
     """
     if isinstance(given, ShampooHyperParams):
         return given
-    if not isinstance(given, (str, Mapping)):
-        raise TypeError(
-            "hyperparams must be a ShampooHyperParams, the name of a preset or a dict of settings, got "
-            f"{str(given)[:80]} of type {type(given).__name__}"
-        )
+    check_kind("hyperparams", given, (str, Mapping), "a ShampooHyperParams, the name of a preset or a dict of settings")
     changes = {"preset": given} if isinstance(given, str) else dict(given)
     preset = changes.pop("preset", "recommended")
     if preset not in PRESETS:

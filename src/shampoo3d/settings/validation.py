@@ -49,10 +49,10 @@ def check_bool(name: str, value: object) -> None:
 def check_kind(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
     """Raise unless ``value`` is an instance of ``kind``; ``wanted`` describes the kind in the error."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {wanted}, got {_short(value)} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be {wanted}, got {short(value)} of type {type(value).__name__}")
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """Show a value in one line; a model would take a hundred."""
     shown = " ".join(repr(value).split())
     return shown if len(shown) <= 120 else f"{shown[:100]}..."
