@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import slow_but
+from common import parameters, put_gradients, slow_but
 from shampoo3d import Computation, Shampoo, ShampooHyperParams, Variant
 from shampoo3d.numerics import preconditioner
 from shampoo3d.numerics.momenta import ALL, Momenta
 from shampoo3d.numerics.preconditioner import Stack, squared_norms
 from shampoo3d.numerics.soap import EigenStack
+from shampoo3d.settings import groups as settings_in_groups
 
 SETTINGS: dict[str, Any] = {"beta2": 0.9, "matrix_eps": 1e-6, "block_size": 8, "nonfinite_gradient": "ignore"}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -127,6 +128,26 @@ def test_a_tolerance_makes_it_wait_as_often_as_there_are_shapes(tolerance: float
     few, many = (operations_of_steps(count, 3, variant=variant) for count in (3, 6))
     assert few["nonzero"] == many["nonzero"] > 0
     assert not few.keys() & (WAITING - {"nonzero"})
+
+
+def test_a_learning_rate_on_the_device_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings_in_groups, "_on_host", lambda value: not isinstance(value, Tensor))
+    hp = ShampooHyperParams.default(block_size=4, nonfinite_gradient="ignore")
+    params, others = parameters(), parameters()
+    optimizer, plain = Shampoo(params, lr=0.01, hyperparams=hp), Shampoo(others, lr=0.01, hyperparams=hp)
+    rate = optimizer.param_groups[0]["lr"] = torch.tensor(0.0, dtype=torch.float64)
+    for t in range(3):
+        rate.fill_(0.1 / (t + 1))  # as a schedule on the device does
+        plain.param_groups[0]["lr"] = 0.1 / (t + 1)
+        put_gradients(params, t)
+        put_gradients(others, t)
+        with Operations() as known:
+            plain.step()
+        with Operations() as unread:
+            optimizer.step()
+        assert {name: unread.count[name] for name in WAITING} == {name: known.count[name] for name in WAITING}
+    for mine, other in zip(params, others, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
 
 def test_looking_at_gradients_makes_it_wait_once() -> None:
