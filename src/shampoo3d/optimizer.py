@@ -216,6 +216,8 @@ class Shampoo(Checkpointed):
 
     def _contents(self) -> list[GroupContent]:
         self._registry.follow(self.param_groups)
+        if self._bound is None:
+            self._registry.take_sharded()
         return self._registry.contents
 
     def _steps_taken(self) -> int:

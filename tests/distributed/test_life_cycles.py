@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from common import slow_but
 from shampoo3d import StepRefusedError
@@ -246,3 +247,21 @@ def _universal() -> str:
 def test_state_that_an_engine_has_put_there_itself_is_refused() -> None:
     for message in run(_universal, 2):
         assert "as DeepSpeed does with a universal checkpoint, which has no factors of 3D-Shampoo" in message
+
+
+def _sharded_late() -> tuple[Weights, Weights]:
+    """Weights of a model that was sharded before the optimizer was made, and of one that was sharded after it."""
+    found = []
+    for late in (False, True):
+        session = one_process(SHAPE, MAKE)
+        module = session.module.float()
+        optimizer = MAKE(module.parameters()) if late else None
+        fully_shard(module)
+        session = Session(SHAPE, module, optimizer or MAKE(module.parameters()))
+        found.append(session.train(0, 3).weights())
+    return found[0], found[1]
+
+
+def test_the_model_may_be_sharded_after_the_optimizer_was_made() -> None:
+    for early, late in run(_sharded_late, 2):
+        assert not _differing(late, early)

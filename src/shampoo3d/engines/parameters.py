@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shampoo3d.engines import deepspeed, native
 from shampoo3d.engines.engine import GroupContent
@@ -147,6 +148,15 @@ class ParameterRegistry:
         matrices = any(param.dim() > 1 for param in before)
         slices = matrices and len(params) <= len(before) and all(param.dim() == 1 for param in params)
         return before if copies or slices else params
+
+    def take_sharded(self) -> None:
+        """Put into the groups the ``DTensor`` by which ``fully_shard`` has replaced a parameter of a known module."""
+        for model in self.models:
+            sharded = {name: param for param, name in native.names_in(model).items() if isinstance(param, DTensor)}
+            for params in self.originals if sharded else ():
+                for index, param in enumerate(params):
+                    if not isinstance(param, DTensor):
+                        params[index] = sharded.get(self.names.get(param, ""), param)
 
     def learn_replaced(self) -> None:
         """Register parameters that an engine or the user has put into the groups since they were registered."""
