@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from common import slow_but
 from shampoo3d import Shampoo, ShampooHyperParams, StepRefusedError, Topology
 from shampoo3d.distributed.errors import CallsDifferError
 
@@ -63,7 +64,7 @@ def _trained(way: str, folder: Path) -> tuple[list[Tensor], int]:
     return [value.detach().clone() for value in values], optimizer.skipped_steps
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_but(["fsdp", "group"], WAYS))
 def test_the_others_are_not_waited_for(way: str, tmp_path: Path) -> None:
     found = run(_trained, 3, way, tmp_path, seconds=60)
     alone = list(_model(2).parameters())
