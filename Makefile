@@ -16,7 +16,7 @@ demo: env  ## train a GPT with AdamW and with 3D-Shampoo on 4 processes; results
 test: env  ## everything but the slow tests
 	$(call tests)
 
-test-slow: env  ## more settings on more layouts, the 22 recorded topologies, up to 32 processes
+test-slow: env $(VENV)/trainers  ## more settings on more layouts, the 22 recorded topologies, up to 32 processes
 	$(call tests,-m "slow or hypothesis" --hypothesis-profile slow)
 
 test-all: test test-slow
@@ -37,6 +37,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch setuptools wheel
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev,bench]"
+	touch $@
+
+# Other people's trainers, which only slow tests use.
+$(VENV)/trainers: $(VENV)/installed
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[trainers]"
 	touch $@
 
 clean:
