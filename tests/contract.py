@@ -25,7 +25,15 @@ MAKERS: dict[str, Make] = {
     "soap": partial(Shampoo, lr=0.01, hyperparams=ShampooHyperParams.soap(block_size=4, computation=TOGETHER)),
     "classic": partial(Shampoo, lr=0.01, hyperparams=ShampooHyperParams.classic(block_size=4, computation=TOGETHER)),
 }
-Behaviours = dict[str, Callable[[Make], Any]]
+
+
+class Behaviours(dict[str, Callable[[Make], Any]]):
+    """Behaviours by their names."""
+
+    def add(self, function: Callable[[Make], Any]) -> Callable[[Make], Any]:
+        """Add a function under its own name, as its decorator."""
+        self[function.__name__] = function
+        return function
 
 
 def as_adamw(behaviours: Behaviours) -> Callable[[Any], Any]:

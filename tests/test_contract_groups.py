@@ -14,12 +14,8 @@ from torch.optim import Optimizer, lr_scheduler
 from common import clones, parameters, put_gradients
 from contract import Behaviours, Make, advance, as_adamw, ended, equal, twins
 
-BEHAVIOURS: Behaviours = {}
-
-
-def behaviour(function: Callable[[Make], Any]) -> Callable[[Make], Any]:
-    BEHAVIOURS[function.__name__] = function
-    return function
+BEHAVIOURS = Behaviours()
+behaviour = BEHAVIOURS.add
 
 
 def _with_dictionaries(put: Callable[[Optimizer, float], Any], make: Make) -> bool:

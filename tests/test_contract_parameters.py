@@ -13,12 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from common import clones, parameters, put_gradients
 from contract import Behaviours, Make, advance, as_adamw, ended, equal, twins
 
-BEHAVIOURS: Behaviours = {}
-
-
-def behaviour(function: Callable[[Make], Any]) -> Callable[[Make], Any]:
-    BEHAVIOURS[function.__name__] = function
-    return function
+BEHAVIOURS = Behaviours()
+behaviour = BEHAVIOURS.add
 
 
 @behaviour

@@ -16,12 +16,8 @@ from torch.optim import Optimizer
 from common import parameters
 from contract import Behaviours, Make, advance, as_adamw, ended, equal, twins
 
-BEHAVIOURS: Behaviours = {}
-
-
-def behaviour(function: Callable[[Make], Any]) -> Callable[[Make], Any]:
-    BEHAVIOURS[function.__name__] = function
-    return function
+BEHAVIOURS = Behaviours()
+behaviour = BEHAVIOURS.add
 
 
 def wrapped(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> None:

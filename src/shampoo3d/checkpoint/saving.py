@@ -128,8 +128,9 @@ class Checkpointed(Optimizer):
         if self._bound is None:
             return begun
         join_background_roots(self._teams)
+        flat = self._registry.flat
         for team in self._teams:
-            if self._registry.flat:
+            if flat:
                 begun |= {
                     group_tensor.tensor: checkpoint.own(self.state[group_tensor.tensor], flat=True)
                     for group_tensor in team.group_tensors
@@ -171,21 +172,18 @@ class Checkpointed(Optimizer):
         the state on this rank, without communication, as in DeepSpeed's files, and loads only into the same layout.
         """
         self._must_be_whole()
-        if self.elsewhere and not self._registry.flat:
+        flat = self._registry.flat
+        if self.elsewhere and not flat:
             return self._settings_only()
-        if self._bound is not None and not self._registry.flat:
+        if self._bound is not None and not flat:
             meet(self._bound.parallel.world, "state_dict()")
         params = [param for group in self._groups for param in group["params"]]
         foreign, complete = self._foreign_state(), self._complete_state()
         whole_state = {param: complete.get(param, {}) | foreign.pop(param, {}) for param in params}
         whole_state |= {key: state for key, state in foreign.items() if not isinstance(key, Tensor)}
-        owned, self.state = self.state, defaultdict(dict, {key: of for key, of in whole_state.items() if of})
-        try:
-            whole = super().state_dict()
-        finally:
-            self.state = owned
+        whole = self._packed({key: of for key, of in whole_state.items() if of})
         whole["shampoo"] = form.description(self._parameters(), self.hyperparams, self.skipped_steps)
-        if not self._registry.flat:
+        if not flat:
             originals = (param for group in self._registry.originals for param in group)
             whole["shampoo"]["names"] = [self._registry.names[param] for param in originals]
         elif self._bound is not None:
@@ -193,13 +191,17 @@ class Checkpointed(Optimizer):
             whole["shampoo"] |= slices.own_state(self._teams, numbers)
         return whole
 
-    def _settings_only(self) -> dict[str, Any]:
-        """Return the groups, and in which folder the state is."""
-        owned, self.state = self.state, defaultdict(dict)
+    def _packed(self, state: Mapping[Any, Any]) -> dict[str, Any]:
+        """Return PyTorch's dictionary of the groups with this state, which numbers the parameters."""
+        owned, self.state = self.state, defaultdict(dict, state)
         try:
-            settings = super().state_dict()
+            return super().state_dict()
         finally:
             self.state = owned
+
+    def _settings_only(self) -> dict[str, Any]:
+        """Return the groups, and in which folder the state is."""
+        settings = self._packed({})
         settings["shampoo"] = form.description({}, self.hyperparams, self.skipped_steps) | {"elsewhere": self.elsewhere}
         return settings
 

@@ -196,16 +196,21 @@ class Claims:
             check_integer("world_rank", self.world_rank, least=0)
         if self.world_size is not None:
             check_integer("world_size", self.world_size, least=1)
-        whole = self.topology if self.topology is None or not self.topology.ranks else None
+        whole = self._whole
         size = whole.world_size if self.world_size is None and whole else self.world_size
         if size is not None and whole is not None and whole.world_size != size:
             raise ValueError(f"world_size={size} contradicts topology, whose {whole} are {whole.world_size}")
         if size is not None and self.world_rank is not None and self.world_rank >= size:
             raise ValueError(f"world_rank must be < {size}, the number of ranks, got {self.world_rank}")
 
+    @property
+    def _whole(self) -> Topology | None:
+        """The topology, if it is one of all ranks."""
+        return None if self.topology is None or self.topology.ranks else self.topology
+
     def check_ranks(self, rank: int, world_size: int, source: str) -> None:
         """Raise ValueError, naming both numbers, where the rank or the number of ranks contradicts ``source``."""
-        whole = self.topology if self.topology is None or not self.topology.ranks else None
+        whole = self._whole
         _compare(
             source,
             ("world_rank", self.world_rank, rank),
@@ -238,7 +243,7 @@ def groups_in(topology: Topology, rank: int, source: str, handles: Sequence[dist
     me = Group((rank,))
     known = [world_group(), *(group_of(handle) for handle in handles if dist.get_rank(handle) >= 0)]
     parallel = ParallelGroups(rank, me, me, me, source, {group.ranks: group for group in reversed(known)})
-    parallel.world = parallel.group(sorted(topology.members))
+    parallel.world = parallel.group(topology.members)
     parallel.model = parallel.group(topology.peers(rank, "model") if "model" in topology.axes else (rank,))
     parallel.data = parallel.group(topology.peers(rank, "data") if "data" in topology.axes else (rank,))
     return parallel

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from shampoo3d.engines.splits import Splits, splits_of
 from shampoo3d.planning.blocks import Split
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Embeddings = Iterable[Tensor | str] | Callable[[str, Tensor], bool]
 
 
@@ -40,9 +41,9 @@ def check_supported(param: Tensor, name: str) -> None:
             f"parameter {name!r} is flattened by FullyShardedDataParallel, which does not say where matrices begin: "
             "shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
         )
-    if param.dtype not in DTYPES:
+    if param.dtype not in _DTYPES:
         kind = "complex" if param.is_complex() else "not supported"
-        raise ValueError(f"parameter {name!r} is {kind} ({param.dtype}); supported: {', '.join(map(str, DTYPES))}")
+        raise ValueError(f"parameter {name!r} is {kind} ({param.dtype}); supported: {', '.join(map(str, _DTYPES))}")
     if param.layout != torch.strided:
         raise ValueError(f"parameter {name!r} is not supported ({param.layout}); its layout must be dense")
     strides = zip(param.stride(), param.shape, strict=True)
@@ -128,11 +129,11 @@ class ParameterRegistry:
 
     def _place_of(self, group: Mapping[str, Any]) -> int | None:
         """Find the number that a group had: its dictionary, its list or one of its parameters was there."""
-        places = [place for place, before in enumerate(self.groups) if before is group]
         params = group["params"]
-        places += [place for place, before in enumerate(self.groups) if before["params"] is params]
-        places += [place for place, before in enumerate(self.originals) if not {*before}.isdisjoint(params)]
-        return places[0] if places else None
+        of_dictionary = (place for place, before in enumerate(self.groups) if before is group)
+        of_list = (place for place, before in enumerate(self.groups) if before["params"] is params)
+        of_members = (place for place, before in enumerate(self.originals) if not {*before}.isdisjoint(params))
+        return next(chain(of_dictionary, of_list, of_members), None)
 
     def _originals_of(self, group: Mapping[str, Any], place: int | None) -> list[Tensor]:
         """Return the list of the model's own parameters: that of the group, unless an engine has put copies into it."""

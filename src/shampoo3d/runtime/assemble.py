@@ -125,8 +125,9 @@ def _read(
         for model in registry.models:
             tied |= engine().tied_holders(model)
         exact = distribution.tensor_parallel == "exact"
-        shards = read(registry.contents, parallel, tied, exact=exact)
-        flat = {group.number for group in registry.contents if engine().is_flat(group)}
+        contents = registry.contents
+        shards = read(contents, parallel, tied, exact=exact)
+        flat = {group.number for group in contents if engine().is_flat(group)}
         taking_part = (s for s in shards if s.group in flat or is_trainable(s.tensor) or s.tensor in known)
         stored = [s for s in taking_part if math.prod(s.shape) > 0]
         for s in stored:
@@ -215,7 +216,7 @@ def _record(
     known: Mapping[Tensor, int],
 ) -> RankRecord:
     settings = {field.name: getattr(of, field.name) for of in (registry.hp, distribution) for field in fields(of)}
-    record = RankRecord(settings, [], [], [], [])
+    record, in_slices = RankRecord(settings, [], [], [], []), registry.flat
     for s, shard_group in members:
         excluded = "embedding" if s.original in registry.embeddings else ""
         if not groups[s.group]["precondition"]:
@@ -225,7 +226,7 @@ def _record(
         sharding = Sharding(name, s.shape, dtype, (), s.sharded, s.divided, excluded, model_dtype, split)
         record.shardings.append(sharding)
         record.shards.append((shard_group, s.shard))
-        record.steps.append(0 if registry.flat else known.get(s.tensor, 0))
+        record.steps.append(0 if in_slices else known.get(s.tensor, 0))
         flat = local(s.tensor).reshape(-1)
         record.checksums.append(checksum(flat[s.offset : s.offset + s.shard.elements]))
     return record

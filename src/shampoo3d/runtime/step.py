@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from shampoo3d.numerics.grafting import graft_scale
-from shampoo3d.numerics.schedule import phase
+from shampoo3d.numerics.schedule import Phase, phase
 from shampoo3d.runtime.bindings import StepCounts
 from shampoo3d.runtime.exchange import Exchange
 from shampoo3d.runtime.team import Team, WorkItem
@@ -64,23 +64,24 @@ def _precondition(items: Sequence[WorkItem], due: Sequence[WorkItem], hp: Shampo
 
     A root includes the gradient that it is applied to; eigenbases take it in afterwards, as in the paper on SOAP.
     """
+    phases = {t: phase(t, hp) for t in {item.t for item in items}}
     for item in items:
         stack = item.batch.stack
-        if phase(item.t, hp).accumulate and not item.batch.guests:
+        if phases[item.t].accumulate and not item.batch.guests:
             stack.accumulate(item.blocks, item.rows, item.t)
     if hp.variant.direction == "adam":
-        _direct(items, hp)
+        _direct(items, phases)
     for item in due:
         stack = item.batch.stack
         (stack.enqueue_refresh if hp.computation.asynchronous else stack.refresh_roots)(item.rows, item.t)
     if hp.variant.direction == "root":
-        _direct(items, hp)
+        _direct(items, phases)
 
 
-def _direct(items: Sequence[WorkItem], hp: ShampooHyperParams) -> None:
+def _direct(items: Sequence[WorkItem], phases: Mapping[int, Phase]) -> None:
     for item in items:
         stack, bucket = item.batch.stack, item.batch.bucket
-        if not phase(item.t, hp).started:
+        if not phases[item.t].started:
             stack.update_average(item.blocks, item.rows, item.t)
             continue
         stack.precondition(item.blocks, item.rows, item.t, out=item.blocks)
