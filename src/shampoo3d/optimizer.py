@@ -45,11 +45,12 @@ class Shampoo(Checkpointed):
     Args:
         params: parameters, named parameters or groups. A group may set lr, momentum, weight_decay, maximize, and
             ``precondition=False`` to leave its parameters without preconditioner.
-        lr: learning rate.
+        lr: learning rate. If not given 1e-3, as for AdamW, or 0.1 without ``variant.beta1``, as for SGD.
         momentum: of both directions; Nesterov's if ``hyperparams.nesterov``. 0.9 if not given, or 0 with
             ``variant.beta1``, which averages the gradient in its place.
-        hyperparams: all other settings of the update rule, the name of a preset ("recommended", "soap", "classic"), or
-            a dictionary of settings by their names, with ``"preset"``.
+        hyperparams: all other settings of the update rule: the name of a preset ("recommended", "soap", "classic"), a
+            dictionary of settings by their names, with ``"preset"``, or a ``ShampooHyperParams``, which is the thesis's
+            rule where it says nothing else.
         weight_decay: that of the hyperparams if not given.
         maximize: ascend instead of descend.
         model: the module that the parameters belong to, for their names, embeddings and tied layers; found by itself
@@ -73,9 +74,9 @@ class Shampoo(Checkpointed):
     def __init__(
         self,
         params: Iterable[Any] | nn.Module,
-        lr: float = 1e-1,
+        lr: float | None = None,
         momentum: float | None = None,
-        hyperparams: ShampooHyperParams | str | Mapping[str, Any] = ShampooHyperParams(),
+        hyperparams: ShampooHyperParams | str | Mapping[str, Any] = "recommended",
         *,
         weight_decay: float | None = None,
         maximize: bool = False,
@@ -108,6 +109,8 @@ class Shampoo(Checkpointed):
         self._bound: Bound | None = None
         self._pending = Pending()
         self._learn_model(params)
+        if lr is None:
+            lr = 1e-3 if hyperparams.averaged else 1e-1
         if momentum is None:
             momentum = 0.0 if hyperparams.averaged else 0.9
         if weight_decay is None:
