@@ -1,4 +1,4 @@
-"""What the README tells a user of DeepSpeed to write, as it stands there, at every ZeRO stage."""
+"""Lines that the README gives to a user of DeepSpeed, as they stand there, at every ZeRO stage."""
 
 import re
 from pathlib import Path

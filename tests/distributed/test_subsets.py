@@ -21,7 +21,7 @@ from .harness import run
 HP = ShampooHyperParams.default(block_size=4)
 MINE = (0, 2)
 """Two of three ranks train this model, the other one a model of its own."""
-WAYS = ["fsdp", "ddp", "mesh", "group"]
+WAYS = ["fsdp", "topology", "ddp", "mesh", "group"]
 
 
 def _model(seed: int) -> nn.Module:
@@ -33,6 +33,9 @@ def _optimizer(way: str, model: nn.Module, ranks: tuple[int, ...]) -> Shampoo:
     """Make all groups on every rank, as PyTorch asks, and use that of these ranks."""
     groups = {MINE: dist.new_group(MINE), (1,): dist.new_group([1])}
     make = partial(Shampoo, lr=0.01, hyperparams=HP)
+    if way == "topology":
+        dist.new_group([2])  # the user's own, by which ranks 0 and 2 are in different numbers of groups
+        return make(model.named_parameters(), topology=Topology(("data",), (len(ranks),), ranks))
     if way == "fsdp":
         fully_shard(model, mesh=DeviceMesh.from_group(groups[ranks], "cpu"))
         return make(model.named_parameters())
@@ -64,7 +67,7 @@ def _trained(way: str, folder: Path) -> tuple[list[Tensor], int]:
     return [value.detach().clone() for value in values], optimizer.skipped_steps
 
 
-@pytest.mark.parametrize("way", slow_but(["fsdp", "group"], WAYS))
+@pytest.mark.parametrize("way", slow_but(["fsdp", "topology", "group"], WAYS))
 def test_the_others_are_not_waited_for(way: str, tmp_path: Path) -> None:
     found = run(_trained, 3, way, tmp_path, seconds=60)
     alone = list(_model(2).parameters())

@@ -165,8 +165,7 @@ class ParallelGroups:
                 return known
         if len(wanted) > 1:
             with awaiting("a new process group", wanted):
-                handle = dist.new_group(list(wanted), timeout=_timeout(), use_local_synchronization=True)
-            self._groups[wanted] = Group(wanted, handle)
+                self._groups[wanted] = Group(wanted, _new_group(wanted))
         else:
             self._groups[wanted] = Group(wanted)
         return self._groups[wanted]
@@ -264,6 +263,40 @@ def total_ranks() -> int:
 def world_group() -> Group:
     """Return the group of all ranks of ``torch.distributed``."""
     return Group(tuple(range(dist.get_world_size())), dist.group.WORLD)
+
+
+def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """Make the process group of these ranks, without the others.
+
+    PyTorch names such a group after the number of groups that the process is in, and ranks in more groups of the user's
+    would wait under another name: the other ones are in groups of their own as long as it is made.
+    """
+    fillers = [_made((dist.get_rank(),)) for _ in range(_most_groups(ranks) - _group_count())]
+    group = _made(ranks)
+    for filler in fillers:
+        dist.destroy_process_group(filler)
+    return group
+
+
+def _made(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=_timeout(), use_local_synchronization=True)
+    return group
+
+
+def _group_count() -> int:
+    return len(dist.distributed_c10d._world.pg_names)
+
+
+def _most_groups(ranks: tuple[int, ...]) -> int:
+    """Return the largest number of groups that one of the ranks is in; by way of the store, without a group."""
+    if dist.get_backend() == "fake":  # one process plays all ranks
+        return _group_count()
+    store = dist.distributed_c10d.PrefixStore(f"shampoo3d/groups/{ranks}", dist.distributed_c10d._get_default_store())
+    turn = (store.add("arrived", 1) - 1) // len(ranks)
+    store.set(f"{turn}/{dist.get_rank()}", str(_group_count()))
+    if dist.get_rank() == ranks[0]:
+        store.set(f"{turn}/most", str(max(int(store.get(f"{turn}/{rank}")) for rank in ranks)))
+    return int(store.get(f"{turn}/most"))
 
 
 def _timeout() -> timedelta | None:
