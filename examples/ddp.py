@@ -32,8 +32,7 @@ def main() -> None:
     torch.manual_seed(0)
     layers = [nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 8)]
     model = DistributedDataParallel(nn.Sequential(*layers).to(device))
-    settings = shampoo3d.ShampooHyperParams(block_size=32, beta2=0.95, matrix_eps=1e-6)
-    optimizer = shampoo3d.Shampoo(model.parameters(), lr=0.5, hyperparams=settings)
+    optimizer = shampoo3d.Shampoo(model.parameters(), lr=0.01, hyperparams={"block_size": 32})
     data = batches(dist.get_rank())
     for step in range(STEPS):
         x, y = (part.to(device) for part in next(data))

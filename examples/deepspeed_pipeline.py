@@ -45,8 +45,8 @@ def main() -> None:
         loss_fn=nn.functional.mse_loss,
         partition_method="parameters",
     )
-    settings = shampoo3d.ShampooHyperParams(block_size=32, beta2=0.95, matrix_eps=1e-6)
-    optimizer = shampoo3d.Shampoo(model.parameters(), lr=0.5, topology=model.topology(), hyperparams=settings)
+    settings = {"preset": "recommended", "block_size": 32}
+    optimizer = shampoo3d.Shampoo(model.parameters(), lr=0.01, topology=model.topology(), hyperparams=settings)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
     data = batches(engine.grid.get_data_parallel_rank())
     for step in range(STEPS):

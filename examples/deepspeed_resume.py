@@ -35,8 +35,7 @@ def main() -> None:
     torch.manual_seed(0)
     layers = [nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 8)]
     model = nn.Sequential(*layers)
-    settings = shampoo3d.ShampooHyperParams.default(block_size=32)
-    optimizer = shampoo3d.Shampoo(model.parameters(), lr=0.01, hyperparams=settings)
+    optimizer = shampoo3d.Shampoo(model.parameters(), lr=0.01, hyperparams={"block_size": 32})
     config = {
         "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
         "zero_optimization": {"stage": STAGE},

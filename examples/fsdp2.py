@@ -38,8 +38,7 @@ def main() -> None:
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    settings = shampoo3d.ShampooHyperParams(block_size=32, beta2=0.95, matrix_eps=1e-6)
-    optimizer = shampoo3d.Shampoo(model.parameters(), lr=0.5, hyperparams=settings)
+    optimizer = shampoo3d.Shampoo(model.parameters(), lr=0.01, hyperparams={"block_size": 32})
     data = batches(dist.get_rank())
     for step in range(STEPS):
         x, y = (part.to(kind) for part in next(data))

@@ -26,10 +26,7 @@ def adamw(params: Iterable[Tensor]) -> torch.optim.Optimizer:
 
 
 def shampoo(params: Iterable[Tensor]) -> torch.optim.Optimizer:
-    settings = shampoo3d.ShampooHyperParams(
-        block_size=256, beta2=0.95, matrix_eps=1e-6, preconditioning_compute_steps=5, graft_type="adagrad"
-    )
-    return shampoo3d.Shampoo(params, lr=3e-3, hyperparams=settings)
+    return shampoo3d.Shampoo(params, lr=6e-3)
 
 
 def main() -> None:

@@ -341,7 +341,7 @@ def test_no_mutable_default_is_shared() -> None:
     one, other = Shampoo(parameters()), Shampoo(parameters())
     one.param_groups[0]["lr"] = 123.0
     one.defaults["lr"] = 123.0
-    assert other.param_groups[0]["lr"] == other.defaults["lr"] == Shampoo(parameters()).defaults["lr"] == 0.1
+    assert other.param_groups[0]["lr"] == other.defaults["lr"] == Shampoo(parameters()).defaults["lr"] == 1e-3
 
 
 def test_names_that_groups_have_in_common_are_told_apart() -> None:

@@ -82,7 +82,7 @@ ARGUMENTS: dict[str, list[tuple[Any, str]]] = {
         ([nn.Parameter(torch.eye(3).to_sparse())], "parameter 'group0.param0' is not supported (torch.sparse_coo)"),
         ([nn.Parameter(torch.ones(3, dtype=torch.complex64))], "parameter 'group0.param0' is complex"),
     ],
-    "lr": GROUP["lr"],
+    "lr": NUMBERS,
     "momentum": NUMBERS,
     "weight_decay": NUMBERS,
     "maximize": GROUP["maximize"],

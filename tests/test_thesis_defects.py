@@ -197,7 +197,7 @@ def test_the_global_random_state_is_untouched() -> None:
 def test_the_state_is_complete_and_holds_no_objects() -> None:
     """The thesis code pickled the whole model into each state, and kept states on owners only."""
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
-    optimizer = Shampoo(model.parameters())
+    optimizer = Shampoo(model.parameters(), hyperparams="classic")
     train(optimizer)
     state = saved_and_loaded(optimizer.state_dict())["state"]
     assert set(state) == {0, 1, 2, 3}

@@ -101,7 +101,7 @@ def test_the_root_of_a_1x1_factor_is_not_1(dtype: torch.dtype, rtol: float) -> N
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_one_bad_gradient_does_not_make_the_weights_nan_for_ever(bad: float) -> None:
     p, twin = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))
-    optimizer, plain = Shampoo([p]), Shampoo([twin])
+    optimizer, plain = Shampoo([p], hyperparams="classic"), Shampoo([twin], hyperparams="classic")
     p.grad = torch.full((3, 2), bad)
     optimizer.step()
     train(optimizer)
@@ -130,7 +130,7 @@ def test_nor_does_a_gradient_whose_square_overflows(dtype: torch.dtype, huge: fl
 
 def test_a_large_float64_gradient_does_not_skip_the_step_of_float32_parameters() -> None:
     params = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2, dtype=torch.float64))]
-    optimizer = Shampoo(params)
+    optimizer = Shampoo(params, hyperparams="classic")
     for p, size in zip(params, (1.0, 1e25), strict=True):
         p.grad = torch.full_like(p, size)
     optimizer.step()
@@ -140,7 +140,7 @@ def test_a_large_float64_gradient_does_not_skip_the_step_of_float32_parameters()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_parameters_that_are_not_float32(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(dtype)
-    optimizer = Shampoo(model.parameters())
+    optimizer = Shampoo(model.parameters(), hyperparams="classic")
     train(optimizer)
     assert all(p.dtype == dtype and p.isfinite().all() for p in model.parameters())
 

@@ -45,11 +45,12 @@ class Shampoo(Checkpointed):
     Args:
         params: parameters, named parameters or groups. A group may set lr, momentum, weight_decay, maximize, and
             ``precondition=False`` to leave its parameters without preconditioner.
-        lr: learning rate.
+        lr: learning rate. If not given 1e-3, as for AdamW, or 0.1 without ``variant.beta1``, as for SGD.
         momentum: of both directions; Nesterov's if ``hyperparams.nesterov``. 0.9 if not given, or 0 with
             ``variant.beta1``, which averages the gradient in its place.
-        hyperparams: all other settings of the update rule, the name of a preset ("recommended", "soap", "classic"), or
-            a dictionary of settings by their names, with ``"preset"``.
+        hyperparams: all other settings of the update rule: the name of a preset ("recommended", "soap", "classic"), a
+            dictionary of settings by their names, with ``"preset"``, or a ``ShampooHyperParams``, which is the thesis's
+            rule where it says nothing else.
         weight_decay: that of the hyperparams if not given.
         maximize: ascend instead of descend.
         model: the module that the parameters belong to, for their names, embeddings and tied layers; found by itself
@@ -73,9 +74,9 @@ class Shampoo(Checkpointed):
     def __init__(
         self,
         params: Iterable[Any] | nn.Module,
-        lr: float = 1e-1,
+        lr: float | None = None,
         momentum: float | None = None,
-        hyperparams: ShampooHyperParams | str | Mapping[str, Any] = ShampooHyperParams(),
+        hyperparams: ShampooHyperParams | str | Mapping[str, Any] = "recommended",
         *,
         weight_decay: float | None = None,
         maximize: bool = False,
@@ -108,6 +109,8 @@ class Shampoo(Checkpointed):
         self._bound: Bound | None = None
         self._pending = Pending()
         self._learn_model(params)
+        if lr is None:
+            lr = 1e-3 if hyperparams.averaged else 1e-1
         if momentum is None:
             momentum = 0.0 if hyperparams.averaged else 0.9
         if weight_decay is None:
@@ -133,7 +136,7 @@ class Shampoo(Checkpointed):
         check_kind("param_group", param_group, dict, "a dict")
         if "params" not in param_group:
             raise ValueError(f"param_group must have 'params', got {sorted(param_group)}")
-        self._registry.follow(self.param_groups)
+        self._follow()
         count, models = len(self.param_groups), list(self._registry.models)
         try:
             self._learn_model(param_group["params"])
@@ -177,6 +180,7 @@ class Shampoo(Checkpointed):
         return loss
 
     def _step(self) -> None:
+        self._follow()
         if self._bound is None and engine().is_trial_step(self._contents()):
             return
         with during(lambda: f"before step {self._steps_taken() + 1}"):
@@ -202,7 +206,7 @@ class Shampoo(Checkpointed):
 
     def _agree(self, parallel: ParallelGroups, error: str, unbound: bool) -> tuple[Verdict, list[dict[str, Any]]]:
         settings: list[dict[str, Any]] = []
-        for number, group in enumerate(self._groups):
+        for number, group in enumerate(self._registry.groups):
             try:
                 settings.append(settings_of(self.defaults | group, self.hyperparams))
             except (TypeError, ValueError) as raised:
@@ -215,7 +219,6 @@ class Shampoo(Checkpointed):
         return self._bound.parallel if self._bound else locate(self._claims, self._contents())
 
     def _contents(self) -> list[GroupContent]:
-        self._registry.follow(self.param_groups)
         if self._bound is None:
             self._registry.take_sharded()
         return self._registry.contents
@@ -270,7 +273,7 @@ class Shampoo(Checkpointed):
         if self._bound is None:
             return True
         bound = self._group_tensors
-        shown = {param: number for number, group in enumerate(self._groups) for param in group["params"]}
+        shown = {param: number for number, group in enumerate(self._registry.groups) for param in group["params"]}
         trainable = {param: number for param, number in shown.items() if is_trainable(param)}
         if any(param not in bound or bound[param].group != number for param, number in trainable.items()):
             return True
@@ -282,7 +285,7 @@ class Shampoo(Checkpointed):
         """Bind all parameters anew; those bound before keep their owners and state. Return the error, if any."""
         if unknown := self._foreign_slices():
             return unknown
-        shown, flat = {p for group in self._groups for p in group["params"]}, self._flat_tensors
+        shown, flat = {p for group in self._registry.groups for p in group["params"]}, self._flat_tensors
         states = {tensor: self.state.get(tensor, {}) for tensor in self._group_tensors if tensor in shown}
         owned = {
             tensor: checkpoint.own(state, flat=tensor in flat) for tensor, state in states.items() if "step" in state
@@ -321,7 +324,7 @@ class Shampoo(Checkpointed):
         fixed = {b.id: b.owner for team in self._teams for b in team.plan.blocks} if owned else {}
         join_background_roots(self._teams)
         known = {tensor: int(state["step"]) for tensor, state in owned.items()}
-        teams = assemble(self._groups, self._registry, parallel, self.distribution, known, fixed)
+        teams = assemble(self._registry.groups, self._registry, parallel, self.distribution, known, fixed)
         saved = {tensor: state for tensor, state in pending.saved.items() if state != {"step": 0}}  # not begun
         live = checkpoint.live_state(teams)
         if pending.own is not None:
@@ -347,8 +350,9 @@ class Shampoo(Checkpointed):
         Raises:
             StepRefusedError: on every rank, as from :meth:`step`.
         """
-        parallel = self._located()
-        meet(parallel.world, "bind()")
+        self._bind_for("bind()")
+
+    def _bind_on_all(self, parallel: ParallelGroups) -> None:
         if any(all_gather_object(parallel.world, self._has_unbound())) and (
             why := first_error(parallel, self._bind(parallel))
         ):

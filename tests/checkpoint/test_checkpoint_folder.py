@@ -163,7 +163,8 @@ def test_what_would_mean_something_else_is_refused(changes: Any, message: str, f
 
 
 def test_another_model_is_refused(folder: Path) -> None:
-    other = Shampoo([("layer.0.weight", nn.Parameter(draw((6, 5), 0))), ("new", nn.Parameter(draw((2, 2), 1)))], 0.01)
+    named = [("layer.0.weight", nn.Parameter(draw((6, 5), 0))), ("new", nn.Parameter(draw((2, 2), 1)))]
+    other = Shampoo(named, 0.01, hyperparams="classic")
     with pytest.raises(CheckpointError, match=r"nothing for 1 parameters: \['new'\]; 3 of its parameters are not in"):
         other.load_checkpoint(folder)
     names = ["layer.0.weight", "layer.1.weight", "layer.2.weight", "layer.3.weight"]

@@ -76,7 +76,7 @@ def filled(state: Any, name: str, value: float) -> Any:
 
 @pytest.mark.parametrize(("damaged", "text"), DAMAGE.values(), ids=DAMAGE.keys())
 def test_damaged_states(damaged: Callable[[Any], Any], text: str) -> None:
-    optimizer = made()
+    optimizer = made(hyperparams="classic")
     train(optimizer)
     before = snapshot(optimizer)
     refused(lambda: optimizer.load_state_dict(damaged(copy.deepcopy(before["state"]))), text)

@@ -40,10 +40,10 @@ from shampoo3d import LayerwiseGrafting, Shampoo
 @pytest.mark.parametrize("graft", list(LayerwiseGrafting))
 def test_empty_tensors(graft: LayerwiseGrafting) -> None:
     params = parameters([(0,), (0, 5), (6, 5), (3, 0, 2)])
-    optimizer = Shampoo(params, hyperparams=replace(HYPERPARAMS, **grafted(graft)))
+    optimizer = Shampoo(params, SETTINGS.lr, hyperparams=replace(HYPERPARAMS, **grafted(graft)))
     settings = replace(SETTINGS, graft_type=graft.name.lower(), beta1=optimizer.hyperparams.variant.beta1)
     advance(optimizer, Reference(arrays(params), [settings] * 4), range(3))
-    fresh = Shampoo(params, hyperparams=replace(HYPERPARAMS, **grafted(graft)))
+    fresh = Shampoo(params, SETTINGS.lr, hyperparams=replace(HYPERPARAMS, **grafted(graft)))
     fresh.load_state_dict(saved_and_loaded(optimizer.state_dict()))
 
 
@@ -89,7 +89,7 @@ def test_memory_layouts(
 def test_dtypes(dtype: torch.dtype, graft: LayerwiseGrafting) -> None:
     """Computed and kept in float32 (float64 for float64): one step differs from the reference by one rounding of W."""
     params = parameters(dtype=dtype)
-    optimizer = Shampoo(params, hyperparams=replace(HYPERPARAMS, **grafted(graft)))
+    optimizer = Shampoo(params, SETTINGS.lr, hyperparams=replace(HYPERPARAMS, **grafted(graft)))
     settings = replace(SETTINGS, graft_type=graft.name.lower(), beta1=optimizer.hyperparams.variant.beta1)
     rounding = max(torch.finfo(dtype).eps, TOLERANCE if dtype == torch.float64 else 1e-4)
     put_gradients(params, 0)

@@ -149,7 +149,7 @@ def documented(heading: str, document: Path = DOCUMENT) -> dict[str, Any]:
 
 def test_the_documents_list_every_setting_with_its_default() -> None:
     groups = {"lr": 0.1, "momentum": 0.9, "precondition": True, "maximize": False}
-    assert {**Shampoo([parameter()]).defaults} == {**groups, "weight_decay": 0.0}
+    assert {**Shampoo([parameter()], hyperparams="classic").defaults} == {**groups, "weight_decay": 0.0}
     assert documented("Settings") == groups | {f.name: f.default for f in fields(ShampooHyperParams)}
     assert documented("Settings of the variant", VARIANTS) == {f.name: f.default for f in fields(Variant)}
     assert documented("Settings of the computation") == {f.name: f.default for f in fields(Computation)}
@@ -305,7 +305,7 @@ def test_out_of_bounds_in_a_group(name: str, value: Any) -> None:
         optimizer.add_param_group({"params": [parameter()], name: value})
 
 
-@pytest.mark.parametrize(("name", "value"), rows({"lr": BAD_GROUP["lr"], "momentum": [-0.5, NAN, INF, "0.9"]}))
+@pytest.mark.parametrize(("name", "value"), rows({name: [-0.5, NAN, INF, "0.9"] for name in ("lr", "momentum")}))
 def test_out_of_bounds_in_the_constructor(name: str, value: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=naming(name, value)):
         Shampoo([parameter()], **{name: value})
@@ -366,8 +366,17 @@ def test_the_defaults_are_those_of_the_thesis() -> None:
             "max_root_failures": None,
         },
     }
-    defaults = Shampoo([parameter()]).defaults
+    defaults = Shampoo([parameter()], hyperparams=ShampooHyperParams()).defaults
     assert (defaults["lr"], defaults["momentum"]) == (0.1, 0.9)
+
+
+def test_without_settings_it_is_the_recommended_preset_at_a_rate_of_adamw() -> None:
+    optimizer = Shampoo([parameter()])
+    assert optimizer.hyperparams == ShampooHyperParams.default()
+    assert (optimizer.defaults["lr"], optimizer.defaults["momentum"]) == (
+        torch.optim.AdamW([parameter()]).defaults["lr"],
+        0.0,
+    )
 
 
 def test_settings_cannot_be_changed_and_travel_well() -> None:

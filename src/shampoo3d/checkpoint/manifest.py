@@ -13,7 +13,7 @@ from typing import Any
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import Cuts
 from shampoo3d.planning.layout import Matrix
-from shampoo3d.settings.groups import SETTINGS
+from shampoo3d.settings.groups import SETTINGS, plain
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.validation import check_path
 
@@ -266,7 +266,7 @@ def saved_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     saved = {}
     for name, value in group.items():
         if name not in ("params", "param_names"):
-            number = value.item() if getattr(value, "shape", None) in ((), (1,)) else value
+            number = plain(value)
             if name in SETTINGS or _is_json(number):
                 saved[name] = number
     return saved

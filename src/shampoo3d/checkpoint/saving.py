@@ -65,8 +65,8 @@ class Checkpointed(Optimizer):
         """Return whether parameters were added, unfrozen, removed or moved, or state taken away, since binding."""
 
     @abstractmethod
-    def bind(self) -> None:
-        """Find the ranks and plan."""
+    def _bind_on_all(self, parallel: ParallelGroups) -> None:
+        """Bind what is not bound yet, together with the ranks that have met for it."""
 
     @abstractmethod
     def _assemble(
@@ -94,11 +94,9 @@ class Checkpointed(Optimizer):
         """Tensors of the groups that hold shards, the state of whose elements has the shape of the tensor."""
         return {group_tensor.tensor for team in self._teams for group_tensor in team.flat_buckets}
 
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
-        """The groups as they are now, of which an engine may show a part in ``param_groups``."""
+    def _follow(self) -> None:
+        """Take over the groups as they are now: at the beginning of whatever the user calls."""
         self._registry.follow(self.param_groups)
-        return self._registry.groups
 
     @property
     def awaits_folder(self) -> bool:
@@ -172,12 +170,13 @@ class Checkpointed(Optimizer):
         the state on this rank, without communication, as in DeepSpeed's files, and loads only into the same layout.
         """
         self._must_be_whole()
+        self._follow()
         flat = self._registry.flat
         if self.elsewhere and not flat:
             return self._settings_only()
         if self._bound is not None and not flat:
             meet(self._bound.parallel.world, "state_dict()")
-        params = [param for group in self._groups for param in group["params"]]
+        params = [param for group in self._registry.groups for param in group["params"]]
         foreign, complete = self._foreign_state(), self._complete_state()
         whole_state = {param: complete.get(param, {}) | foreign.pop(param, {}) for param in params}
         whole_state |= {key: state for key, state in foreign.items() if not isinstance(key, Tensor)}
@@ -217,6 +216,7 @@ class Checkpointed(Optimizer):
         """
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
+        self._follow()
         flat = self._registry.flat
         groups, loaded = form.by_parameter(self.param_groups, state_dict, self._registry.names, self.hyperparams)
         saved = {key: checkpoint.own(of, flat=flat) for key, of in loaded.items() if isinstance(key, Tensor)}
@@ -270,6 +270,12 @@ class Checkpointed(Optimizer):
             elif entries := checkpoint.foreign(state, flat=flat):
                 self.state.setdefault(key, {}).update(form.cast(key, entries))
 
+    def _bind_for(self, call: str) -> None:
+        self._follow()
+        parallel = self._located()
+        meet(parallel.world, call)
+        self._bind_on_all(parallel)
+
     def _source(self) -> folder.Source:
         assert self._bound is not None
         join_background_roots(self._teams)
@@ -279,7 +285,7 @@ class Checkpointed(Optimizer):
         return folder.Source(
             self._bound.parallel,
             self._teams,
-            self._groups,
+            self._registry.groups,
             self._steps,
             idle,
             models,
@@ -302,8 +308,7 @@ class Checkpointed(Optimizer):
         check_path("path", path)
         self._must_be_whole()
         with during(f"about the checkpoint {os.fspath(path)}"):
-            meet(self._located().world, "save_checkpoint()")
-            self.bind()
+            self._bind_for("save_checkpoint()")
             folder.save(self._source(), path)
 
     @undisturbed()
@@ -330,19 +335,19 @@ class Checkpointed(Optimizer):
         for name, value in (("weights", weights), ("strict", strict), ("reblock", reblock)):
             check_bool(name, value)
         with during(f"about the checkpoint {os.fspath(path)}"):
-            meet(self._located().world, "load_checkpoint()")
-            self.bind()
+            self._bind_for("load_checkpoint()")
             loading = folder.Loading.open(self._source(), path, weights=weights, strict=strict, reblock=reblock)
             loading.finish()
         for tensor, step in loading.steps().items():
             self.state[tensor]["step"] = step
-        form.replace_settings(self._groups, loading.groups)
+        form.replace_settings(self._registry.groups, loading.groups)
         self.skipped_steps = loading.manifest.skipped_steps
         self._unfinished, self._awaited = 0, ""
         return loading.loaded()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickles, which bind their parameters anew at their first step."""
+        self._follow()
         registry = replace(self._registry, models=[])
         names = (
             "defaults",

@@ -40,7 +40,7 @@ class GroupTensor:
     @property
     def stored(self) -> Tensor:
         """The values on this rank."""
-        return local(self.tensor.detach())
+        return local(self.tensor).detach()
 
     @property
     def flat(self) -> Tensor:

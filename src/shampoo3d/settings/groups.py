@@ -4,16 +4,12 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from shampoo3d.settings.computation import Computation
 from shampoo3d.settings.hyperparams import ShampooHyperParams
+from shampoo3d.settings.names import HOMES
 from shampoo3d.settings.validation import check_bool, check_number
-from shampoo3d.settings.variant import Variant
 
 SETTINGS = ("lr", "momentum", "weight_decay", "precondition", "maximize")
-_FOR_ALL_GROUPS = {
-    *(ShampooHyperParams.__dataclass_fields__.keys() - {"weight_decay"}),
-    *(Variant.__dataclass_fields__ | Computation.__dataclass_fields__),
-}
+_FOR_ALL_GROUPS = HOMES.keys() - {"weight_decay"} | {"variant", "computation"}
 _NEAR = 0.86
 """Similarity from which on a key is taken for a misspelt setting; that of max_momentum to momentum is 0.8."""
 _ROUNDING = 1e-12
@@ -30,7 +26,9 @@ def settings_of(group: Mapping[str, Any], hp: ShampooHyperParams) -> dict[str, A
             nearly spelt like one. Other keys belong to schedulers and wrappers and are ignored.
     """
     _check_names(group)
-    lr, momentum, weight_decay = (_number(group[name]) for name in ("lr", "momentum", "weight_decay"))
+    lr, momentum, weight_decay = (
+        plain(group[name]) if _on_host(group[name]) else group[name] for name in ("lr", "momentum", "weight_decay")
+    )
     if isinstance(lr, float) and -_ROUNDING <= lr < 0.0:
         lr = 0.0
     if _on_host(lr):
@@ -66,6 +64,6 @@ def _on_host(value: Any) -> bool:
     return getattr(getattr(value, "device", "cpu"), "type", "cpu") == "cpu"
 
 
-def _number(value: Any) -> Any:
-    """Return the number in a tensor or array of one element that is on the host; anything else as it is."""
-    return value.item() if getattr(value, "shape", None) in ((), (1,)) and _on_host(value) else value
+def plain(value: Any) -> Any:
+    """Return the number in a tensor or array of one element; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) in ((), (1,)) else value

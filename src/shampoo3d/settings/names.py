@@ -1,6 +1,6 @@
 """Settings from a file: one flat set of names for all of them, wherever they live."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import Any
@@ -17,6 +17,23 @@ PRESETS: dict[str, Callable[[], ShampooHyperParams]] = {
     "classic": ShampooHyperParams.classic,
 }
 """``"recommended"`` is the preset of the project's examples; it may become a better one."""
+
+
+HOMES: dict[str, type] = {
+    field.name: kind
+    for kind in (ShampooHyperParams, Variant, Computation)
+    for field in fields(kind)
+    if field.name not in ("variant", "computation")
+}
+"""Home of each setting that all groups have in common."""
+
+
+def check_names(given_as: str, given: Iterable[Any], known: Collection[str]) -> None:
+    """Raise ValueError for a name that is not one of the known ones, with the nearest of them."""
+    if unknown := [name for name in given if name not in known]:
+        near = get_close_matches(str(unknown[0]), known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(known))}"
+        raise ValueError(f"{given_as} has no setting {unknown[0]!r}{hint}")
 
 
 def hyperparams_of(given: ShampooHyperParams | str | Mapping[str, Any]) -> ShampooHyperParams:
@@ -37,15 +54,10 @@ def hyperparams_of(given: ShampooHyperParams | str | Mapping[str, Any]) -> Shamp
     if preset not in [*PRESETS]:
         raise ValueError(f"hyperparams must name a preset, one of {', '.join(PRESETS)}, got {short(preset)}")
     base = PRESETS[preset]()
-    homes = {field.name: kind for kind in (ShampooHyperParams, Variant, Computation) for field in fields(kind)}
-    homes = {name: kind for name, kind in homes.items() if name not in ("variant", "computation")}
-    if unknown := [name for name in changes if name not in homes]:
-        near = get_close_matches(str(unknown[0]), [*homes, "preset"], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(homes))}"
-        raise ValueError(f"hyperparams has no setting {unknown[0]!r}{hint}")
+    check_names("hyperparams", changes, [*HOMES, "preset"])
 
     def of(kind: type) -> dict[str, Any]:
-        return {name: value for name, value in changes.items() if homes[name] is kind}
+        return {name: value for name, value in changes.items() if HOMES[name] is kind}
 
     variant, computation = replace(base.variant, **of(Variant)), replace(base.computation, **of(Computation))
     return replace(base, variant=variant, computation=computation, **of(ShampooHyperParams))
