@@ -181,6 +181,30 @@ def test_arguments_that_contradict_each_other(given: dict[str, Any], text: str) 
     refused(lambda: made(**given), text)
 
 
+def test_large_values_are_shown_in_part() -> None:
+    model = nn.Sequential(*(nn.Linear(9, 9) for _ in range(30)))
+    settings = (
+        "lr",
+        "momentum",
+        "weight_decay",
+        "maximize",
+        "hyperparams",
+        "splits",
+        "shapes",
+        "world_rank",
+        "distribution",
+    )
+    for name in settings:
+        value = model if name != "splits" else {"layer.0.weight": torch.ones(300)}
+        with pytest.raises(TypeError) as caught:
+            made(**{name: value})
+        assert len(str(caught.value)) < 260, name
+    for make in (lambda: ShampooHyperParams(graft_type=model), lambda: made(hyperparams={"preset": [*range(999)]})):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="got ") as caught_:
+            make()
+        assert len(str(caught_.value)) < 260
+
+
 def test_the_tables_hold_every_argument() -> None:
     names = inspect.signature(Shampoo).parameters
     assert {*names} == {*ARGUMENTS}

@@ -234,12 +234,18 @@ class Shampoo(Checkpointed):
     def _unusable(self, settings: Sequence[Mapping[str, Any]]) -> str:
         """Return the error in the input of this step, or about too many failed roots; empty if none."""
         if self._bound and not engine().placed(self._bound.parallel, self._contents()):
-            return f"the ranks were found before {engine().name} was started: bind or load after {engine().set_up}"
+            return (
+                f"the ranks were found before {engine().name} was started: make a new optimizer, and bind or load "
+                f"after {engine().set_up}"
+            )
         if any(native.is_joined(model) for model in self._registry.models):
             return "DistributedDataParallel.join() is not supported, since ranks without input do not step"
         most = self.hyperparams.computation.max_root_failures
         if most is not None and self.root_failures > most:
-            return f"{self.root_failures} roots could not be computed or used, more than max_root_failures={most}"
+            return (
+                f"{self.root_failures} roots could not be computed or used, more than max_root_failures={most}: take a "
+                "larger matrix_eps or limit"
+            )
         present = self._present()
         for team in self._teams:
             for group_tensor, names in ((tensor, names) for tensor, names in team.names.items() if tensor in present):
@@ -249,7 +255,7 @@ class Shampoo(Checkpointed):
                         "new parameter into the group in its place, which then begins anew"
                     )
                 if group_tensor.tensor.grad is not None and not group_tensor.has_dense_gradient:
-                    return f"the gradient of {names[0]!r} is sparse, which Shampoo does not support"
+                    return f"the gradient of {names[0]!r} is sparse, which Shampoo does not support: take sparse=False"
                 number = group_tensor.group
                 if settings[number]["precondition"] != group_tensor.precondition:
                     return f"precondition of group {number} was changed after its first step; make a new optimizer"

@@ -27,6 +27,10 @@ DAMAGE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "groups of a number": (lambda state: state | {"param_groups": 1}, "'param_groups' must be a list of dicts, got 1"),
     "a group of a number": (lambda state: state | {"param_groups": [1]}, "group 0 of state_dict must be a dict, got 1"),
     "a group without params": (lambda state: state | {"param_groups": [{}]}, "'params' of group 0 of state_dict must"),
+    "another optimizer's": (
+        lambda state: state | {"param_groups": [{"params": [0, 1, 2], "lr": 0.1, "betas": (0.9, 0.999)}]},
+        "group 0 of state_dict has no 'precondition': it is the state of another optimizer",
+    ),
     "two groups": (lambda state: state | {"param_groups": 2 * state["param_groups"]}, "has 2 parameter groups"),
     "state of a stranger": (
         lambda state: put(state, {"step": 1}, "state", 7),

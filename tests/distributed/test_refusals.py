@@ -236,7 +236,7 @@ def test_splits_are_told_where_they_differ_and_where_they_fit_no_shape() -> None
         assert "0.weight (6, 8) float64 on rank 0 and 0.weight (6, 8) float64 splits {0: 2} on rank 1" in outcome.text
     outcomes = run(_different, 1, "split of no use", seconds=SECONDS)
     _refused(outcomes, RuntimeError)
-    assert "splits cuts axis 0 of '0.weight' into (4, 1): 4 + 1 is 5, not 6" in outcomes[0].text
+    assert "splits cuts axis 0 of '0.weight' into (4, 1): 4 + 1 add up to 5, not 6" in outcomes[0].text
 
 
 def test_replicas_that_agree_are_not_refused() -> None:

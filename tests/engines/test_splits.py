@@ -189,7 +189,7 @@ def test_what_is_no_split(splits: Any, words: list[str]) -> None:
     ("split", "message"),
     [
         (5, "splits cuts axis 0 of 'w0' into 5: 12 is no multiple of 5"),
-        ((8, 5), "splits cuts axis 0 of 'w0' into (8, 5): 8 + 5 is 13, not 12"),
+        ((8, 5), "splits cuts axis 0 of 'w0' into (8, 5): 8 + 5 add up to 13, not 12"),
         ({1: 2}, "splits cuts axis 1 of 'w0' into 2: 5 is no multiple of 2"),
         ({2: 2}, "splits cuts 'w0' along axis 2, but its shape is (12, 5)"),
     ],

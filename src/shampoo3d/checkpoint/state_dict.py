@@ -75,6 +75,11 @@ def _check_form(saved: Any) -> None:
     for number, group in enumerate(saved["param_groups"]):
         check_kind(f"group {number} of state_dict", group, Mapping, "a dict")
         check_kind(f"'params' of group {number} of state_dict", group.get("params"), (list, tuple), "a list of numbers")
+        if "precondition" not in group:
+            raise ValueError(
+                f"group {number} of state_dict has no 'precondition': it is the state of another optimizer, whose "
+                "numbers mean something else here; load the model's weights only"
+            )
     for number, of in ((key, of) for key, of in saved["state"].items() if isinstance(key, int)):
         check_kind(f"state_dict's 'state' of parameter {number}", of, Mapping, "a dict")
 

@@ -15,6 +15,7 @@ from shampoo3d.engines.reading import engine
 from shampoo3d.engines.splits import Splits, splits_of
 from shampoo3d.planning.blocks import Split
 from shampoo3d.settings.hyperparams import ShampooHyperParams
+from shampoo3d.settings.validation import short
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Embeddings = Iterable[Tensor | str] | Callable[[str, Tensor], bool]
@@ -30,7 +31,7 @@ def collected(given: Embeddings | None) -> Embeddings | None:
         return given
     items = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, Tensor)) else None
     if items is None or not all(isinstance(item, (str, Tensor)) for item in items):
-        raise TypeError(f"embeddings must be names or parameters, or a function of both, got {given!r}")
+        raise TypeError(f"embeddings must be names or parameters, or a function of both, got {short(given)}")
     return tuple(native.bare(item) if isinstance(item, str) else item for item in items)
 
 
@@ -209,7 +210,10 @@ class ParameterRegistry:
         given = self.given
         if not self.hp.ignore_embedding_layer:
             if given is not None:
-                raise ValueError("embeddings was given, but hyperparams.ignore_embedding_layer is False")
+                raise ValueError(
+                    "embeddings was given, but hyperparams.ignore_embedding_layer is False: set that, or leave out "
+                    "embeddings"
+                )
             return set()
         if given is None and not self.models:
             raise ValueError(

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from shampoo3d.engines.native import bare
 from shampoo3d.planning.blocks import Split
+from shampoo3d.settings.validation import short
 
 Parts = int | Sequence[int]
 Splits = (
@@ -26,7 +27,8 @@ def copied(splits: Splits | None) -> Splits | None:
     if splits is None or callable(splits):
         return splits
     if not isinstance(splits, Mapping) or not all(isinstance(key, (str, Tensor)) for key in splits):
-        raise TypeError(f"splits must be a mapping from names or parameters, or a function of both, got {splits!r}")
+        shown = short(splits)
+        raise TypeError(f"splits must be a mapping from names or parameters, or a function of both, got {shown}")
     return {bare(key) if isinstance(key, str) else key: parts for key, parts in splits.items()}  # type: ignore[return-value]
 
 
@@ -54,7 +56,8 @@ def _checked(value: Parts | Mapping[int, Parts], name: str) -> Split:
     by_axis = value if isinstance(value, Mapping) else {0: value}
     checked = {axis: tuple(parts) if isinstance(parts, Sequence) else parts for axis, parts in by_axis.items()}
     lengths = [n for parts in checked.values() for n in (parts if isinstance(parts, tuple) else (parts,))]
-    message = f"splits must give the number or the lengths of the matrices in {name!r}, or these by axis, got {value!r}"
+    got = short(value)
+    message = f"splits must give the number or the lengths of the matrices in {name!r}, or these by axis, got {got}"
     if any(isinstance(n, bool) or not isinstance(n, int) for n in (*checked, *lengths)):
         raise TypeError(message)
     if () in checked.values() or min(checked, default=0) < 0 or min(lengths, default=1) < 1:

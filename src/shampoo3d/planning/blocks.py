@@ -69,7 +69,7 @@ def lengths_of(length: int, parts: int | Shape) -> Shape:
             raise ValueError(f"{length} is no multiple of {parts}")
         return (length // parts,) * parts
     if sum(parts) != length:
-        raise ValueError(f"{' + '.join(map(str, parts))} is {sum(parts)}, not {length}")
+        raise ValueError(f"{' + '.join(map(str, parts))} add up to {sum(parts)}, not {length}")
     return parts
 
 

@@ -27,6 +27,7 @@ from shampoo3d.runtime.exchange import Exchange
 from shampoo3d.runtime.team import Team
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
+from shampoo3d.settings.validation import short
 
 Ranks = tuple[int, ...]
 Checksum = tuple[float, float]
@@ -338,7 +339,7 @@ def check_shapes(shapes: Sequence[Sequence[int]] | None, params: Sequence[Tensor
     if shapes is None:
         return
     if not isinstance(shapes, Sequence) or not all(isinstance(shape, Sequence) for shape in shapes):
-        raise TypeError(f"shapes must be the shapes of the trainable parameters, got {shapes!r}")
+        raise TypeError(f"shapes must be the shapes of the trainable parameters, got {short(shapes)}")
     actual = [engine().shape_of(param) for param in params if param.requires_grad]
     claimed = [tuple(shape) for shape in shapes]
     if claimed != actual:

@@ -54,7 +54,7 @@ def _check_names(group: Mapping[str, Any]) -> None:
             "weight_decay, precondition and maximize, everything else is set in ShampooHyperParams for all groups"
         )
     if missing := [name for name in SETTINGS if name not in group]:
-        raise ValueError(f"the group has no {', '.join(missing)}")
+        raise ValueError(f"the group has no {', '.join(missing)}: put it back, as the optimizer was made with it")
     for name in group.keys() - {*SETTINGS, "params", "param_names"}:
         if near := get_close_matches(name, [*SETTINGS, *_FOR_ALL_GROUPS], 1, _NEAR):
             raise ValueError(f"Shampoo has no parameter-group option {name!r}; did you mean {near[0]!r}?")

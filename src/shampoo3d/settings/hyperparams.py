@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from shampoo3d.settings.computation import Computation, check_method
-from shampoo3d.settings.validation import check_bool, check_choice, check_integer, check_number
+from shampoo3d.settings.validation import check_bool, check_choice, check_integer, check_number, short
 from shampoo3d.settings.variant import Variant
 
 
@@ -237,4 +237,4 @@ def _graft_type(value: object) -> LayerwiseGrafting:
     if isinstance(value, int) and not isinstance(value, bool) and value in set(LayerwiseGrafting):
         return LayerwiseGrafting(value)
     names = ", ".join(f"{graft.name} ({graft.value})" for graft in LayerwiseGrafting)
-    raise ValueError(f"graft_type must be one of {names}, got {value!r}")
+    raise ValueError(f"graft_type must be one of {names}, got {short(value)}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from shampoo3d.settings.computation import Computation
 from shampoo3d.settings.hyperparams import ShampooHyperParams
-from shampoo3d.settings.validation import check_kind
+from shampoo3d.settings.validation import check_kind, short
 from shampoo3d.settings.variant import Variant
 
 PRESETS: dict[str, Callable[[], ShampooHyperParams]] = {
@@ -51,8 +51,8 @@ def hyperparams_of(given: ShampooHyperParams | str | Mapping[str, Any]) -> Shamp
     check_kind("hyperparams", given, (str, Mapping), "a ShampooHyperParams, the name of a preset or a dict of settings")
     changes = {"preset": given} if isinstance(given, str) else dict(given)
     preset = changes.pop("preset", "recommended")
-    if preset not in PRESETS:
-        raise ValueError(f"hyperparams must name a preset, one of {', '.join(PRESETS)}, got {preset!r}")
+    if preset not in [*PRESETS]:
+        raise ValueError(f"hyperparams must name a preset, one of {', '.join(PRESETS)}, got {short(preset)}")
     base = PRESETS[preset]()
     check_names("hyperparams", changes, [*HOMES, "preset"])
 

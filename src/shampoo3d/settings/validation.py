@@ -17,12 +17,12 @@ def check_number(
 ) -> None:
     """Raise unless ``value`` is a finite real number with ``least <= value <= most`` and ``above < value < below``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a number, got {short(value)} of type {type(value).__name__}")
     number: Any = value
     if not (_is_finite(number) and least <= number <= most and above < number < below):
         bounds = [f"> {above:g}"] * (above > -math.inf) + [f">= {least:g}"] * (least > -math.inf)
         bounds += [f"<= {most:g}"] * (most < math.inf) + [f"< {below:g}"] * (below < math.inf)
-        raise ValueError(f"{name} must be finite{''.join(' and ' + b for b in bounds)}, got {value!r}")
+        raise ValueError(f"{name} must be finite{''.join(' and ' + b for b in bounds)}, got {short(value)}")
 
 
 def _is_finite(value: Any) -> bool:
@@ -35,7 +35,7 @@ def _is_finite(value: Any) -> bool:
 def check_integer(name: str, value: object, *, least: int) -> None:
     """Raise unless ``value`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be an integer, got {short(value)} of type {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
 
@@ -43,7 +43,7 @@ def check_integer(name: str, value: object, *, least: int) -> None:
 def check_bool(name: str, value: object) -> None:
     """Raise unless ``value`` is a bool."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be True or False, got {short(value)} of type {type(value).__name__}")
 
 
 def check_kind(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
@@ -66,4 +66,4 @@ def check_path(name: str, value: object) -> None:
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise unless ``value`` is one of the choices."""
     if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {short(value)}")
