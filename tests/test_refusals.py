@@ -356,6 +356,14 @@ def test_a_graft_is_one_of_five() -> None:
 
 
 def test_what_is_walked_over_here_is_all_that_is_public() -> None:
-    made_by_us = {"CheckpointError", "Loaded", "PlannedBlock", "RankLostError", "Report", "StepRefusedError"}
+    made_by_us = {
+        "CallsDifferError",
+        "CheckpointError",
+        "Loaded",
+        "PlannedBlock",
+        "RankLostError",
+        "Report",
+        "StepRefusedError",
+    }
     taken = {"Computation", "Distribution", "LayerwiseGrafting", "Plan", "Shampoo", "ShampooHyperParams", "Topology"}
     assert {*shampoo3d.__all__} == made_by_us | taken | {"UnfinishedStepError", "Variant", "latest_checkpoint"}

@@ -2,7 +2,7 @@
 
 from shampoo3d.checkpoint.folder import Loaded
 from shampoo3d.checkpoint.manifest import CheckpointError, latest_checkpoint
-from shampoo3d.distributed.errors import RankLostError
+from shampoo3d.distributed.errors import CallsDifferError, RankLostError
 from shampoo3d.distributed.topology import Topology
 from shampoo3d.optimizer import Shampoo
 from shampoo3d.planning.plan import Plan, PlannedBlock
@@ -15,6 +15,7 @@ from shampoo3d.settings.hyperparams import LayerwiseGrafting, ShampooHyperParams
 from shampoo3d.settings.variant import Variant
 
 __all__ = [
+    "CallsDifferError",
     "CheckpointError",
     "Computation",
     "Distribution",
