@@ -105,6 +105,7 @@ def _trained(kind: str, folder: Path, resume: bool | str) -> dict[str, Tensor]:
     """Train to the end; weights."""
     trainer = _trainer(kind, folder)
     trainer.train(resume_from_checkpoint=resume)
+    assert (type(trainer.model_wrapped).__name__ == "DeepSpeedEngine") == kind.startswith("zero")
     weights = dict(trainer.model.named_parameters())
     if kind == "zero3":
         import deepspeed
