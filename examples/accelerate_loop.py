@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import shampoo3d
 
-CONTEXT, STEPS = 16, 60
+CONTEXT, STEPS = 16, 40
 TEXT = "\n".join(value for value in topics.values() if isinstance(value, str)).encode()
 
 
@@ -51,7 +51,7 @@ def main() -> None:
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if progress.steps % 20 == 0:
+        if progress.steps % 10 == 0:
             accelerator.print(f"step {progress.steps}: loss {loss.item():.4f}")
         progress.steps += 1
     accelerator.save_state(str(folder))

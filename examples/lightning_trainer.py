@@ -14,27 +14,26 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import shampoo3d
 
-CONTEXT, STEPS = 16, 60
-TEXT = "\n".join(value for value in topics.values() if isinstance(value, str))
-VOCABULARY = sorted(set(TEXT))
+CONTEXT, STEPS = 16, 40
+TEXT = "\n".join(value for value in topics.values() if isinstance(value, str)).encode()
 
 
-def windows() -> DataLoader[tuple[Tensor, ...]]:
-    number = {character: i for i, character in enumerate(VOCABULARY)}
-    codes = torch.tensor([number[character] for character in TEXT]).unfold(0, CONTEXT + 1, CONTEXT + 1)
-    return DataLoader(TensorDataset(codes[:, :-1], codes[:, -1]), batch_size=256, shuffle=True)
+class Text(lightning.LightningDataModule):
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        codes = torch.tensor(list(TEXT)).unfold(0, CONTEXT + 1, CONTEXT + 1)
+        return DataLoader(TensorDataset(codes[:, :-1], codes[:, -1]), batch_size=256, shuffle=True)
 
 
 class Characters(lightning.LightningModule):
     def __init__(self, width: int = 128, lr: float = 3e-3) -> None:
         super().__init__()
         self.save_hyperparameters()
-        embedding, hidden = nn.Embedding(len(VOCABULARY), 32), nn.Linear(32 * CONTEXT, width)
-        self.layers = nn.Sequential(embedding, nn.Flatten(), hidden, nn.GELU(), nn.Linear(width, len(VOCABULARY)))
+        hidden = nn.Linear(32 * CONTEXT, width)
+        self.layers = nn.Sequential(nn.Embedding(256, 32), nn.Flatten(), hidden, nn.GELU(), nn.Linear(width, 256))
 
     def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
         loss = nn.functional.cross_entropy(self.layers(batch[0]), batch[1])
-        if self.global_step % 20 == 0:
+        if self.global_step % 10 == 0:
             self.print(f"step {self.global_step}: loss {loss.item():.4f}")
         return loss
 
@@ -56,7 +55,7 @@ def main() -> None:
         logger=False,
         enable_progress_bar=False,
     )
-    trainer.fit(Characters(), windows(), ckpt_path=last if done else None)
+    trainer.fit(Characters(), Text(), ckpt_path=last if done else None)
     trainer.print(trainer.optimizers[0].report())
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer on several ranks: as a plain loop, and its checkpoints are complete, on any number of ranks."""
+"""Hugging Face's Trainer on several ranks: a plain loop, and complete checkpoints for any number of ranks."""
 
 import json
 import os
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from common import slow_but
 from shampoo3d import Shampoo, ShampooHyperParams
 
 from .harness import patches, run
