@@ -149,7 +149,7 @@ def _equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_it_is_a_plain_loop_and_resumes(kind: str, tmp_path: Path) -> None:
-    """Resume on two ranks to the last bit; DDP's checkpoint also on one, without process group."""
+    """Resume on two ranks to the last bit; DDP's checkpoint also without process group, FSDP2's on one."""
     whole, other = run(_fitted, 2, kind, tmp_path / "run", None)
     _equal(whole, _alone())
     resumed, _ = run(_fitted, 2, kind, tmp_path / "resumed", tmp_path / "run" / FIRST)
@@ -158,6 +158,8 @@ def test_it_is_a_plain_loop_and_resumes(kind: str, tmp_path: Path) -> None:
         assert torch.equal(weight, resumed[name]), name
     if kind == "ddp":
         _equal(_fitted("plain", tmp_path / "alone", tmp_path / "run" / FIRST), whole)
+    if kind == "fsdp2":
+        _equal(run(_fitted, 1, kind, tmp_path / "alone", tmp_path / "run" / FIRST)[0], whole)
 
 
 @pytest.mark.slow
