@@ -41,6 +41,7 @@ def by_parameter(
 ) -> tuple[list[dict[str, Any]], dict[Any, ParamState]]:
     """Return the groups, see :func:`loaded_groups`, and the state in a ``state_dict()``, by parameter.
 
+    Parameters are found by their names, if the saved ones have the same in another order, else by their places.
     Wrappers may have entries by other keys there.
 
     Raises:
@@ -48,11 +49,11 @@ def by_parameter(
     """
     _check_form(saved)
     groups = loaded_groups(current, saved["param_groups"], hp)
-    numbers = {
-        number: param
-        for old, now in zip(saved["param_groups"], groups, strict=True)
-        for number, param in zip(old["params"], now["params"], strict=True)
-    }
+    params = [param for group in groups for param in group["params"]]
+    named, by_name = saved.get("shampoo", {}).get("names", ()), {names.get(param): param for param in params}
+    if len(named) == len(params) and by_name.keys() == {*named}:
+        params = [by_name[name] for name in named]
+    numbers = dict(zip((number for group in saved["param_groups"] for number in group["params"]), params, strict=True))
     kinds = {type(number) for number in numbers}  # PyTorch's conversions number parameters by name
     if unknown := [n for n in saved["state"] if n not in numbers and type(n) in kinds]:
         raise ValueError(f"the loaded state has entries {unknown[:5]} of parameters that are in none of its groups")
@@ -77,6 +78,12 @@ def _check_form(saved: Any) -> None:
         check_kind(f"'params' of group {number} of state_dict", group.get("params"), (list, tuple), "a list of numbers")
     for number, of in ((key, of) for key, of in saved["state"].items() if isinstance(key, int)):
         check_kind(f"state_dict's 'state' of parameter {number}", of, Mapping, "a dict")
+    first = next(iter(saved["param_groups"]), None)
+    if first is not None and "shampoo" not in saved and "precondition" not in first:
+        raise ValueError(
+            f"state_dict is that of another optimizer, whose groups have {sorted(first)}: load only the weights "
+            "of its model, and begin anew"
+        )
 
 
 def cast(param: Tensor, value: Any) -> Any:
