@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shampoo3d.engines import deepspeed, native
 from shampoo3d.engines.dtensor import local
@@ -48,6 +49,11 @@ def check_supported(param: Tensor, name: str) -> None:
         raise ValueError(
             f"parameter {name!r} is flattened by FullyShardedDataParallel, which does not say where matrices begin: "
             "shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
+        )
+    if is_traceable_wrapper_subclass(param) and not isinstance(param, DTensor):
+        raise ValueError(
+            f"parameter {name!r} is a {type(param).__name__}, a tensor made of others, such as a quantised one: a step "
+            "can only write into stored numbers; train an ordinary parameter, and freeze this one"
         )
     if param.dtype not in _DTYPES:
         kind = "complex" if param.is_complex() else "not supported"
