@@ -143,7 +143,7 @@ def test_state_dict_hooks_run_in_order() -> None:
 @pytest.mark.parametrize("flatten", [True, False])
 def test_torch_distributed_checkpoint_reads_and_restores_the_state(flatten: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
-    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3).requires_grad_(False))
     optimizer, start = Shampoo(model.parameters(), hyperparams=HYPERPARAMS), copy.deepcopy(model.state_dict())
     get_optimizer_state_dict(model, optimizer, options=options)  # takes a step with lr 0 to make the state
     assert_equal(dict(model.state_dict()), dict(start))

@@ -45,7 +45,7 @@ def by_parameter(
     Wrappers may have entries by other keys there.
 
     Raises:
-        TypeError, ValueError: as :func:`loaded_groups`, or naming the parameters without state.
+        TypeError, ValueError: as :func:`loaded_groups`, or naming the trainable parameters without state.
     """
     _check_form(saved)
     groups = loaded_groups(current, saved["param_groups"], hp)
@@ -59,7 +59,8 @@ def by_parameter(
         raise ValueError(f"the loaded state has entries {unknown[:5]} of parameters that are in none of its groups")
     state = {numbers.get(n, n): param_state for n, param_state in saved["state"].items()}
     begun = {key for key, entries in state.items() if isinstance(key, Tensor) and "step" in entries}
-    if missing := [names.get(param, "") for param in numbers.values() if begun and param not in begun]:
+    trainable = [param for param in numbers.values() if param.requires_grad]  # PyTorch's conversions drop the others
+    if missing := [names.get(param, "") for param in trainable if begun and param not in begun]:
         count = f"{len(missing)} of {len(numbers)}"
         raise ValueError(f"the loaded state has nothing for {count} parameters: {missing[:5]}")
     return groups, state
