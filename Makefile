@@ -8,7 +8,16 @@ PYTEST := $(ENV) $(BIN)/python -m pytest
 # where the first fail.
 tests = $(PYTEST) -n 2 --ignore tests/distributed tests $(1); units=$$?; $(PYTEST) tests/distributed $(1) && exit $$units
 
-.PHONY: demo test test-slow test-all lint format env clean
+# Tests that are run on the installed wheel: the package itself, and a little of each wing.
+PACKAGED := tests/test_package.py tests/test_optimizer.py tests/planning tests/settings/test_names.py
+
+# `make test-versions` takes the interpreters that are here, and the first and last release of DeepSpeed that pass.
+PYTHONS    ?= $(foreach v,3.10 3.11 3.12 3.13,$(shell python$v -c 'print("$v")' 2>/dev/null))
+DEEPSPEEDS ?= 0.19.7 0.19.8
+# What DeepSpeed refused before 0.19.8: AutoTP at ZeRO 3, and of sizes that its ranks do not divide.
+REFUSED    := AutoTensorParallel-stage3 or EmptyShards
+
+.PHONY: demo test test-units test-ranks test-slow test-all test-versions package lint format env clean
 
 demo: env  ## train a GPT with AdamW and with 3D-Shampoo on 4 processes; results in runs/
 	$(BIN)/shampoo3d train
@@ -16,10 +25,38 @@ demo: env  ## train a GPT with AdamW and with 3D-Shampoo on 4 processes; results
 test: env  ## everything but the slow tests
 	$(call tests)
 
+test-units: env
+	$(PYTEST) -n 2 --ignore tests/distributed tests
+
+test-ranks: env
+	$(PYTEST) tests/distributed $(SELECTED)
+
 test-slow: env $(VENV)/trainers  ## more settings on more layouts, the 22 recorded topologies, up to 32 processes
 	$(call tests,-m "slow or hypothesis" --hypothesis-profile slow)
 
 test-all: test test-slow
+
+test-versions: $(PYTHONS:%=test-python-%) $(DEEPSPEEDS:%=test-deepspeed-%)  ## docs/versions.md; an hour, gigabytes
+
+test-python-%:
+	$(MAKE) test-units PYTHON=python$* VENV=$(VENV)-python-$*
+
+test-deepspeed-%:
+	$(MAKE) env VENV=$(VENV)-deepspeed-$*
+	$(ENV) $(VENV)-deepspeed-$*/bin/pip install --quiet deepspeed==$*
+	$(MAKE) test-ranks VENV=$(VENV)-deepspeed-$* $(if $(filter-out 0.19.8,$*),SELECTED='-k "not ($(REFUSED))"')
+
+# The wheel lies in an environment of its own, which sees the packages of $(VENV) but not the tree that $(VENV) points to.
+package: env  ## build the wheel and the sdist, check them, install the wheel and test it with the tests of the sdist
+	rm -rf dist build
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents --package src/shampoo3d dist/*.whl
+	$(PYTHON) -m venv build/env
+	build/env/bin/pip install --quiet --no-deps dist/*.whl
+	$(BIN)/python -c 'print(*__import__("site").getsitepackages())' > "$$(build/env/bin/python -c 'print(*__import__("site").getsitepackages())')/dev.pth"
+	mkdir build/sdist && tar -xf dist/*.tar.gz -C build/sdist --strip-components 1
+	cd build/sdist && ../env/bin/shampoo3d --version && $(ENV) ../env/bin/python -m pytest $(PACKAGED)
 
 lint: env
 	$(BIN)/ruff check .
@@ -45,4 +82,4 @@ $(VENV)/trainers: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* build dist runs src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -54,7 +54,8 @@ def run(rank: int, world: int, port: int, stage: int, settings: dict[str, Any], 
     import deepspeed
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__ = {}  # its shared-memory operation takes half a minute to build
+    # Its shared-memory operation takes half a minute to build.
+    deepspeed.ops.__compatible_ops__ = dict.fromkeys(deepspeed.ops.__compatible_ops__, False)
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo", verbose=False)
     net = model()

@@ -6,6 +6,8 @@ import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +253,11 @@ def with_code_in_the_metadata(folder: Path) -> None:
     resealed(folder)
 
 
+def with_an_attribute_in_the_metadata(folder: Path) -> None:
+    (folder / ".metadata").write_bytes(b"cbuiltins\ngetattr\n(ctorch\nSize\nS'count'\ntR.")
+    resealed(folder)
+
+
 def with_code_in_the_tensors(folder: Path) -> None:
     """Every tensor's place is taken by a pickle of the same length that holds code."""
     harm = folder.with_name("harm")
@@ -299,12 +306,29 @@ DAMAGE: dict[Callable[[Path], None], str] = {
     without_a_file: "the file __0_0.distcp is missing",
     without_metadata: "the file .metadata is missing",
     with_code_in_the_metadata: r"refuses \w*test_checkpoint_folder.executed",
+    with_an_attribute_in_the_metadata: "refuses builtins.getattr of",
     with_code_in_the_tensors: "holds something else than tensors",
     with_a_tensor_of_another_shape: r"layer.0.weight/momentum is \(6, 4\), and \(6, 5\) is needed",
     with_a_tensor_of_another_dtype: r"layer.0.weight/momentum is torch.float32, and torch.float64 is needed",
     with_a_tensor_missing: "has no layer.2.weight/graft_accumulator",
     with_an_object_for_a_tensor: "has no layer.0.weight/momentum",
 }
+
+
+class PicklerOfPython311(pickle.Pickler):
+    """Writes members of enumerations as Python 3.11.0 to 3.11.3 does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_metadata_of_the_first_pythons_311_is_read(folder: Path) -> None:
+    file = BytesIO()
+    PicklerOfPython311(file).dump(FileSystemReader(folder).read_metadata())
+    assert b"getattr" in file.getvalue()
+    (folder / ".metadata").write_bytes(file.getvalue())
+    resealed(folder)
+    assert made().load_checkpoint(folder).step == 3
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

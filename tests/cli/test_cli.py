@@ -255,7 +255,7 @@ WRONG = {
     "--pipe 8": "--pipe 8 stages cannot share --layers 4",
     "--optimizer sgd": "--optimizer must be one of adamw, shampoo, both, not 'sgd'",
     "--steps many": "--steps",
-    "--stepps 3": "No such option: --stepps",
+    "--stepps 3": "--stepps",
     "--steps 0": "--steps must be at least 1, not 0",
     "--batch 30": "--batch 30 is not a multiple of --data 2 x --micro-batches 4 = 8",
     "--model-parallel 3": "--heads 4 is not a multiple of --model-parallel 3",

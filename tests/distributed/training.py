@@ -270,7 +270,7 @@ def prepare_deepspeed() -> Any:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed's calls, hundreds of them
 
-    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.ops.__compatible_ops__ = dict.fromkeys(deepspeed.ops.__compatible_ops__, False)
     deepspeed.utils.logger.setLevel(logging.ERROR)
     get_accelerator().device_count = functools.cache(get_accelerator().device_count)
     get_accelerator().supported_dtypes = lambda: [torch.float32, torch.float64, torch.bfloat16]

@@ -1,6 +1,7 @@
 """Reader of what ``torch.distributed.checkpoint`` wrote, without running any code that may be in it."""
 
 import pickle
+from enum import EnumMeta
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,18 @@ _ALLOWED = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if (module, name) not in _ALLOWED:
             raise CheckpointError(f"refuses {module}.{name}, which is not part of a description of tensors")
         return super().find_class(module, name)
+
+
+def _member(of: Any, name: str) -> Any:
+    """Return the member of an enumeration, which Python 3.11.0 to 3.11.3 pickles as a call of ``getattr``."""
+    if not isinstance(of, EnumMeta):
+        raise CheckpointError(f"refuses builtins.getattr of {of!r}, which is not part of a description of tensors")
+    return of[name]
 
 
 class Reader(FileSystemReader):

@@ -26,7 +26,7 @@ def work(settings: Settings, report: Report) -> None:
         # DeepSpeed would compile a shared-memory operation for half a minute, which gains nothing at this size.
         import deepspeed.ops
 
-        deepspeed.ops.__compatible_ops__ = {}
+        deepspeed.ops.__compatible_ops__ = dict.fromkeys(deepspeed.ops.__compatible_ops__, False)
     import deepspeed
     import torch
     import torch.distributed as dist

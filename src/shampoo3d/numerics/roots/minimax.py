@@ -30,8 +30,9 @@ def minimax_roots(A: Tensor, p: int, eps: float) -> RootResult:
     M, square, scale, ridge, low = bounded(A, eps)
     steps = polynomials(p, low, TOLERANCE[A.dtype])
     X = None
-    for k, (c, late) in enumerate(steps):
-        if late:
+    for k, step in enumerate(steps):
+        c = step.c
+        if step.late:
             M_or_E = add_identity(-M)
             W = torch.baddbmm(M_or_E, M_or_E, M_or_E, beta=c[1], alpha=c[2])
         else:
@@ -55,7 +56,7 @@ def _both_sides(M: Tensor, c: float, W: Tensor, p: int) -> Tensor:
 def _power(c: float, W: Tensor, exponent: int) -> tuple[float, Tensor]:
     """Return h and V of ``h I + V = (c I + W)^exponent``, by repeated squaring."""
     h, V = c, W
-    for bit in bin(exponent)[3:]:
+    for bit in f"{exponent:b}"[1:]:
         h, V = h * h, torch.baddbmm(V, V, V, beta=2 * h)
         if bit == "1":
             h, V = h * c, torch.baddbmm(h * W + c * V, V, W)
