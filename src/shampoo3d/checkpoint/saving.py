@@ -348,7 +348,7 @@ class Checkpointed(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickles, which bind their parameters anew at their first step."""
         self._follow()
-        registry = replace(self._registry, models=[])
+        registry = replace(self._registry, models=[], roles=self._registry.roles.without_models(self._registry.names))
         names = (
             "defaults",
             "param_groups",
