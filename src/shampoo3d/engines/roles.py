@@ -25,7 +25,7 @@ Embeddings = Iterable[Tensor | str] | Mapping[Tensor | str, bool] | Verdict
 
 @dataclass
 class Facts:
-    """What modules say about embeddings and output layers; of all ranks together, where they hold parts of a model.
+    """Sizes and names of embeddings and linear layers, on one rank, or on all that hold parts of a model.
 
     Attributes:
         tables: the rows and columns of embeddings.
@@ -80,8 +80,10 @@ def collected(given: Embeddings | None) -> Mapping[Tensor | str, bool] | Verdict
     else:
         verdicts = {None: True}  # type: ignore[dict-item]
     if not all(isinstance(item, (str, Tensor)) and isinstance(of, bool) for item, of in verdicts.items()):
-        wanted = "names or parameters, perhaps with True or False for each, or a function of both"
-        raise TypeError(f"embeddings must be {wanted}, got {short(given)}")
+        raise TypeError(
+            "embeddings must be names or parameters, each perhaps with True or False, or a function of both, got "
+            f"{short(given)}"
+        )
     return {native.bare(item) if isinstance(item, str) else item: of for item, of in verdicts.items()}
 
 
@@ -137,7 +139,7 @@ class Roles:
         return self.given.get(param, self.given.get(name))
 
     def facts(self, shapes: Mapping[Tensor, Shape]) -> Facts:
-        """Return what the modules here say; ``shapes``: of the logical matrices, where they are not the parameters'."""
+        """Collect the facts of the modules here; ``shapes``: of logical matrices, where parameters have others."""
         modules, facts = self._modules(), Facts()
         facts.told = bool(_told(modules))
         embeddings: list[Any] = [module for module in modules if native.is_embedding(module)]
@@ -162,6 +164,10 @@ class Roles:
             found |= {p: "embedding" for module in embeddings for p in module.parameters(recurse=False)}
         found |= {param: "embedding, as given" for param, is_one in self.verdicts.items() if is_one}
         self.found = {p: role for p, role in found.items() if self.verdicts.get(p, True)}
+
+    def of(self, param: Tensor) -> str:
+        """Return the role of a parameter; empty if it has none."""
+        return self.found.get(param, "")
 
     def without_models(self, params: Collection[Tensor]) -> "Roles":
         """Return a copy with what is known about these parameters."""

@@ -223,7 +223,7 @@ def _record(
     settings = {field.name: getattr(of, field.name) for of in (registry.roles.hp, distribution) for field in fields(of)}
     record, in_slices = RankRecord(settings, [], [], [], []), registry.flat
     for s, shard_group in members:
-        excluded = registry.roles.found.get(s.original, "")
+        excluded = registry.roles.of(s.original)
         if not groups[s.group]["precondition"]:
             excluded = "its parameter group has precondition=False"
         dtype, model_dtype = (str(tensor.dtype).removeprefix("torch.") for tensor in (s.tensor, s.original))
