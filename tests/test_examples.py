@@ -79,6 +79,36 @@ def test_torch_alone(name: str) -> None:
     assert re.search(r"0\.weight +64x64 +preconditioned +4 +0-1", found)
 
 
+IN_TURN = """
+import runpy, shlex, sys
+for line in sys.argv[1:]:
+    sys.argv = shlex.split(line)
+    sys.path[0] = sys.argv[0].rpartition("/")[0]
+    print("example", line, flush=True)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_trainers(tmp_path: Path) -> None:
+    pytest.importorskip("hydra")  # with it all others of the extra
+    again = [f"{name}.py {tmp_path / name}" for name in ("lightning_trainer", "hf_trainer", "accelerate_loop")]
+    cli = f"lightning_cli.py fit --config {EXAMPLES / 'lightning_cli.yaml'}"
+    lines = [line for line in again for _ in range(2)]
+    lines += [cli, f"{cli} --optimizer.init_args.hyperparams.block_size 32"]
+    lines += [f"hydra_optimizer.py {setting}" for setting in ("", "optimizer.hyperparams.block_size=32")]
+    found = output_of("-c", IN_TURN, *(f"{EXAMPLES}/{line}" for line in lines)).split("example ")[1:]
+    assert len(found) == len(lines)
+    steps = [[int(step) for step in re.findall(r"^step (\d+): loss", part, re.MULTILINE)] for part in found]
+    losses = [[float(loss) for loss in re.findall(r": loss ([\d.]+)", part)] for part in found]
+    blocks = [int(re.search(r"2\.weight +\d+x\d+ +preconditioned +(\d+)", part)[1]) for part in found[-4:]]
+    assert all(of[-1] < of[0] * 0.9 for of in losses[::2])
+    for first, second in ((0, 1), (2, 3), (4, 5)):  # a second run goes on
+        assert steps[second][-1] > steps[first][-1]
+        assert losses[second][-1] < losses[first][-1]
+    assert blocks == [4, 64, 1, 2]
+
+
 def test_each_is_short() -> None:
     pages = {path for path in EXAMPLES.glob("*.py") if path.name != "one_file_shampoo.py"}  # that is a whole optimizer
     assert all(len(path.read_text().splitlines()) < 80 for path in pages)

@@ -42,6 +42,7 @@ PRELOADED = [
     *("numpy", "pytest", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"),
     *("torch._dynamo", "deepspeed.pipe", "deepspeed.runtime.pipe.engine", "deepspeed.runtime.zero.muon.muon_optimizer"),
     *("deepspeed.runtime.zero.stage3", "deepspeed.runtime.superoffload.superoffload_stage3"),
+    *("lightning", "transformers.trainer", "transformers.models.gpt2.modeling_gpt2"),  # where they are installed
     *("distributed.zero", "distributed.fsdp", "distributed.settings"),
 ]
 

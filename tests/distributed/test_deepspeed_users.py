@@ -22,7 +22,7 @@ def _model() -> nn.Module:
 
 
 def _config(stage: int) -> dict[str, Any]:
-    """What a user's own configuration has: nothing about the optimizer."""
+    """Configuration of a user, without a word about the optimizer."""
     return {
         "train_micro_batch_size_per_gpu": 16,
         "gradient_clipping": 1.0,

@@ -183,6 +183,7 @@ class Checkpointed(Optimizer):
         whole = self._packed({key: of for key, of in whole_state.items() if of})
         whole["shampoo"] = form.description(self._parameters(), self.hyperparams, self.skipped_steps)
         if not flat:
+            self._registry.learn_replaced()
             originals = (param for group in self._registry.originals for param in group)
             whole["shampoo"]["names"] = [self._registry.names[param] for param in originals]
         elif self._bound is not None:

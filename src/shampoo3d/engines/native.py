@@ -96,7 +96,8 @@ class Torch:
 
     def is_trial_step(self, groups: Sequence[GroupContent]) -> bool:
         """Return whether the groups hold copies of parameters, whole ones, whose gradients are all zero."""
-        copies = [tensor for group in groups for tensor in group.tensors if tensor not in group.names]
+        replaced = [tensor for group in groups for tensor in group.tensors if tensor not in group.names]
+        copies = [tensor for tensor in replaced if not isinstance(tensor, DTensor)]  # those are the model's own
         if any(self.is_flat(group) for group in groups) or not copies:
             return False
         trial = all(copy.grad is None or not copy.grad.any() for copy in copies)

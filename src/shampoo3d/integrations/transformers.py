@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -20,7 +22,7 @@ FOLDER = "shampoo"
 class ShampooCallback(TrainerCallback):  # type: ignore[misc]
     """Saves and loads the optimizer's state beside the trainer's checkpoints; give it as one of its ``callbacks``.
 
-    Under DeepSpeed it does nothing, since engines save the state of all ranks themselves.
+    Under DeepSpeed and FSDP2 it does nothing, since there the trainer asks all ranks.
     """
 
     def on_train_begin(
@@ -33,7 +35,8 @@ class ShampooCallback(TrainerCallback):  # type: ignore[misc]
                 none of them.
         """
         optimizer = _shampoo(kwargs.get("optimizer"))
-        if optimizer is None or args.deepspeed is not None or (args.world_size == 1 and not optimizer.awaits_folder):
+        asks_all = PartialState().distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        if optimizer is None or asks_all or (args.world_size == 1 and not optimizer.awaits_folder):
             return
         optimizer.elsewhere = FOLDER if args.world_size > 1 else ""
         if optimizer.awaits_folder:
