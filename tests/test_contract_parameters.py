@@ -72,6 +72,22 @@ def zeroed_gradients(make: Make) -> list[bool]:
     return [*zeros, *(p.grad is None for p in params)]
 
 
+@behaviour
+def a_lazy_module(make: Make) -> list[bool]:
+    module = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))
+    optimizer = make(module.parameters())
+    found = []
+    for _ in range(2):
+        before = clones(module[1].parameters())
+        put_gradients(module[1].parameters(), 0)
+        optimizer.step()
+        found.append(equal(module[1].parameters(), before))
+        module(torch.ones(2, 5)).sum().backward()
+    before = clones(module.parameters())
+    optimizer.step()
+    return [*found, equal(module.parameters(), before)]
+
+
 # ---- hooks and closures ----
 
 

@@ -140,6 +140,14 @@ def a_saved_state_goes_on(make: Make) -> bool:
 
 
 @behaviour
+def a_state_of_another_optimizer(make: Make) -> str:
+    params, one, _, _ = twins(make)
+    other = torch.optim.Rprop(params) if isinstance(one, torch.optim.AdamW) else torch.optim.AdamW(params)
+    advance(other, params, [3])
+    return ended(lambda: (one.load_state_dict(other.state_dict()), advance(one, params, [4])))
+
+
+@behaviour
 def a_state_of_other_groups(make: Make) -> list[str]:
     params, one, _, _ = twins(make)
     more, two = make(parameters([*[p.shape for p in params], (3,)])), make([{"params": [p]} for p in parameters()])

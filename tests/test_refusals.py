@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import shampoo3d
 from common import assert_equal, names_of, parameters, params_of, put_gradients, snapshot, train
@@ -70,6 +71,7 @@ def flattened() -> nn.Parameter:
 
 
 EXPANDED = nn.Parameter(torch.ones(1, 5).expand(6, 5))
+WINDOWS = nn.Parameter(torch.ones(6).unfold(0, 3, 1))
 ARGUMENTS: dict[str, list[tuple[Any, str]]] = {
     "params": [
         (None, "must be parameters, named parameters or groups of them, got None of type NoneType"),
@@ -78,8 +80,10 @@ ARGUMENTS: dict[str, list[tuple[Any, str]]] = {
         ([3], "can only optimize Tensors, but one of the params is int"),
         (torch.ones(3), "params argument given to the optimizer should be an iterable of Tensors"),
         ([EXPANDED], "parameter 'group0.param0' of shape (6, 5) has strides (0, 1): elements that share memory"),
+        ([WINDOWS], "parameter 'group0.param0' of shape (4, 3) has strides (1, 1): elements that share memory"),
         ([flattened()], "parameter 'group0.param0' is flattened by FullyShardedDataParallel, which does not say"),
         ([nn.Parameter(torch.eye(3).to_sparse())], "parameter 'group0.param0' is not supported (torch.sparse_coo)"),
+        ([nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)))], "'group0.param0' is a TwoTensor, a tensor made of"),
         ([nn.Parameter(torch.ones(3, dtype=torch.complex64))], "parameter 'group0.param0' is complex"),
     ],
     "lr": NUMBERS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,3 +100,50 @@ def test_sharpness_aware_minimisation(name: str) -> None:
     assert "rho" in sam.base_optimizer.param_groups[0]
     for mine, other in zip(module.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+class Imitation:
+    """A wrapper with the class of the optimizer and without its attributes, as Lightning's and Fabric's are."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self.__class__ = type("Imitation", (Imitation, type(optimizer)), {})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+
+def _by_dictionary(wrapped: Any, folder: Path, *, saving: bool) -> None:
+    if saving:
+        torch.save(wrapped.state_dict(), folder / "state")
+    else:
+        wrapped.load_state_dict(torch.load(folder / "state"))
+
+
+def _by_folder(wrapped: Any, folder: Path, *, saving: bool) -> None:
+    (wrapped.save_checkpoint if saving else wrapped.load_checkpoint)(folder / "saved")
+
+
+@pytest.mark.parametrize("through", [_by_dictionary, _by_folder])
+@pytest.mark.parametrize("name", ["default", "soap", "classic"])
+def test_calls_of_a_wrapper_that_imitates_our_class_reach_the_optimizer(
+    name: str, through: Callable[..., None], tmp_path: Path
+) -> None:
+    def stepped(module: nn.Module, optimizer: Any, steps: range) -> Tensor:
+        for step in steps:
+            optimizer.zero_grad()
+            loss_of(module, step).backward()
+            optimizer.step()
+        return nn.utils.parameters_to_vector(module.parameters()).detach()
+
+    module, resumed = model(), model()
+    one, other = BASES[name](module.parameters()), BASES[name](resumed.parameters())
+    stepped(module, one, range(3))
+    through(Imitation(one), tmp_path, saving=True)
+    resumed.load_state_dict(module.state_dict())
+    wrapped: Any = Imitation(other)
+    wrapped.bind()
+    through(wrapped, tmp_path, saving=False)
+    assert torch.equal(stepped(module, one, range(3, 6)), stepped(resumed, other, range(3, 6)))
+    wrapped.elsewhere, wrapped.skipped_steps = "a folder", 5
+    assert (other.elsewhere, other.skipped_steps) == ("a folder", 5)

@@ -18,7 +18,7 @@ from shampoo3d.distributed.topology import Claims, ParallelGroups
 from shampoo3d.engines import native
 from shampoo3d.engines.engine import GroupContent
 from shampoo3d.engines.parameters import ParameterRegistry
-from shampoo3d.engines.reading import engine, locate
+from shampoo3d.engines.reading import engine, locate, place_gradient
 from shampoo3d.engines.roles import Embeddings, Roles, collected
 from shampoo3d.engines.splits import Splits, copied
 from shampoo3d.planning.plan import Plan
@@ -98,7 +98,7 @@ class Shampoo(Checkpointed):
             check_kind(name, of, (nn.Module, type(None)), "a torch.nn.Module")
         hyperparams = hyperparams_of(hyperparams)
         self.hyperparams, self.distribution = hyperparams, distribution
-        self.skipped_steps = 0
+        self._shared: dict[str, Any] = {}
         self._claims = Claims.of(world_rank, world_size, topology)
         if dist.is_available() and dist.is_initialized():
             self._claims.check_ranks(dist.get_rank(), dist.get_world_size(), "torch.distributed")
@@ -108,8 +108,6 @@ class Shampoo(Checkpointed):
         self._registry = ParameterRegistry(
             Roles(hyperparams, collected(embeddings)), splits=copied(splits), models=models
         )
-        self._bound: Bound | None = None
-        self._pending = Pending()
         self._learn_model(params)
         if lr is None:
             lr = 1e-3 if hyperparams.averaged else 1e-1
@@ -201,6 +199,8 @@ class Shampoo(Checkpointed):
         """Agree on the next action of all ranks, with the settings of all groups; bind unbound parameters first."""
         parallel = self._located()
         meet(parallel.world, "step()")
+        for param in (param for group in self.param_groups for param in group["params"]):
+            place_gradient(param)
         verdict, settings = self._agree(parallel, "", self._has_unbound())
         if verdict is Verdict.BIND:
             verdict, settings = self._agree(parallel, self._bind(parallel), unbound=False)
@@ -256,8 +256,8 @@ class Shampoo(Checkpointed):
                         f"{names[0]!r} has shape {shape} and had {tuple(group_tensor.shape)} at its first step: put a "
                         "new parameter into the group in its place, which then begins anew"
                     )
-                if group_tensor.tensor.grad is not None and not group_tensor.has_dense_gradient:
-                    return f"the gradient of {names[0]!r} is sparse, which Shampoo does not support: take sparse=False"
+                if why := group_tensor.misfit:
+                    return f"the gradient of {names[0]!r} {why}"
                 number = group_tensor.group
                 if settings[number]["precondition"] != group_tensor.precondition:
                     return f"precondition of group {number} was changed after its first step; make a new optimizer"

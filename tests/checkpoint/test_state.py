@@ -109,6 +109,25 @@ def test_a_state_in_which_some_parameters_have_not_begun() -> None:
     assert_equal(snapshot(resumed), snapshot(optimizer))
 
 
+def test_parameters_in_another_order_are_found_by_their_names() -> None:
+    params, others = parameters([(4, 4)] * 3), parameters([(4, 4)] * 3)
+    optimizer = Shampoo(names_of(params), hyperparams=HYPERPARAMS)
+    train(optimizer)
+    one, *rest = names_of(others)
+    resumed = Shampoo([{"params": rest}, {"params": [one]}], hyperparams=HYPERPARAMS)
+    state = optimizer.state_dict()
+    first = state["param_groups"][0]
+    state["param_groups"] = [{**first, "params": [0, 1]}, {**first, "params": [2]}]
+    resumed.load_state_dict(state)
+    put_weights(others, params)
+    for t in range(3, 6):
+        put_gradients(params, t)
+        put_gradients(others, t)
+        optimizer.step()
+        resumed.step()
+    assert_equal(clones(others), clones(params))
+
+
 def test_state_dict_hooks_run_in_order() -> None:
     params = parameters()
     optimizer, seen = Shampoo(params, hyperparams=HYPERPARAMS), []
@@ -124,7 +143,7 @@ def test_state_dict_hooks_run_in_order() -> None:
 @pytest.mark.parametrize("flatten", [True, False])
 def test_torch_distributed_checkpoint_reads_and_restores_the_state(flatten: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
-    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3).requires_grad_(False))
     optimizer, start = Shampoo(model.parameters(), hyperparams=HYPERPARAMS), copy.deepcopy(model.state_dict())
     get_optimizer_state_dict(model, optimizer, options=options)  # takes a step with lr 0 to make the state
     assert_equal(dict(model.state_dict()), dict(start))

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from common import slow_but
+from common import draw, slow_but
 
 from .fsdp import Sharding, distance_from_one_process, with_torch
 from .harness import run
@@ -47,6 +49,30 @@ def test_single_precision(sharding: Sharding, steps: int) -> None:
 def test_ddp_with_gradients_that_are_missing_on_a_rank(name: str, steps: int) -> None:
     shape = replace(ODD, branch=True)
     assert distance_from_one_process(Sharding(replicas=2), shampoo(name), steps, shape=shape) < 1e-9
+
+
+def _with_gradients_in(placements: list[Placement]) -> list[Tensor]:
+    mesh = init_device_mesh("cpu", (2,))
+    kept = [Replicate(), Shard(0), Shard(1), Replicate()]
+    params = [nn.Parameter(distribute_tensor(draw((6, 6), k), mesh, [of])) for k, of in enumerate(kept)]
+    optimizer = shampoo("uneven-blocks")(params)
+    for t in range(4):
+        for k, (param, of) in enumerate(zip(params, placements, strict=True)):
+            whole = draw((6, 6), 100 * t + k)
+            halves = DTensor.from_local(whole / 2, mesh, [Partial()])
+            param.grad = halves if of.is_partial() else distribute_tensor(whole, mesh, [of])
+        optimizer.step()
+    return [param.full_tensor().detach() for param in params]
+
+
+def _are_alike() -> bool:
+    one = _with_gradients_in([Replicate(), Shard(0), Shard(1), Replicate()])
+    other = _with_gradients_in([Partial(), Shard(1), Replicate(), Shard(0)])
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_gradients_may_be_placed_in_another_way_than_their_parameters() -> None:
+    assert all(run(_are_alike, 2))
 
 
 def _mixed(shards: int) -> dict[str, Tensor]:

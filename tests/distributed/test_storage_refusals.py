@@ -107,6 +107,26 @@ def test_a_partial_dtensor_is_refused_by_name() -> None:
         assert "'fc.weight' is a DTensor with placement" in message
 
 
+def _tied_by_their_values() -> str:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    columns = torch.ones(4, 8)
+    module[0].weight.data, module[1].weight.data = columns[:, :4], columns[:, 4:]  # beside each other
+    module[2].bias.data = module[1].weight.data[2]
+    optimizer = Shampoo(module.parameters())
+    for param in module.parameters():
+        param.grad = torch.ones_like(param)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_parameters_that_share_memory_are_refused_by_name_where_two_ranks_would_update_them() -> None:
+    for message in run(_tied_by_their_values, 2):
+        assert "parameters '1.weight' and '2.bias' share memory" in message
+
+
 def _bounded(bound: int) -> tuple[str, bool]:
     make_optimizer = partial(Shampoo, hyperparams=ShampooHyperParams(), distribution=Distribution(memory_bound=bound))
     return _complaint(data_parallel(FAST, make_optimizer))

@@ -1,5 +1,6 @@
 """A model on some of the ranks of a job: the others are neither waited for nor skipped with."""
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,17 +92,41 @@ def _elsewhere(call: str) -> str:
         if dist.get_rank():
             optimizer.step()
         else:
-            getattr(optimizer, call)()
+            getattr(optimizer, call)() if hasattr(optimizer, call) else getattr(copy, call)(optimizer)
     except CallsDifferError as error:
         return str(error)
     return ""
 
 
-@pytest.mark.parametrize("call", ["state_dict", "bind"])
-def test_ranks_that_are_in_other_calls_are_told_at_once(call: str) -> None:
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [("state_dict", "state_dict()"), ("bind", "bind()"), ("deepcopy", "copy.deepcopy() or pickle")],
+)
+def test_ranks_that_are_in_other_calls_are_told_at_once(call: str, name: str) -> None:
     for message in run(_elsewhere, 3, call, seconds=30):
-        shown = f"ranks [1, 2] called step(), ranks [0] called {call}()"
+        shown = f"ranks [1, 2] called step(), ranks [0] called {name}"
         assert message == f"all ranks must make the same calls, but {shown}; nothing was changed"
+
+
+def _outlived() -> list[str]:
+    """Call an optimizer whose process group is gone."""
+    group = dist.new_group(MINE)
+    if dist.get_rank() not in MINE:
+        return []
+    optimizer = Shampoo(_model(0).parameters(), lr=0.01, hyperparams=HP, topology=group)
+    optimizer.bind()
+    dist.destroy_process_group(group)
+    found = []
+    for call in (optimizer.step, optimizer.state_dict, optimizer.bind, partial(copy.deepcopy, optimizer)):
+        with pytest.raises(RuntimeError) as error:
+            call()
+        found.append(str(error.value))
+    return found
+
+
+def test_a_process_group_that_was_destroyed_is_named() -> None:
+    for messages in run(_outlived, 3, seconds=30):
+        assert all("the process group of the ranks (0, 2), over which" in message for message in messages)
 
 
 def _joined() -> str:

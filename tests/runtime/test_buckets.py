@@ -9,7 +9,7 @@ from torch import nn
 from common import replicated
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Fragment, Matrix
-from shampoo3d.runtime.bindings import Binding, GroupTensor
+from shampoo3d.runtime.bindings import Binding, GroupTensor, PhaseIndex
 from shampoo3d.runtime.buckets import patches
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
@@ -65,3 +65,23 @@ def test_patches_hold_the_elements_of_their_members_in_order(
 )
 def test_a_matrix_takes_few_patches(shapes: list[tuple[int, ...]], block_size: int, count: int) -> None:
     assert sum(len(patches(members)) for members in members_by_shape(shapes, block_size)) == count
+
+
+def test_phases_that_do_not_recur_are_forgotten_and_those_in_use_are_kept() -> None:
+    """Layers that are dropped at random have other phases at each step."""
+    tensors = [GroupTensor(nn.Parameter(torch.ones(1)), 0, True) for _ in range(9)]
+    index, made = PhaseIndex[bool, set[int]](tensors, lambda t: t > 1), []
+
+    def at(members: set[int]) -> set[int]:
+        def make(phases: object) -> set[int]:
+            made.append(members)
+            return members
+
+        return index.at({tensors[i]: 3 for i in members}, make)
+
+    for number in range(1, 2**9):
+        subset = {i for i in range(9) if number >> i & 1}
+        assert at(subset) == subset
+        assert at({0}) == {0}
+        assert len(index._made) <= PhaseIndex.MOST
+    assert made.count({0}) == 1

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from shampoo3d.checkpoint import folder, slices
 from shampoo3d.checkpoint import state as checkpoint
 from shampoo3d.checkpoint import state_dict as form
+from shampoo3d.checkpoint.attributes import Shared
 from shampoo3d.checkpoint.state import ParamState
 from shampoo3d.distributed.collectives import meet
 from shampoo3d.distributed.errors import during
@@ -44,21 +45,27 @@ class Pending:
     known: dict[str, Any] = field(default_factory=dict)
 
 
+def _replace(state: dict[Any, Any], by: Mapping[Any, Any]) -> None:
+    """Replace the content of a dictionary, which a wrapper may hold too."""
+    state.clear()
+    state.update(by)
+
+
 class Checkpointed(Optimizer):
     """An optimizer whose state is kept by teams; see :class:`shampoo3d.Shampoo`."""
 
     hyperparams: ShampooHyperParams
     distribution: Distribution
-    skipped_steps: int
-    _claims: Claims
+    skipped_steps = Shared(0)
+    _claims = Shared(Claims())
     _registry: ParameterRegistry
-    _bound: Bound | None
-    _pending: "Pending"
-    _unfinished: int = 0  # the step that is running or was interrupted; 0 if none
-    elsewhere: str = ""
+    _bound = Shared[Bound | None](None)
+    _pending = Shared(Pending())
+    _unfinished = Shared(0)  # the step that is running or was interrupted; 0 if none
+    elsewhere = Shared("")
     """Name of a folder into which a trainer saves the state on all ranks; then ``state_dict()``, which it calls on one,
     has settings and this name only, and does not communicate."""
-    _awaited: str = ""  # the folder that must be loaded, since a dictionary without state was
+    _awaited = Shared("")  # the folder that must be loaded, since a dictionary without state was
 
     @abstractmethod
     def _has_unbound(self) -> bool:
@@ -193,11 +200,12 @@ class Checkpointed(Optimizer):
 
     def _packed(self, state: Mapping[Any, Any]) -> dict[str, Any]:
         """Return PyTorch's dictionary of the groups with this state, which numbers the parameters."""
-        owned, self.state = self.state, defaultdict(dict, state)
+        owned = dict(self.state)
         try:
+            _replace(self.state, state)
             return super().state_dict()
         finally:
-            self.state = owned
+            _replace(self.state, owned)
 
     def _settings_only(self) -> dict[str, Any]:
         """Return the groups, and in which folder the state is."""
@@ -346,26 +354,23 @@ class Checkpointed(Optimizer):
         self._unfinished, self._awaited = 0, ""
         return loading.loaded()
 
+    @during("in a copy or pickle of the optimizer, which all ranks must make")
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for copies and pickles, which bind their parameters anew at their first step."""
+        """Return the state for copies and pickles, which bind their parameters anew at their first step.
+
+        Collective if the work is shared, as :meth:`state_dict` is.
+        """
         self._follow()
-        registry = replace(self._registry, models=[], roles=self._registry.roles.without_models(self._registry.names))
-        names = (
-            "defaults",
-            "param_groups",
-            "hyperparams",
-            "distribution",
-            "skipped_steps",
-            "_claims",
-            "_unfinished",
-            "elsewhere",
-            "_awaited",
-        )
-        pending = Pending(self._complete_state(), self._pending.own, self._parameters())
-        fresh = {
+        if self._bound is not None and not self._registry.flat:
+            meet(self._bound.parallel.world, "copy.deepcopy() or pickle")
+        roles = self._registry.roles.without_models(self._registry.names)
+        names = ("skipped_steps", "_claims", "_unfinished", "elsewhere", "_awaited")
+        return {
+            **{name: getattr(self, name) for name in ("defaults", "param_groups", "hyperparams", "distribution")},
             "state": defaultdict(dict, self._foreign_state()),
-            "_registry": registry,
-            "_bound": None,
-            "_pending": pending,
+            "_registry": replace(self._registry, models=[], roles=roles),
+            "_shared": {
+                **{name: getattr(self, name) for name in names},
+                "_pending": Pending(self._complete_state(), self._pending.own, self._parameters()),
+            },
         }
-        return {name: getattr(self, name) for name in names} | fresh

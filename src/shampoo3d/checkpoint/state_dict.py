@@ -41,24 +41,26 @@ def by_parameter(
 ) -> tuple[list[dict[str, Any]], dict[Any, ParamState]]:
     """Return the groups, see :func:`loaded_groups`, and the state in a ``state_dict()``, by parameter.
 
+    Parameters are found by their names, if the saved ones have the same in another order, else by their places.
     Wrappers may have entries by other keys there.
 
     Raises:
-        TypeError, ValueError: as :func:`loaded_groups`, or naming the parameters without state.
+        TypeError, ValueError: as :func:`loaded_groups`, or naming the trainable parameters without state.
     """
     _check_form(saved)
     groups = loaded_groups(current, saved["param_groups"], hp)
-    numbers = {
-        number: param
-        for old, now in zip(saved["param_groups"], groups, strict=True)
-        for number, param in zip(old["params"], now["params"], strict=True)
-    }
+    params = [param for group in groups for param in group["params"]]
+    named, by_name = saved.get("shampoo", {}).get("names", ()), {names.get(param): param for param in params}
+    if len(named) == len(params) and by_name.keys() == {*named}:
+        params = [by_name[name] for name in named]
+    numbers = dict(zip((number for group in saved["param_groups"] for number in group["params"]), params, strict=True))
     kinds = {type(number) for number in numbers}  # PyTorch's conversions number parameters by name
     if unknown := [n for n in saved["state"] if n not in numbers and type(n) in kinds]:
         raise ValueError(f"the loaded state has entries {unknown[:5]} of parameters that are in none of its groups")
     state = {numbers.get(n, n): param_state for n, param_state in saved["state"].items()}
     begun = {key for key, entries in state.items() if isinstance(key, Tensor) and "step" in entries}
-    if missing := [names.get(param, "") for param in numbers.values() if begun and param not in begun]:
+    trainable = [param for param in numbers.values() if param.requires_grad]  # PyTorch's conversions drop the others
+    if missing := [names.get(param, "") for param in trainable if begun and param not in begun]:
         count = f"{len(missing)} of {len(numbers)}"
         raise ValueError(f"the loaded state has nothing for {count} parameters: {missing[:5]}")
     return groups, state

@@ -185,14 +185,32 @@ def _split(flat: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return list(flat[:used].split_with_sizes(list(sizes))) if sizes else []
 
 
+def _backend(group: Group) -> str:
+    """Return the name of the group's backend.
+
+    Raises:
+        RuntimeError: if the group was destroyed.
+    """
+    try:
+        return str(dist.get_backend(group.handle))
+    except ValueError as error:
+        raise RuntimeError(
+            f"the process group of the ranks {group.ranks}, over which the optimizer shares its work and state, was "
+            "destroyed: call save_checkpoint() before, and load_checkpoint() in a new optimizer"
+        ) from error
+
+
 def communicating_device(group: Group, device: torch.device) -> torch.device:
     """Return the device that the group's backend needs: the parameters', or the GPU though they were offloaded."""
-    if group.size > 1 and device.type == "cpu" and dist.get_backend(group.handle) == "nccl":
+    if group.size > 1 and device.type == "cpu" and _backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
-CALLS = ("step()", "bind()", "state_dict()", "load_state_dict()", "save_checkpoint()", "load_checkpoint()")
+CALLS = (
+    *("step()", "bind()", "state_dict()", "load_state_dict()", "save_checkpoint()", "load_checkpoint()"),
+    "copy.deepcopy() or pickle",
+)
 
 
 def meet(group: Group, call: str) -> None:
@@ -201,7 +219,7 @@ def meet(group: Group, call: str) -> None:
     Raises:
         CallsDifferError: on all ranks, naming who is where.
     """
-    if group.size == 1 or dist.get_backend(group.handle) != "gloo":
+    if group.size == 1 or _backend(group) != "gloo":
         return
     table = torch.empty(group.size, dtype=torch.int64)
     with awaiting("the agreement", group.ranks):

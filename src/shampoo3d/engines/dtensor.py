@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
+from shampoo3d.distributed.errors import awaiting
 from shampoo3d.planning.blocks import Span
 from shampoo3d.planning.layout import Shard
 
@@ -14,6 +15,16 @@ from shampoo3d.planning.layout import Shard
 def local(tensor: Tensor) -> Tensor:
     """Return the part of the tensor on this rank; all of it, if it is not a ``DTensor``."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def place_gradient(param: Tensor) -> None:
+    """Bring the gradient of a ``DTensor`` into its placements, which backward need not do. Collective in its mesh."""
+    grad = param.grad
+    if not isinstance(param, DTensor) or not isinstance(grad, DTensor) or grad.placements == param.placements:
+        return
+    if not any(placement.is_partial() for placement in param.placements):  # which no step can update
+        with awaiting("the gradients in the placements of their parameters", team_of(param)):
+            param.grad = grad.redistribute(param.device_mesh, param.placements)
 
 
 def team_of(param: DTensor) -> tuple[int, ...]:

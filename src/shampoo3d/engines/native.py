@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from shampoo3d.distributed.topology import Claims, ParallelGroups, Topology, groups_in
 from shampoo3d.engines import dtensor
@@ -83,7 +84,7 @@ class Torch:
         """
         originals = set(group.originals)
         if all(tensor in originals for tensor in group.tensors):
-            return {tensor: tensor for tensor in group.tensors}
+            return {tensor: tensor for tensor in group.tensors if not is_lazy(tensor)}
         trainable = [param for param in group.originals if param.requires_grad and param.numel() > 0]
         if [p.shape for p in trainable] != [p.shape for p in group.tensors]:
             raise RuntimeError(

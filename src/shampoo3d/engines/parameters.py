@@ -1,5 +1,6 @@
 """Names, embeddings and fused matrices of the parameters, and the model that they belong to."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -8,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from shampoo3d.engines import deepspeed, native
+from shampoo3d.engines.dtensor import local
 from shampoo3d.engines.engine import GroupContent
 from shampoo3d.engines.reading import engine
 from shampoo3d.engines.roles import Roles
@@ -20,23 +24,70 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_supported(param: Tensor, name: str) -> None:
-    """Raise ValueError, naming the parameter, if it is one that steps cannot update."""
+    """Raise ValueError, naming the parameter, if it is one that steps cannot update.
+
+    One of a lazy module has neither shape nor strides before the module's first forward pass.
+    """
+    if is_lazy(param):
+        return
     if type(param).__name__ == "FlatParameter" or getattr(param, "_fsdp_flattened", False):
         raise ValueError(
             f"parameter {name!r} is flattened by FullyShardedDataParallel, which does not say where matrices begin: "
             "shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
+        )
+    if is_traceable_wrapper_subclass(param) and not isinstance(param, DTensor):
+        raise ValueError(
+            f"parameter {name!r} is a {type(param).__name__}, a tensor made of others, such as a quantised one: a step "
+            "can only write into stored numbers; train an ordinary parameter, and freeze this one"
         )
     if param.dtype not in _DTYPES:
         kind = "complex" if param.is_complex() else "not supported"
         raise ValueError(f"parameter {name!r} is {kind} ({param.dtype}); supported: {', '.join(map(str, _DTYPES))}")
     if param.layout != torch.strided:
         raise ValueError(f"parameter {name!r} is not supported ({param.layout}); its layout must be dense")
-    strides = zip(param.stride(), param.shape, strict=True)
-    if param.numel() and any(stride == 0 and n > 1 for stride, n in strides):
+    if _overlaps(param):
         raise ValueError(
             f"parameter {name!r} of shape {tuple(param.shape)} has strides {param.stride()}: elements that share "
             "memory cannot be updated independently; clone it"
         )
+
+
+def _overlaps(param: Tensor) -> bool:
+    """Return whether elements share memory: an axis with a stride no longer than what the shorter ones span."""
+    span = 0
+    for stride, n in sorted(zip(param.stride(), param.shape, strict=True)):
+        if n > 1 and stride <= span:
+            return param.numel() > 0
+        span += stride * (n - 1)
+    return False
+
+
+def sharing_memory(names: Mapping[Tensor, str]) -> tuple[str, str] | None:
+    """Return the names of two of these tensors that have elements in common, if there are any."""
+    in_storage: defaultdict[Any, list[tuple[int, str, Tensor]]] = defaultdict(list)
+    for tensor, name in names.items():
+        values = local(tensor.detach())
+        if values.numel() and not values.is_meta:
+            key = values.untyped_storage().data_ptr(), values.dtype
+            in_storage[key].append((int(values.storage_offset()), name, values))
+    for members in in_storage.values():
+        members.sort(key=lambda member: member[0])
+        for number, (_, name, values) in enumerate(members):
+            stop = _stop(values)
+            for start, other, others in members[number + 1 :]:
+                if start >= stop:
+                    break
+                elements = torch.zeros(max(stop, _stop(others)), dtype=torch.bool)
+                elements.as_strided(values.shape, values.stride(), values.storage_offset()).fill_(True)
+                if elements.as_strided(others.shape, others.stride(), start).any():
+                    return name, other
+    return None
+
+
+def _stop(values: Tensor) -> int:
+    """Return the end of the elements in their storage."""
+    steps = zip(values.stride(), values.shape, strict=True)
+    return int(values.storage_offset()) + 1 + sum(stride * (n - 1) for stride, n in steps)
 
 
 @dataclass

@@ -8,12 +8,12 @@ from torch import Tensor
 from shampoo3d.distributed.topology import Claims, ParallelGroups
 from shampoo3d.engines import tensor_parallel
 from shampoo3d.engines.deepspeed import DeepSpeed
-from shampoo3d.engines.dtensor import local
+from shampoo3d.engines.dtensor import local, place_gradient
 from shampoo3d.engines.engine import Engine, GroupContent, LocalShard, Ranks
 from shampoo3d.engines.native import Torch
 from shampoo3d.planning.layout import Shard
 
-__all__ = ["ENGINES", "engine", "local", "locate", "read"]
+__all__ = ["ENGINES", "engine", "local", "locate", "place_gradient", "read"]
 
 ENGINES: list[Engine] = [DeepSpeed(), Torch()]
 """The supported frameworks; the first that is running is in charge."""

@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakSet
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from shampoo3d.engines import native
 from shampoo3d.numerics.tiles import Shape
@@ -150,7 +151,7 @@ class Roles:
     def _linear(self, modules: Iterable[nn.Module]) -> dict[Tensor, str]:
         names = {p: name for model in self._models for p, name in native.names_in(model).items()}
         weights = {module._parameters.get("weight") for module in modules if _is_linear(module)}
-        return {p: name for p, name in names.items() if p in weights and p.dim()}
+        return {p: name for p, name in names.items() if p in weights and not is_lazy(p) and p.dim()}
 
     def find(self, facts: Facts) -> None:
         """Find the roles of all parameters by what all ranks know."""

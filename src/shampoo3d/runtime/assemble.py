@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from shampoo3d.distributed.collectives import all_gather_object, first_error
 from shampoo3d.distributed.errors import during
 from shampoo3d.distributed.topology import ParallelGroups
 from shampoo3d.engines.engine import LocalShard
-from shampoo3d.engines.parameters import ParameterRegistry, check_supported
+from shampoo3d.engines.parameters import ParameterRegistry, check_supported, sharing_memory
 from shampoo3d.engines.reading import engine, local, read
 from shampoo3d.engines.roles import Facts
 from shampoo3d.numerics.schedule import BlockId
@@ -36,7 +37,7 @@ Checksum = tuple[float, float]
 
 def is_trainable(param: Tensor) -> bool:
     """Return whether the parameter takes part in steps: it may get a gradient, or has one, and is not empty."""
-    return param.numel() > 0 and (param.requires_grad or param.grad is not None)
+    return not is_lazy(param) and param.numel() > 0 and (param.requires_grad or param.grad is not None)
 
 
 class DisagreementError(ValueError):
@@ -137,7 +138,7 @@ def _read(
         stored = [s for s in taking_part if math.prod(s.shape) > 0]
         for s in stored:
             check_supported(s.original, registry.names[s.original])
-        error = _unknown_ties(stored, registry, tied)
+        error = _unknown_ties(stored, registry, tied) or _shared_memory(stored, registry, parallel)
     except (ValueError, RuntimeError) as raised:  # perhaps on this rank only; _refuse raises it on all
         error = str(raised)
     _refuse(parallel, error)
@@ -179,6 +180,17 @@ def _unknown_ties(stored: Sequence[LocalShard], registry: ParameterRegistry, tie
                 "which: pass model.parameters() itself, or model="
             )
     return ""
+
+
+def _shared_memory(stored: Sequence[LocalShard], registry: ParameterRegistry, parallel: ParallelGroups) -> str:
+    """Return an error about parameters with elements in common: other ranks' updates of one overwrite the other's."""
+    names = {s.tensor: registry.names[s.original] for s in stored}
+    if parallel.world.size == 1 or not (shared := sharing_memory(names)):
+        return ""
+    return (
+        f"parameters {shared[0]!r} and {shared[1]!r} share memory, so that ranks that update one each overwrite the "
+        "other's update: tie them by assigning the parameter itself (b.weight = a.weight), or clone one"
+    )
 
 
 def _teams(

@@ -58,6 +58,17 @@ class GroupTensor:
         grad = self.tensor.grad
         return grad is not None and grad.layout == torch.strided
 
+    @property
+    def misfit(self) -> str:
+        """Reason for which the gradient cannot be used; empty if there is none."""
+        grad = self.tensor.grad
+        if grad is None:
+            return ""
+        if not self.has_dense_gradient:
+            return "is sparse, which Shampoo does not support: take sparse=False"
+        here, wanted = tuple(local(grad).shape), tuple(self.shape)
+        return "" if here == wanted else f"has shape {here} on this rank, where the parameter has {wanted}"
+
     def store(self, flat: Tensor) -> None:
         """Store values that were written into :attr:`flat`, if that was a copy."""
         stored = self.stored
@@ -93,9 +104,14 @@ Phases = Mapping[GroupTensor, tuple[int, K]]
 class PhaseIndex(Generic[K, V]):
     """Cache of values that depend on the phases of the group tensors at a step, since these phases recur.
 
+    The least recently used are dropped, since phases need not recur: other parameters may be without gradient at each
+    step, as with layers that are dropped at random.
+
     Args:
         kind: maps a step t to its kind.
     """
+
+    MOST = 128
 
     def __init__(self, group_tensors: Iterable[GroupTensor], kind: Callable[[int], K]) -> None:
         self._group_tensors, self._kind = tuple(dict.fromkeys(group_tensors)), kind
@@ -106,10 +122,15 @@ class PhaseIndex(Generic[K, V]):
         times = sorted({steps[tensor] for tensor in self._group_tensors if tensor in steps})
         kinds = {t: (number, self._kind(t)) for number, t in enumerate(times)}
         key = tuple(kinds[steps[tensor]] if tensor in steps else None for tensor in self._group_tensors)
-        if key not in self._made:
+        if key in self._made:
+            value = self._made.pop(key)
+        else:
             phases = zip(self._group_tensors, key, strict=True)
-            self._made[key] = make({tensor: phase for tensor, phase in phases if phase is not None})
-        return self._made[key]
+            value = make({tensor: phase for tensor, phase in phases if phase is not None})
+        self._made[key] = value  # the last one of the dictionary
+        if len(self._made) > self.MOST:
+            del self._made[next(iter(self._made))]
+        return value
 
 
 def rows_of(rows: Sequence[int], n: int, device: torch.device) -> Rows:
