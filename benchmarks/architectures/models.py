@@ -167,8 +167,9 @@ WHISPER = WhisperConfig(
 WAV2VEC2 = Wav2Vec2Config(
     vocab_size=17, hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
     conv_dim=(32, 32, 64), conv_kernel=(10, 8, 4), conv_stride=(5, 8, 2), num_conv_pos_embeddings=16,
-    num_conv_pos_embedding_groups=4, hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0, final_dropout=0.0,
-    layerdrop=0.0, apply_spec_augment=False, pad_token_id=0, ctc_loss_reduction="mean", ctc_zero_infinity=True,
+    num_conv_pos_embedding_groups=4, hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+    feat_proj_dropout=0.0, final_dropout=0.0, layerdrop=0.0, apply_spec_augment=False, pad_token_id=0,
+    ctc_loss_reduction="mean", ctc_zero_infinity=True,
 )  # fmt: skip
 GPT2 = GPT2Config(
     vocab_size=WORDS, n_embd=128, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
