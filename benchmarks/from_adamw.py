@@ -27,39 +27,36 @@ RATES = (3e-4, 1e-3, 3e-3)
 FRESH = 10  # first steps, which compute all roots
 
 
-def groups_of(model: nn.Module, *, outer: bool) -> list[dict[str, Any]]:
-    """Decay for matrices only; with ``outer`` embeddings and the output layer are a group without factors."""
-    matrices = [(name, p) for name, p in model.named_parameters() if p.dim() > 1]
-    inner = [p for name, p in matrices if not outer or name.startswith("blocks.")]
-    rest = [p for name, p in matrices if outer and not name.startswith("blocks.")]
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    """Decay for matrices only."""
     return [
-        {"params": inner, "weight_decay": DECAY},
-        *([{"params": rest, "weight_decay": DECAY, "precondition": False}] if outer else []),
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": DECAY},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
 
 
 def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups_of(model, outer=False), lr=lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups_of(model), lr=lr, betas=(0.9, 0.95))
 
 
 def default(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return Shampoo(groups_of(model, outer=False), lr=lr, hyperparams=ShampooHyperParams.default())
+    return Shampoo(groups_of(model), lr=lr)
 
 
-def inner_only(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    return Shampoo(groups_of(model, outer=True), lr=lr, hyperparams=ShampooHyperParams.default())
+def all_matrices(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    hp = ShampooHyperParams.default(ignore_embedding_layer=False, ignore_output_layer=False)
+    return Shampoo(groups_of(model), lr=lr, hyperparams=hp)
 
 
 def classic(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     hp = ShampooHyperParams.classic(block_size=128, matrix_eps=1e-6, preconditioning_compute_steps=10)
-    return Shampoo(groups_of(model, outer=False), lr=lr, hyperparams=hp)
+    return Shampoo(groups_of(model), lr=lr, hyperparams=hp)
 
 
 Make = Callable[[nn.Module, float], torch.optim.Optimizer]
 RUNS: list[tuple[str, Make, float, int]] = [
     *((name, make, rate, WARM_UP) for make, name in ((adamw, "AdamW"), (default, "default")) for rate in RATES),
-    *(("default, embeddings and head by Adam", inner_only, rate, WARM_UP) for rate in RATES),
+    *(("default, factors for all matrices", all_matrices, rate, WARM_UP) for rate in RATES),
     *((f"{name}, no warm-up", make, 3e-3, 0) for make, name in ((adamw, "AdamW"), (default, "default"))),
     *(("classic", classic, rate, WARM_UP) for rate in (1e-3, 1e-1)),
 ]

@@ -106,10 +106,17 @@ ARGUMENTS: dict[str, list[tuple[Any, str]]] = {
     "model": [("gpt", "must be a torch.nn.Module, got 'gpt' of type str"), ([], "must be a torch.nn.Module, got []")],
     "module": [("gpt", "must be a torch.nn.Module, got 'gpt' of type str")],
     "embeddings": [
-        (3, "must be names or parameters, or a function of both, got 3"),
-        ("layer.0.weight", "must be names or parameters, or a function of both, got 'layer.0.weight'"),
-        ([3], "must be names or parameters, or a function of both, got [3]"),
-        (torch.ones(3), "must be names or parameters, or a function of both, got tensor"),
+        (3, "or a function of both, got 3"),
+        (
+            "layer.0.weight",
+            "or a function of both, got 'layer.0.weight'",
+        ),
+        ([3], "or a function of both, got [3]"),
+        (
+            torch.ones(3),
+            "or a function of both, got tensor",
+        ),
+        ({"wte": 1}, "must be names or parameters, each perhaps with True or False"),
         (["wte"], "contains 'wte', which is not a parameter of this optimizer"),
         ([torch.ones(3, 2)], "contains a tensor of shape (3, 2), which is not a parameter"),
     ],
@@ -149,8 +156,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"world_rank": 4, "world_size": 4}, "world_rank must be < 4, the number of ranks, got 4"),
     ({"world_rank": 2, "topology": Topology(("data",), (2,))}, "world_rank must be < 2, the number of ranks, got 2"),
     ({"world_size": 3, "topology": Topology(("data",), (2,))}, "world_size=3 contradicts topology, whose data 2 are 2"),
-    ({"embeddings": []}, "embeddings was given, but hyperparams.ignore_embedding_layer is False"),
-    ({"hyperparams": EMBEDDINGS}, "ignore_embedding_layer=True needs to know the embeddings"),
+    (
+        {"embeddings": [], "hyperparams": "classic"},
+        "embeddings was given, but hyperparams.ignore_embedding_layer is False",
+    ),
     (
         {"hyperparams": ShampooHyperParams(variant=Variant(beta1=0.9)), "momentum": 0.5},
         "momentum=0.5 cannot be combined with variant.beta1=0.9",

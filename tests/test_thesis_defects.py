@@ -142,12 +142,12 @@ def test_embeddings_are_found_by_type_or_told_never_by_substring(way: Callable[[
 
 
 def test_embeddings_are_preconditioned_when_not_ignored() -> None:
-    optimizer = Shampoo(Vision().parameters())
+    optimizer = Shampoo(Vision().parameters(), hyperparams="classic")
     train(optimizer)
     assert paths(optimizer)["wte.weight"] == "preconditioned"
 
 
-UNKNOWN: dict[str, Callable[[Vision], Any]] = {
+PARAMS: dict[str, Callable[[Vision], Any]] = {
     "list": lambda m: list(m.parameters()),
     "named list": lambda m: list(m.named_parameters()),
     "groups": lambda m: [{"params": list(m.parameters())}],
@@ -156,10 +156,12 @@ UNKNOWN: dict[str, Callable[[Vision], Any]] = {
 }
 
 
-@pytest.mark.parametrize("params", UNKNOWN.values(), ids=UNKNOWN.keys())
-def test_embeddings_are_never_guessed(params: Callable[[Vision], Any]) -> None:
-    with pytest.raises(ValueError, match=r"(?s)(?=.*model)(?=.*embeddings)"):
-        Shampoo(params(Vision()), hyperparams=IGNORE)
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS.keys())
+def test_embeddings_are_found_however_parameters_are_given(params: Callable[[Vision], Any]) -> None:
+    model = Vision()
+    optimizer = Shampoo(params(model), hyperparams=IGNORE)
+    train(optimizer)
+    assert list(paths(optimizer).values()) == list(EXPECTED.values())
 
 
 @pytest.mark.parametrize("told", [["wpe.weight"], ["wte"], [torch.ones(7, 4)]], ids=["other", "prefix", "tensor"])

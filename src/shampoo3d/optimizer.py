@@ -17,8 +17,9 @@ from shampoo3d.distributed.errors import during
 from shampoo3d.distributed.topology import Claims, ParallelGroups
 from shampoo3d.engines import native
 from shampoo3d.engines.engine import GroupContent
-from shampoo3d.engines.parameters import Embeddings, ParameterRegistry, collected
+from shampoo3d.engines.parameters import ParameterRegistry
 from shampoo3d.engines.reading import engine, locate, place_gradient
+from shampoo3d.engines.roles import Embeddings, Roles, collected
 from shampoo3d.engines.splits import Splits, copied
 from shampoo3d.planning.plan import Plan
 from shampoo3d.runtime.agreement import StepRefusedError, Verdict, agree
@@ -56,8 +57,9 @@ class Shampoo(Checkpointed):
         model: the module that the parameters belong to, for their names, embeddings and tied layers; found by itself
             when ``params`` is ``model.parameters()`` or ``model.named_parameters()``, or the module itself.
         module: the same, for trainers that keep an argument called ``model`` to themselves.
-        embeddings: names or parameters of embeddings, or a function of name and parameter, for
-            ``hyperparams.ignore_embedding_layer``; embedding modules of the model are found by themselves.
+        embeddings: names or parameters that ``hyperparams.ignore_embedding_layer`` concerns, or not, by a mapping to
+            True and False; or a function of name and parameter that returns one of these or None. Embedding modules
+            and output layers are found by themselves, however the parameters are given.
         splits: parameters that are several matrices in one, such as fused queries, keys and values: by name or
             parameter the number of equal ones along axis 0, their lengths, or by axis either of these; or a function of
             name and parameter that returns one of these or None. See ``docs/update-rule.md``.
@@ -104,7 +106,7 @@ class Shampoo(Checkpointed):
             params = params.parameters()
         models = [of for of in (model, module) if of is not None]
         self._registry = ParameterRegistry(
-            hyperparams, given=collected(embeddings), splits=copied(splits), models=models
+            Roles(hyperparams, collected(embeddings)), splits=copied(splits), models=models
         )
         self._learn_model(params)
         if lr is None:

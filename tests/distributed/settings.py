@@ -47,7 +47,12 @@ SETTINGS: dict[str, Settings] = {
     "one-sided": {"block_size": 5, "beta2": 0.9, "variant": Variant(sides="shortest")},
     "some-axes": {"variant": Variant(largest_dimension=12), "graft_type": LayerwiseGrafting.ADAGRAD, "lr": 0.005},
     "fused": {"block_size": 7, "splits": fused, "graft_type": LayerwiseGrafting.NONE, "lr": 0.003},
-    "embeddings-excluded": {"block_size": 12, "ignore_embedding_layer": True, "nesterov": False},
+    "embeddings-excluded": {
+        "block_size": 12,
+        "ignore_embedding_layer": True,
+        "ignore_output_layer": True,
+        "nesterov": False,
+    },
 }
 
 # Choices that concern the mathematics of a block or of an element, and are tried in fewer layouts.

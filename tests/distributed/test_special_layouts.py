@@ -35,12 +35,7 @@ FAST: list[tuple[Layout, str]] = [
     (Experts(world=2), "whole"),
     (Experts(stage=2), "adagrad-decay"),
 ]
-PAIRS = [
-    case
-    for case in cases(FAST, [*spread(LAYOUTS), *paired(MORE_LAYOUTS)])
-    # DeepSpeed wants experts in groups, which are lists, and these do not tell which parameters are embeddings.
-    if not (isinstance(case.values[0], Experts) and case.values[1] == "embeddings-excluded")
-]
+PAIRS = cases(FAST, [*spread(LAYOUTS), *paired(MORE_LAYOUTS)])
 
 
 def slower(layout: Layout, name: str) -> partial[Shampoo]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from common import REFUSED, assert_equal, draw, replicated, saved_and_loaded, snapshot
 from shampoo3d import Shampoo, ShampooHyperParams, StepRefusedError, Variant
 from shampoo3d.engines.parameters import ParameterRegistry
+from shampoo3d.engines.roles import Roles
 from shampoo3d.planning.blocks import Split, concatenate_cuts, lengths_of, merge_dims
 from shampoo3d.planning.grid import describe
 
@@ -215,7 +216,7 @@ def test_a_parameter_that_an_engine_has_replaced_is_told_by_its_name() -> None:
         model = nn.Sequential(nn.Linear(5, 12, bias=False))
         params: list[Tensor] = list(model.parameters())
         ways: dict[str, Any] = {"name": {"0.weight": 3}, "function": lambda name, _: 3, "parameter": {params[0]: 3}}
-        registry = ParameterRegistry(ShampooHyperParams(), splits=ways[told], models=[model])
+        registry = ParameterRegistry(Roles(ShampooHyperParams()), splits=ways[told], models=[model])
         registry.learn({"params": params})
         assert registry.split == {model[0].weight: ((0, 3),)}
         params[0] = model[0].weight = nn.Parameter(draw((12, 5), 0))

@@ -363,11 +363,12 @@ class Checkpointed(Optimizer):
         self._follow()
         if self._bound is not None and not self._registry.flat:
             meet(self._bound.parallel.world, "copy.deepcopy() or pickle")
+        roles = self._registry.roles.without_models(self._registry.names)
         names = ("skipped_steps", "_claims", "_unfinished", "elsewhere", "_awaited")
         return {
             **{name: getattr(self, name) for name in ("defaults", "param_groups", "hyperparams", "distribution")},
             "state": defaultdict(dict, self._foreign_state()),
-            "_registry": replace(self._registry, models=[]),
+            "_registry": replace(self._registry, models=[], roles=roles),
             "_shared": {
                 **{name: getattr(self, name) for name in names},
                 "_pending": Pending(self._complete_state(), self._pending.own, self._parameters()),

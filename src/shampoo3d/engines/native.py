@@ -155,11 +155,6 @@ def _wraps(module: nn.Module) -> bool:
     return isinstance(module, parallel) or type(module).__name__ in ("DeepSpeedEngine", "PipelineEngine")
 
 
-def embedding_weights(model: nn.Module) -> set[Tensor]:
-    """Find the weights of all embeddings by module type; Megatron's is recognised by the name of its class."""
-    return {
-        weight
-        for module in model.modules()
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or type(module).__name__ == "VocabParallelEmbedding"
-        for weight in module.parameters(recurse=False)
-    }
+def is_embedding(module: nn.Module) -> bool:
+    """Return whether a module is an embedding, by its type; Megatron's is recognised by the name of its class."""
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or type(module).__name__ == "VocabParallelEmbedding"

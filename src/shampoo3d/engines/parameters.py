@@ -1,7 +1,7 @@
 """Names, embeddings and fused matrices of the parameters, and the model that they belong to."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -16,27 +16,11 @@ from shampoo3d.engines import deepspeed, native
 from shampoo3d.engines.dtensor import local
 from shampoo3d.engines.engine import GroupContent
 from shampoo3d.engines.reading import engine
+from shampoo3d.engines.roles import Roles
 from shampoo3d.engines.splits import Splits, splits_of
 from shampoo3d.planning.blocks import Split
-from shampoo3d.settings.hyperparams import ShampooHyperParams
-from shampoo3d.settings.validation import short
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-Embeddings = Iterable[Tensor | str] | Callable[[str, Tensor], bool]
-
-
-def collected(given: Embeddings | None) -> Embeddings | None:
-    """Take a snapshot of the argument.
-
-    Raises:
-        TypeError: if it is neither names and parameters nor a function.
-    """
-    if given is None or callable(given):
-        return given
-    items = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, Tensor)) else None
-    if items is None or not all(isinstance(item, (str, Tensor)) for item in items):
-        raise TypeError(f"embeddings must be names or parameters, or a function of both, got {short(given)}")
-    return tuple(native.bare(item) if isinstance(item, str) else item for item in items)
 
 
 def check_supported(param: Tensor, name: str) -> None:
@@ -112,8 +96,7 @@ class ParameterRegistry:
 
     Attributes:
         names: of every parameter, unique.
-        embeddings: those that ``ignore_embedding_layer`` leaves without preconditioner.
-        given: the user's ``embeddings`` argument.
+        roles: of the parameters that the settings leave without factors.
         splits: the user's ``splits`` argument; ``split``: the parameters that are several matrices, and how.
         models: the modules that the parameters belong to, as far as they could be found.
         originals: the model's parameters, by group, in the very lists that the groups were made with: an engine puts
@@ -121,10 +104,8 @@ class ParameterRegistry:
         groups: the parameter groups, of which an engine may show a part.
     """
 
-    hp: ShampooHyperParams
+    roles: Roles
     names: dict[Tensor, str] = field(default_factory=dict)
-    embeddings: set[Tensor] = field(default_factory=set)
-    given: Embeddings | None = None
     splits: Splits | None = None
     split: dict[Tensor, Split] = field(default_factory=dict)
     models: list[nn.Module] = field(default_factory=list)
@@ -142,8 +123,8 @@ class ParameterRegistry:
         fresh = self._names_of(len(self.originals), params, group.get("param_names"))
         for param in (param for param in params if param.requires_grad):
             check_supported(param, fresh[param])
-        embeddings, split = self._embeddings_of(fresh), splits_of(self.splits, fresh)
-        self.embeddings |= embeddings
+        split = splits_of(self.splits, fresh)
+        self.roles.learn(fresh, self.models)
         self.split |= split
         self.names |= fresh
         self.originals.append(params)
@@ -218,7 +199,7 @@ class ParameterRegistry:
                 given = self.groups[group].get("param_names", ())
                 called = dict(zip(params, given, strict=True)) if len(given) == len(params) else {}
                 names = self._names_of(group, fresh, [called[param] for param in fresh] if called else None)
-                self.embeddings |= self._embeddings_of(names)
+                self.roles.learn(names, self.models)
                 self.split |= splits_of(self.splits, names)
                 self.names |= names
         current = {param for params in self.originals for param in params}
@@ -229,7 +210,6 @@ class ParameterRegistry:
                 )
         self.names = {param: name for param, name in self.names.items() if param in current}
         self.split = {param: split for param, split in self.split.items() if param in current}
-        self.embeddings &= current
 
     def count_experts(self) -> None:
         """Name the experts by their numbers over all ranks, once the engine has distributed them."""
@@ -256,31 +236,10 @@ class ParameterRegistry:
             used.add(fresh[param])
         return fresh
 
-    def _embeddings_of(self, fresh: Mapping[Tensor, str]) -> set[Tensor]:
-        """Find the embeddings that ``ignore_embedding_layer`` concerns: by module type, and those that are given."""
-        given = self.given
-        if not self.hp.ignore_embedding_layer:
-            if given is not None:
-                raise ValueError(
-                    "embeddings was given, but hyperparams.ignore_embedding_layer is False: set that, or leave out "
-                    "embeddings"
-                )
-            return set()
-        if given is None and not self.models:
-            raise ValueError(
-                "ignore_embedding_layer=True needs to know the embeddings: pass model.parameters() itself, not a list, "
-                "or model=, or embeddings= (names, parameters, or a function of name and parameter)"
-            )
-        embeddings = {weight for model in self.models for weight in native.embedding_weights(model)}
-        if callable(given):
-            return embeddings | {param for param, name in fresh.items() if given(name, param)}
-        wanted = set(given or ())
-        return embeddings | {param for param, name in fresh.items() if name in wanted or param in wanted}
-
     def check_given(self) -> None:
         """Raise ValueError if embeddings or splits names no parameter; called once all groups are known."""
         names = set(self.names.values())
-        for argument, given in (("embeddings", self.given), ("splits", self.splits)):
+        for argument, given in (("embeddings", self.roles.given), ("splits", self.splits)):
             for item in () if given is None or callable(given) else given:
                 if (item not in names) if isinstance(item, str) else (item not in self.names):
                     shown = repr(item) if isinstance(item, str) else f"a tensor of shape {tuple(item.shape)}"

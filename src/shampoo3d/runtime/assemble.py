@@ -17,6 +17,7 @@ from shampoo3d.distributed.topology import ParallelGroups
 from shampoo3d.engines.engine import LocalShard
 from shampoo3d.engines.parameters import ParameterRegistry, check_supported, sharing_memory
 from shampoo3d.engines.reading import engine, local, read
+from shampoo3d.engines.roles import Facts
 from shampoo3d.numerics.schedule import BlockId
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding
@@ -64,6 +65,9 @@ def assemble(
         DisagreementError: naming the parameter whose storage can't be explained, or in which ranks differ, and how.
     """
     stored, tied = _read(groups, registry, parallel, distribution, known)
+    if registry.roles.wanted:  # of a pipeline one rank has the embedding, another one the output layer
+        facts = registry.roles.facts({s.original: s.shape for s in stored})
+        registry.roles.find(Facts.joined(all_gather_object(parallel.world, facts)))
     by_team = _teams(stored, registry, parallel)
     matrices: dict[Ranks, list[Matrix]] = {}
     error = ""
@@ -72,7 +76,7 @@ def assemble(
         matrices[ranks], differences = _matrices(ranks, by_team[ranks], groups, registry, parallel, distribution, known)
         error = error or differences
     _refuse(parallel, error)
-    plans, hp = _planned(matrices, registry.hp, fixed, distribution.memory_bound, parallel), registry.hp
+    plans, hp = _planned(matrices, registry.roles.hp, fixed, distribution.memory_bound, parallel), registry.roles.hp
     group_tensors = {s.tensor: GroupTensor(s.tensor, s.group, groups[s.group]["precondition"]) for s in stored}
     bindings = [
         [
@@ -228,10 +232,10 @@ def _record(
     distribution: Distribution,
     known: Mapping[Tensor, int],
 ) -> RankRecord:
-    settings = {field.name: getattr(of, field.name) for of in (registry.hp, distribution) for field in fields(of)}
+    settings = {field.name: getattr(of, field.name) for of in (registry.roles.hp, distribution) for field in fields(of)}
     record, in_slices = RankRecord(settings, [], [], [], []), registry.flat
     for s, shard_group in members:
-        excluded = "embedding" if s.original in registry.embeddings else ""
+        excluded = registry.roles.of(s.original)
         if not groups[s.group]["precondition"]:
             excluded = "its parameter group has precondition=False"
         dtype, model_dtype = (str(tensor.dtype).removeprefix("torch.") for tensor in (s.tensor, s.original))
@@ -265,7 +269,7 @@ def _matrices(
         holders = (Holder(rank, shard, group) for rank, (group, shard) in zip(ranks, shards, strict=True))
         try:
             stored = replace(sharding, holders=tuple(holders)).with_shard_groups(distribution.root_copies)
-            matrix = describe(stored, registry.hp, parallel.world.size)
+            matrix = describe(stored, registry.roles.hp, parallel.world.size)
         except ValueError as raised:
             return matrices, str(raised)
         if gaps := matrix.gaps():

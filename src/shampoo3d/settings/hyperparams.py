@@ -25,6 +25,8 @@ _AVERAGED: dict[str, Any] = {
     "matrix_eps": 1e-5,
     "block_size": 128,
     "preconditioning_compute_steps": 10,
+    "ignore_embedding_layer": True,
+    "ignore_output_layer": True,
     "variant": Variant(
         kernels="matrix",
         beta1=0.9,
@@ -56,6 +58,8 @@ class ShampooHyperParams:
         graft_type: the method whose step length is borrowed, a ``LayerwiseGrafting``, its number or its name.
         nesterov: Nesterov momentum.
         ignore_embedding_layer: leave embeddings without preconditioner (they are grafted only).
+        ignore_output_layer: the same for the output layer: what a model names as its output embeddings, and a linear
+            layer with as many rows as an embedding has.
         fair_blocks: cut each tensor-parallel matrix along its partitioned axis into as many blocks as the run has
             ranks, so that blocks are the same for every topology with that many ranks.
         nonfinite_gradient: the reaction to a gradient, on any rank, that is NaN, infinite, or so large that sums of its
@@ -82,6 +86,7 @@ class ShampooHyperParams:
     graft_type: LayerwiseGrafting = LayerwiseGrafting.SGD
     nesterov: bool = True
     ignore_embedding_layer: bool = False
+    ignore_output_layer: bool = False
     fair_blocks: bool = False
     nonfinite_gradient: Literal["skip", "raise", "ignore"] = "skip"
     pseudo_inverse: bool = False
@@ -101,6 +106,7 @@ class ShampooHyperParams:
             "best_effort_shape_interpretation",
             "nesterov",
             "ignore_embedding_layer",
+            "ignore_output_layer",
             "fair_blocks",
             "pseudo_inverse",
         ):

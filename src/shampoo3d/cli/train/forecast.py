@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Any
@@ -13,7 +13,7 @@ from deepspeed.pipe import TiedLayerSpec
 from deepspeed.runtime.utils import partition_balanced
 from torch import Tensor, nn
 
-from shampoo3d.engines.native import embedding_weights
+from shampoo3d.engines.roles import Roles
 from shampoo3d.engines.tensor_parallel import shard_of
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding
@@ -21,6 +21,7 @@ from shampoo3d.planning.plan import Plan, make_plans
 from shampoo3d.planning.share import RankShare, traffic
 from shampoo3d.runtime.memory import Memory, memory
 from shampoo3d.settings.distribution import Distribution
+from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 from . import gpt
 from .settings import Settings
@@ -40,7 +41,7 @@ class Forecast:
 def foresee(settings: Settings, vocabulary: int) -> Forecast:
     """Forecast a run with these settings."""
     hp = shampoo_settings(settings)
-    stages = _stages(settings, vocabulary, hp.ignore_embedding_layer)
+    stages = _stages(settings, vocabulary, hp)
     matrices: defaultdict[tuple[int, ...], list[Matrix]] = defaultdict(list)
     for sharding in _storages(settings, stages):
         ranks = tuple(holder.rank for holder in sharding.holders)
@@ -76,22 +77,31 @@ class _Parameter:
         return (Shard.of(shard[1]), shard[0], shard[2]) if shard else (Shard.whole(shape), shape, None)
 
 
-def _stages(settings: Settings, vocabulary: int, ignore_embeddings: bool) -> list[list[_Parameter]]:
+def _stages(settings: Settings, vocabulary: int, hp: ShampooHyperParams) -> list[list[_Parameter]]:
     """Return the parameters of each stage, under the names and in the order that PipelineModule gives them."""
     specs = gpt.layers(settings, vocabulary, Shards(size=settings.model_parallel))
     edges = partition_balanced([float(spec.typename is gpt.Block) for spec in specs], settings.pipe)
-    return [list(_parameters(specs, range(*ends), ignore_embeddings)) for ends in pairwise(edges)]
+    roles = _roles(specs, hp)
+    return [list(_parameters(specs, range(*ends), roles)) for ends in pairwise(edges)]
 
 
-def _parameters(specs: list[Any], indices: Iterable[int], ignore_embeddings: bool) -> Iterator[_Parameter]:
+def _roles(specs: list[Any], hp: ShampooHyperParams) -> dict[str, str]:
+    with torch.device("meta"):
+        model = gpt.GPT(specs, seed=0)
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+    roles = Roles(hp)
+    roles.learn(names, [model])
+    return {names[param]: role for param, role in roles.found.items()}
+
+
+def _parameters(specs: list[Any], indices: Iterable[int], roles: Mapping[str, str]) -> Iterator[_Parameter]:
     tied = {f"tied_modules.{specs[i].key}": specs[i] for i in indices if isinstance(specs[i], TiedLayerSpec)}
     own = {str(i): specs[i] for i in indices if not isinstance(specs[i], TiedLayerSpec)}
     for prefix, spec in (tied | own).items():
         with torch.device("meta"):
             module: nn.Module = spec.build()
-        embeddings = embedding_weights(module) if ignore_embeddings else set()
         for name, tensor in module.named_parameters():
-            yield _Parameter(f"{prefix}.{name}", tensor, "embedding" if tensor in embeddings else "")
+            yield _Parameter(f"{prefix}.{name}", tensor, roles.get(f"{prefix}.{name}", ""))
 
 
 def _storages(settings: Settings, stages: list[list[_Parameter]]) -> list[Sharding]:
