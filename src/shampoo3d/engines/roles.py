@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -102,7 +101,7 @@ class Roles:
     given: Mapping[Tensor | str, bool] | Verdict | None = None
     verdicts: dict[Tensor, bool] = field(default_factory=dict)
     found: dict[Tensor, str] = field(default_factory=dict)
-    _models: WeakSet[nn.Module] = field(default_factory=WeakSet)
+    _models: list[nn.Module] = field(default_factory=list)
 
     @property
     def wanted(self) -> bool:
@@ -126,10 +125,13 @@ class Roles:
             verdict = self._asked(param, name)
             if verdict is not None:
                 self.verdicts[param] = verdict
-        self._models.update(models)
+        self._add(models)
         if unheld := names.keys() - {param for module in self._modules() for param in module._parameters.values()}:
-            self._models.update(_roots_of(unheld))
+            self._add(_roots_of(unheld))
         self.find(self.facts({}))
+
+    def _add(self, models: Iterable[nn.Module]) -> None:
+        self._models += [model for model in models if model not in self._models]
 
     def _modules(self) -> set[nn.Module]:
         return {module for model in self._models for module in model.modules()}
@@ -173,7 +175,7 @@ class Roles:
     def without_models(self, params: Collection[Tensor]) -> "Roles":
         """Return a copy with what is known about these parameters."""
         found = {param: role for param, role in self.found.items() if param in params}
-        return replace(self, found=found, _models=WeakSet())
+        return replace(self, found=found, _models=[])
 
 
 def _told(modules: Iterable[nn.Module]) -> set[Tensor]:
