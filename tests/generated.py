@@ -30,6 +30,7 @@ SETTINGS: dict[str, list[Any]] = {
     "graft_type": [*LayerwiseGrafting, "none", "Adam", 1],
     "nesterov": [True, False],
     "ignore_embedding_layer": [False, False, False, True],
+    "ignore_output_layer": [False, True],
     "fair_blocks": [False, True],
     "nonfinite_gradient": ["skip", "skip", "raise", "ignore"],
     "pseudo_inverse": [False, False, True],
