@@ -161,7 +161,7 @@ def test_6_used_like_every_other_pytorch_optimizer(kind: type[torch.optim.Optimi
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     inputs, targets = torch.randn(32, 6), torch.randn(32, 3)
-    optimizer = kind(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = kind(model.parameters(), lr=0.05)
     assert isinstance(optimizer, torch.optim.Optimizer)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=5, gamma=0.5)
     losses = []
