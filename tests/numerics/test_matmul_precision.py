@@ -2,16 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from shampoo3d.numerics.matmul_precision import full_products, reduced_products
 
-needs_switches = pytest.mark.skipif(
-    not hasattr(torch.backends.mkldnn, "matmul"), reason="PyTorch has one switch for all devices"
-)
 SWITCHES = {"cpu": "mkldnn", "cuda": "cuda"}
 Context = Callable[[], AbstractContextManager[None]]
 
@@ -27,7 +23,6 @@ def _as_before() -> Iterator[None]:
     torch.set_float32_matmul_precision(precision)
 
 
-@needs_switches
 @pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("before", ["highest", "high", "medium"])
 @pytest.mark.parametrize(
@@ -57,7 +52,6 @@ def test_the_switches_are_put_back(
     assert torch.get_float32_matmul_precision() == before
 
 
-@needs_switches
 def test_switches_that_follow_others_go_on_following() -> None:
     before = torch.backends.fp32_precision
     for name in SWITCHES.values():
@@ -71,18 +65,3 @@ def test_switches_that_follow_others_go_on_following() -> None:
         assert found()["cuda"] == "ieee"
     finally:
         torch.backends.fp32_precision = before
-
-
-@pytest.mark.parametrize(("context", "within"), [(reduced_products, "medium"), (full_products, "highest")])
-def test_where_there_is_one_switch_only(context: Context, within: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "backends", SimpleNamespace(mkldnn=SimpleNamespace(), cuda=SimpleNamespace()))
-    before = torch.get_float32_matmul_precision()
-
-    def fails() -> None:
-        with context():
-            assert torch.get_float32_matmul_precision() == within
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fails()
-    assert torch.get_float32_matmul_precision() == before

@@ -37,25 +37,16 @@ def may_lose_digits(kind: str) -> bool:
 
 
 def _switches() -> dict[str, Any]:
-    """Return PyTorch's switches by type of device; versions before 2.9 have none."""
-    backends = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}
-    switches = {kind: getattr(backend, "matmul", None) for kind, backend in backends.items()}
-    return {kind: switch for kind, switch in switches.items() if hasattr(switch, "fp32_precision")}
+    """Return PyTorch's switches by type of device."""
+    backends: Any = torch.backends  # PyTorch declares no switch for products on the CPU
+    return {"cpu": backends.mkldnn.matmul, "cuda": backends.cuda.matmul}
 
 
 @contextmanager
 def _switched(cpu: str | None, cuda: str) -> Iterator[None]:
     by_device = _switches()
-    pairs = ((by_device.get("cpu"), cpu), (by_device.get("cuda"), cuda))
-    switches = [(switch, precision) for switch, precision in pairs if switch is not None and precision is not None]
-    if not switches:  # before PyTorch 2.9 there is one switch for all devices
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest" if cpu == "ieee" else "medium")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
+    pairs = ((by_device["cpu"], cpu), (by_device["cuda"], cuda))
+    switches = [(switch, precision) for switch, precision in pairs if precision is not None]
     own = [_own(switch) for switch, _ in switches]
     try:
         for switch, precision in switches:
