@@ -105,7 +105,24 @@ def _elsewhere(call: str) -> str:
 def test_ranks_that_are_in_other_calls_are_told_at_once(call: str, name: str) -> None:
     for message in run(_elsewhere, 3, call, seconds=30):
         shown = f"ranks [1, 2] called step(), ranks [0] called {name}"
-        assert message == f"all ranks must make the same calls, but {shown}; nothing was changed"
+        assert message.startswith(f"all ranks must make the same calls, but {shown}; nothing was changed.")
+
+
+def _beside_another_collective() -> str:
+    """Let rank 0 call an optimizer, and the other one gather a number of its own on the same group."""
+    optimizer = Shampoo(_model(0).parameters(), lr=0.01, hyperparams=HP)
+    optimizer.bind()
+    if dist.get_rank():
+        dist.all_gather([torch.zeros(1, dtype=torch.int64) for _ in range(2)], torch.tensor([3]))
+        return ""
+    with pytest.raises(CallsDifferError) as error:
+        optimizer.state_dict()
+    return str(error.value)
+
+
+def test_a_collective_of_somebody_else_is_not_taken_for_a_call() -> None:
+    message, _ = run(_beside_another_collective, 2, seconds=30)
+    assert "ranks [1] called no method of this optimizer, ranks [0] called state_dict()" in message
 
 
 def _outlived() -> list[str]:

@@ -211,6 +211,8 @@ CALLS = (
     *("step()", "bind()", "state_dict()", "load_state_dict()", "save_checkpoint()", "load_checkpoint()"),
     "copy.deepcopy() or pickle",
 )
+_OURS = 0x3D5A_3D5A << 16
+"""Added to the number of a call, which a collective of somebody else on the same group then is not taken for."""
 
 
 def meet(group: Group, call: str) -> None:
@@ -223,12 +225,18 @@ def meet(group: Group, call: str) -> None:
         return
     table = torch.empty(group.size, dtype=torch.int64)
     with awaiting("the agreement", group.ranks):
-        all_gather(table, torch.tensor([CALLS.index(call)], dtype=torch.int64), group=group.handle)
+        all_gather(table, torch.tensor([_OURS + CALLS.index(call)], dtype=torch.int64), group=group.handle)
     numbers: list[int] = table.tolist()
     if len(set(numbers)) > 1:
-        where = {number: [r for r, n in zip(group.ranks, numbers, strict=True) if n == number] for number in numbers}
-        shown = ", ".join(f"ranks {ranks[:8]} called {CALLS[number]}" for number, ranks in sorted(where.items()))
-        raise CallsDifferError(f"all ranks must make the same calls, but {shown}; nothing was changed")
+        calls = dict(enumerate(CALLS, _OURS))
+        where: dict[str, list[int]] = {}
+        for rank, number in sorted(zip(group.ranks, numbers, strict=True), key=lambda pair: pair[1]):
+            where.setdefault(calls.get(number, "no method of this optimizer"), []).append(rank)
+        shown = ", ".join(f"ranks {ranks[:8]} called {name}" for name, ranks in where.items())
+        raise CallsDifferError(
+            f"all ranks must make the same calls, but {shown}; nothing was changed. A trainer or script that asks its "
+            "first rank only needs ShampooCallback, or save_checkpoint() on all ranks"
+        )
 
 
 def all_gather_object(group: Group, value: T) -> list[T]:
