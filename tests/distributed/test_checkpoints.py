@@ -87,7 +87,7 @@ def test_a_fifth_of_the_layouts_go_on_in_others(name: str, tmp_path: Path) -> No
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["soap", "refresh-3-start-4", "diagonals"])
 def test_other_modes_go_on_between_some_layouts(name: str, tmp_path: Path) -> None:
-    _check(LAYOUTS[1::6], LAYOUTS[::6], [name], tmp_path)
+    _check(LAYOUTS[1::8], LAYOUTS[::8], [name], tmp_path)
 
 
 def test_what_begins_anew_has_not_begun_here(tmp_path: Path) -> None:
