@@ -11,17 +11,17 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from manual import CONTEXT, loss_of, manual, validation_loss
 from record import setting, write
 from tasks.models import GPT
 from torch import Tensor, nn
 
 from shampoo3d import Shampoo, ShampooHyperParams
 
-CONTEXT, BATCH, WIDTH, LAYERS, HEADS = 64, 8, 128, 2, 4
+BATCH, WIDTH, LAYERS, HEADS = 8, 128, 2, 4
 WARM_UP, CLIPPING, DECAY = 20, 1.0, 0.1
 RATES = (3e-4, 1e-3, 3e-3)
 FRESH = 10  # first steps, which compute all roots
@@ -68,12 +68,6 @@ def bytes_of(optimizer: torch.optim.Optimizer) -> int:
     return sum(value.nbytes for state in optimizer.state.values() for value in state.values())
 
 
-def loss_of(model: nn.Module, text: Tensor, generator: torch.Generator) -> Tensor:
-    starts = torch.randint(len(text) - CONTEXT - 1, (BATCH,), generator=generator)
-    windows = text[starts[:, None] + torch.arange(CONTEXT + 1)].long()
-    return nn.functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
-
-
 def train(make: Make, lr: float, warm_up: int, text: Tensor, steps: int, seed: int) -> dict[str, Any]:
     """Validation loss at the end, bytes of state per parameter, and CPU ms of the optimizer's step."""
     cut = len(text) * 9 // 10
@@ -87,18 +81,15 @@ def train(make: Make, lr: float, warm_up: int, text: Tensor, steps: int, seed: i
     for _ in range(steps):
         start = time.process_time()
         optimizer.zero_grad()
-        loss_of(model, text[:cut], batches).backward()
+        loss_of(model, text[:cut], BATCH, batches).backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
         passes.append(time.process_time() - start)
         start = time.process_time()
         optimizer.step()
         seconds.append(time.process_time() - start)
         schedule.step()
-    with torch.no_grad():
-        validation = torch.Generator().manual_seed(0)
-        loss = statistics.mean(float(loss_of(model, text[cut:], validation)) for _ in range(20))
     return {
-        "loss": round(loss, 4),
+        "loss": round(validation_loss(model, text[cut:], BATCH), 4),
         "bytes per parameter": round(bytes_of(optimizer) / sum(p.numel() for p in model.parameters()), 2),
         "ms of the passes": round(1e3 * statistics.median(passes), 2),
         "ms of a first step": round(1e3 * statistics.median(seconds[1:FRESH]), 2),  # without the one that allocates
@@ -113,8 +104,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, nargs="?", default=Path(__file__).parent / "results" / "from_adamw.json")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    raw = "\n".join(topics[name] for name in sorted(topics)).encode()
-    text = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    text = manual()
     rows = []
     for name, make, lr, warm_up in RUNS:
         runs = [train(make, lr, warm_up, text, chosen.steps, seed) for seed in range(chosen.seeds)]

@@ -9,15 +9,15 @@ import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
+from manual import CONTEXT, loss_of, manual, validation_loss
 from record import setting, write
 from torch import Tensor, nn
 
 from shampoo3d import Computation, Shampoo, ShampooHyperParams
 
-CONTEXT, BATCH, WIDTH, LAYERS, RATE = 64, 16, 64, 2, 0.1
+BATCH, WIDTH, LAYERS, RATE = 16, 64, 2, 0.1
 EVERY_STEP = ShampooHyperParams(beta2=0.95, matrix_eps=1e-6, block_size=64)
 EVERY_10 = replace(EVERY_STEP, preconditioning_compute_steps=10)
 VARIANTS = {
@@ -56,13 +56,6 @@ class Model(nn.Module):
         return self.norm(x) @ self.embedding.weight.T
 
 
-def loss_of(model: nn.Module, text: Tensor, generator: torch.Generator) -> Tensor:
-    starts = torch.randint(len(text) - CONTEXT - 1, (BATCH,), generator=generator)
-    windows = text[starts[:, None] + torch.arange(CONTEXT + 1)].long()
-    logits = model(windows[:, :-1])
-    return nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-
-
 def train(hp: ShampooHyperParams, text: Tensor, steps: int, seed: int) -> tuple[float, float]:
     """Validation loss at the end, and the median CPU seconds of a step of the optimizer."""
     cut = len(text) * 9 // 10
@@ -73,15 +66,12 @@ def train(hp: ShampooHyperParams, text: Tensor, steps: int, seed: int) -> tuple[
     batches, seconds = torch.Generator().manual_seed(seed), []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss_of(model, text[:cut], batches).backward()
+        loss_of(model, text[:cut], BATCH, batches).backward()
         start = time.process_time()
         optimizer.step()
         seconds.append(time.process_time() - start)
         schedule.step()
-    with torch.no_grad():
-        validation = torch.Generator().manual_seed(0)
-        losses = [float(loss_of(model, text[cut:], validation)) for _ in range(20)]
-    return statistics.mean(losses), statistics.median(seconds)
+    return validation_loss(model, text[cut:], BATCH), statistics.median(seconds)
 
 
 def main() -> None:
@@ -91,8 +81,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, nargs="?", default=Path(__file__).parent / "results" / "variants.json")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    raw = "\n".join(topics[name] for name in sorted(topics)).encode()
-    text = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    text = manual()
     rows = []
     for name, hp in VARIANTS.items():
         losses, seconds = zip(*(train(hp, text, chosen.steps, seed) for seed in range(chosen.seeds)), strict=True)

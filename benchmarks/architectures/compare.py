@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import TASKS, Task
 from torch import nn
 
-from shampoo3d import Shampoo
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from models import TASKS, Task
 from record import setting, write
+
+from shampoo3d import Shampoo
 
 RATES = (3e-4, 1e-3, 3e-3)
 WARM_UP, CLIPPING, DECAY = 0.1, 1.0, 0.1  # the first is a share of all steps

@@ -7,9 +7,9 @@ as a pattern or a tone for each byte, to be transcribed.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pydoc_data.topics import topics
 from typing import Any
 
+import manual
 import torch
 import transformers
 from sklearn.datasets import load_digits
@@ -49,10 +49,7 @@ class Task:
     is_language_model: bool = False
 
 
-@cache
-def text() -> Tensor:
-    raw = "\n".join(topics[name] for name in sorted(topics)).encode()
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8).long()
+text = cache(manual.manual)
 
 
 @cache
@@ -63,8 +60,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def windows(generator: torch.Generator, length: int = LENGTH, count: int = BATCH) -> Tensor:
-    starts = torch.randint(len(text()) - length, (count, 1), generator=generator)
-    return text()[starts + torch.arange(length)]
+    return manual.windows(text(), count, length, generator)
 
 
 # ---- losses ----
