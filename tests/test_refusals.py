@@ -112,6 +112,7 @@ ARGUMENTS: dict[str, list[tuple[Any, str]]] = {
             "or a function of both, got 'layer.0.weight'",
         ),
         ([3], "or a function of both, got [3]"),
+        ([["layer.0.weight"]], "or a function of both, got [['layer.0.weight']]"),
         (
             torch.ones(3),
             "or a function of both, got tensor",

@@ -72,19 +72,17 @@ def collected(given: Embeddings | None) -> Mapping[Tensor | str, bool] | Verdict
     """
     if given is None or callable(given):
         return given
-    verdicts: dict[Tensor | str, bool] = {}
+    pairs: list[tuple[Any, Any]] | None = None
     if isinstance(given, Mapping):
-        verdicts = dict(given)
+        pairs = list(given.items())
     elif isinstance(given, Iterable) and not isinstance(given, (str, Tensor)):
-        verdicts = dict.fromkeys(given, True)
-    else:
-        verdicts = {None: True}  # type: ignore[dict-item]
-    if not all(isinstance(item, (str, Tensor)) and isinstance(of, bool) for item, of in verdicts.items()):
+        pairs = [(item, True) for item in given]
+    if pairs is None or not all(isinstance(item, (str, Tensor)) and isinstance(of, bool) for item, of in pairs):
         raise TypeError(
             "embeddings must be names or parameters, each perhaps with True or False, or a function of both, got "
             f"{short(given)}"
         )
-    return {native.bare(item) if isinstance(item, str) else item: of for item, of in verdicts.items()}
+    return {native.bare(item) if isinstance(item, str) else item: of for item, of in pairs}
 
 
 @dataclass
@@ -143,12 +141,11 @@ class Roles:
 
     def facts(self, shapes: Mapping[Tensor, Shape]) -> Facts:
         """Collect the facts of the modules here; ``shapes``: of logical matrices, where parameters have others."""
-        modules, facts = self._modules(), Facts()
-        facts.told = bool(_told(modules))
+        modules = self._modules()
         embeddings: list[Any] = [module for module in modules if native.is_embedding(module)]
-        facts.tables = {(int(module.num_embeddings), int(module.embedding_dim)) for module in embeddings}
-        facts.linear = {name: shapes.get(p, p.shape)[0] for p, name in self._linear(modules).items()}
-        return facts
+        tables = {(int(module.num_embeddings), int(module.embedding_dim)) for module in embeddings}
+        linear = {name: shapes.get(p, p.shape)[0] for p, name in self._linear(modules).items()}
+        return Facts(tables, linear, told=bool(_told(modules)))
 
     def _linear(self, modules: Iterable[nn.Module]) -> dict[Tensor, str]:
         names = {p: name for model in self._models for p, name in native.names_in(model).items()}
