@@ -100,6 +100,7 @@ class Roles:
     verdicts: dict[Tensor, bool] = field(default_factory=dict)
     found: dict[Tensor, str] = field(default_factory=dict)
     _models: list[nn.Module] = field(default_factory=list)
+    _held: set[Tensor] = field(default_factory=set)  # the parameters of these models when roles were found last
 
     @property
     def wanted(self) -> bool:
@@ -119,14 +120,18 @@ class Roles:
                     "embeddings out"
                 )
             return
-        for param, name in names.items():
-            verdict = self._asked(param, name)
-            if verdict is not None:
-                self.verdicts[param] = verdict
+        asked = {param: verdict for param, name in names.items() if (verdict := self._asked(param, name)) is not None}
+        self.verdicts |= asked
+        if names.keys() <= self._held and not asked:  # all groups of a model are found with its first one
+            return
         self._add(models)
-        if unheld := names.keys() - {param for module in self._modules() for param in module._parameters.values()}:
+        if unheld := names.keys() - self._parameters():
             self._add(_roots_of(unheld))
+        self._held = self._parameters()
         self.find(self.facts({}))
+
+    def _parameters(self) -> set[Tensor]:
+        return {param for module in self._modules() for param in module._parameters.values() if param is not None}
 
     def _add(self, models: Iterable[nn.Module]) -> None:
         self._models += [model for model in models if model not in self._models]
@@ -172,7 +177,7 @@ class Roles:
     def without_models(self, params: Collection[Tensor]) -> "Roles":
         """Return a copy with what is known about these parameters."""
         found = {param: role for param, role in self.found.items() if param in params}
-        return replace(self, found=found, _models=[])
+        return replace(self, found=found, _models=[], _held=set())
 
 
 def _told(modules: Iterable[nn.Module]) -> set[Tensor]:
