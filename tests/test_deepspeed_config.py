@@ -54,7 +54,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "misspelt argument": (config({"weigth_decay": 8}), "did you mean 'weight_decay'?"),
     "out of bounds": (config({"beta2": 2.0}), "beta2 must be finite and > 0 and <= 1, got 2.0"),
-    "for a trainer to fill in": (config({"lr": "auto"}), "lr must be a number, got 'auto'"),
+    "for a trainer to fill in": (
+        config({"lr": "auto"}),
+        "optimizer has lr='auto', which only a Trainer fills in: give a value",
+    ),
     "preset": (config({"preset": "fast"}), "hyperparams must name a preset"),
     "shared": (config({"root_copies": 0}), "root_copies must be >= 1, got 0"),
     "no configuration": (3, "config must be a configuration or the path of its file, got 3"),

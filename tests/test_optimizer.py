@@ -299,7 +299,7 @@ FOREIGN = ["betas", "foreach", "fused", "amsgrad", "dampening", "capturable", "d
 @pytest.mark.parametrize("option", FOREIGN)
 def test_arguments_of_other_optimizers_are_refused_by_name(option: str) -> None:
     with pytest.raises(TypeError, match=option):
-        Shampoo(parameters(), hyperparams=HYPERPARAMS, **{option: True})
+        Shampoo(parameters(), hyperparams=HYPERPARAMS, **{option: True})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("option", ["block_size", "beta2", "root_method"])

@@ -93,7 +93,7 @@ ARGUMENTS: dict[str, list[tuple[Any, str]]] = {
     "hyperparams": [
         (None, "must be a ShampooHyperParams, the name of a preset or a dict of settings, got None of type NoneType"),
         ({"beta_2": 0.9}, "has no setting 'beta_2'; did you mean 'beta2'?"),
-        ({"preset": "soap", "betas": 0.9}, "has no setting 'betas'; did you mean 'beta"),
+        ({"preset": "soap", "betas": 0.9}, "has no setting 'betas'; beta1, graft_beta2 and beta2 are settings"),
         ({"preset": "adam"}, "must name a preset, one of recommended, default, soap, classic, got 'adam'"),
         ("adamw", "must name a preset, one of recommended, default, soap, classic, got 'adamw'"),
         (Variant(), "must be a ShampooHyperParams, the name of a preset or a dict of settings, got Variant("),
@@ -220,8 +220,8 @@ def test_large_values_are_shown_in_part() -> None:
 
 
 def test_the_tables_hold_every_argument() -> None:
-    names = inspect.signature(Shampoo).parameters
-    assert {*names} == {*ARGUMENTS}
+    names = inspect.signature(Shampoo).parameters.keys() - {"unknown"}
+    assert names == ARGUMENTS.keys()
     assert GROUP.keys() == made().defaults.keys()
 
 

@@ -1,8 +1,9 @@
 """Shampoo as a ``torch.optim`` optimizer that shares its work over all ranks."""
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ from shampoo3d.runtime.team import state_bytes
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.groups import settings_of
 from shampoo3d.settings.hyperparams import ShampooHyperParams
-from shampoo3d.settings.names import hyperparams_of
+from shampoo3d.settings.names import check_arguments, hyperparams_of
 from shampoo3d.settings.validation import check_kind
 
 
@@ -91,11 +92,15 @@ class Shampoo(Checkpointed):
         topology: Any = None,
         shapes: Sequence[Sequence[int]] | None = None,
         distribution: Distribution = Distribution(),
+        **unknown: NoReturn,
     ) -> None:
+        check_arguments(unknown, inspect.signature(Shampoo).parameters.keys() - {"unknown"})
         check_kind("params", params, (Iterable, nn.Module), "parameters, named parameters or groups of them")
         check_kind("distribution", distribution, Distribution, "a Distribution")
         for name, of in (("model", model), ("module", module)):
             check_kind(name, of, (nn.Module, type(None)), "a torch.nn.Module")
+        if model is not None and module is not None and model is not module:
+            raise ValueError("model and module are two names of one argument: give one of them")
         hyperparams = hyperparams_of(hyperparams)
         self.hyperparams, self.distribution = hyperparams, distribution
         self._shared: dict[str, Any] = {}
@@ -117,7 +122,7 @@ class Shampoo(Checkpointed):
             weight_decay = hyperparams.weight_decay
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"precondition": True, "maximize": maximize})
-        self._registry.check_given()
+        self._registry.check_given(models)
         check_shapes(shapes, [param for group in self.param_groups for param in group["params"]])
 
     def _learn_model(self, params: Any) -> None:
@@ -387,5 +392,6 @@ class Shampoo(Checkpointed):
         return sum(int(batch.stack.root_failures) for team in self._teams for batch in team.batches)
 
     def report(self) -> Report:
-        """Report each parameter's path and its reason, the state on this rank, and the bytes received in a step."""
-        return Report.of(self._teams, self._registry.names, self.skipped_steps, self.distribution)
+        """Report what moves each parameter and why, the state on this rank, and the bytes received in a step."""
+        registry = self._registry
+        return Report.of(self._teams, registry.names, self.skipped_steps, self.distribution, registry.absent)

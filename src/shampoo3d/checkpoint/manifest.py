@@ -97,7 +97,7 @@ class Manifest:
         """
         try:
             data = json.loads((folder / MANIFEST).read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(_absent(folder)) from None
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from None

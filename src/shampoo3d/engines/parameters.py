@@ -1,7 +1,7 @@
 """Names, embeddings and fused matrices of the parameters, and the model that they belong to."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -141,6 +141,13 @@ class ParameterRegistry:
         """True if an engine has put flat slices into the groups."""
         return any(engine().is_flat(group) for group in self.contents)
 
+    @property
+    def absent(self) -> list[str]:
+        """Names of the models' trainable parameters that are in no group."""
+        pairs = [pair for model in self.models for pair in native.names_in(model).items()]
+        known = {*self.names.values()}
+        return [name for param, name in pairs if param.requires_grad and param not in self.names and name not in known]
+
     def follow(self, shown: list[dict[str, Any]]) -> None:
         """Take over the groups and their lists of parameters from those that ``param_groups`` has now.
 
@@ -236,8 +243,17 @@ class ParameterRegistry:
             used.add(fresh[param])
         return fresh
 
-    def check_given(self) -> None:
-        """Raise ValueError if embeddings or splits names no parameter; called once all groups are known."""
+    def check_given(self, models: Iterable[nn.Module]) -> None:
+        """Raise ValueError if embeddings or splits names no parameter, or one of these models has none of them.
+
+        Called once all groups are known.
+        """
+        for model in models:
+            if self.names and self.names.keys().isdisjoint(model.parameters()):
+                raise ValueError(
+                    f"model is a {type(model).__name__} that has none of the parameters, such as "
+                    f"{next(iter(self.names.values()))!r}: give the module that they belong to"
+                )
         names = set(self.names.values())
         for argument, given in (("embeddings", self.roles.given), ("splits", self.splits)):
             for item in () if given is None or callable(given) else given:

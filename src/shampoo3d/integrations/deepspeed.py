@@ -46,6 +46,8 @@ def from_config(
         raise ValueError(f'config must have "optimizer": {{"type": "{TYPE}", "params": {{...}}}}, got {entry!r}')
     given = dict(entry.get("params", {}))
     check_names("config's optimizer", given, [*_ARGUMENTS, *_SHARED, *HOMES, "preset"])
+    if unfilled := [name for name, value in given.items() if value == "auto"]:
+        raise ValueError(f"config's optimizer has {unfilled[0]}='auto', which only a Trainer fills in: give a value")
     arguments = {name: given.pop(name) for name in _ARGUMENTS if name in given}
     distribution = Distribution(**{name: given.pop(name) for name in _SHARED if name in given})
     optimizer = Shampoo(

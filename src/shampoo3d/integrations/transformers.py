@@ -8,10 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+try:
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(f'{missing}: pip install "3d-shampoo[trainers]"', name=missing.name) from missing
 
 from shampoo3d.optimizer import Shampoo
 

@@ -1,5 +1,6 @@
 """Report of the path that each parameter took. Plain data and text."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,21 +8,40 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.layout import Matrix
+from shampoo3d.planning.plan import Plan
 from shampoo3d.planning.share import traffic
 from shampoo3d.runtime.team import Team, state_bytes
 from shampoo3d.settings.distribution import Distribution
+from shampoo3d.settings.hyperparams import LayerwiseGrafting, ShampooHyperParams
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: ``path`` is "preconditioned", "grafted only", "excluded" or "not trained"."""
+    """One parameter: ``path`` is "preconditioned", "grafted only", "excluded" or "not trained".
+
+    Attributes:
+        moved_by: the method that makes its direction, and whose length that has.
+        largest: the shape of its largest block; ``factors``: the sides of this block that have a factor.
+    """
 
     name: str
     shape: Shape
     path: str
+    moved_by: str
     reason: str
     blocks: int
+    largest: Shape
+    factors: Shape
     owners: tuple[int, ...]
+
+    @classmethod
+    def of(cls, matrix: Matrix, plan: Plan, hp: ShampooHyperParams) -> "Row":
+        owners = tuple(sorted({block.owner for block in plan.blocks if block.matrix == matrix.name}))
+        largest = max((block.shape for block in matrix.blocks), key=math.prod, default=())
+        factors = tuple(largest[axis] for axis in matrix.axes)
+        moved_by, blocks = method_of(hp, matrix.factored), len(matrix.blocks)
+        return cls(matrix.name, matrix.shape, matrix.path, moved_by, matrix.reason, blocks, largest, factors, owners)
 
 
 @dataclass(frozen=True)
@@ -30,6 +50,7 @@ class Report:
 
     Attributes:
         every, oldest: steps between two refreshes of a root, and the largest age of a root in use, in steps.
+        absent: trainable parameters of the model that the optimizer does not have.
         state_bytes: of statistics, roots and momenta on this rank.
         traffic: bytes that this rank receives in a step, see ``share.traffic``.
     """
@@ -40,44 +61,78 @@ class Report:
     oldest: int
     state_bytes: int
     traffic: Mapping[str, int]
+    absent: tuple[str, ...]
 
     @classmethod
     def of(
-        cls, teams: Sequence[Team], names: Mapping[Tensor, str], skipped_steps: int, distribution: Distribution
+        cls,
+        teams: Sequence[Team],
+        names: Mapping[Tensor, str],
+        skipped_steps: int,
+        distribution: Distribution,
+        absent: Sequence[str],
     ) -> "Report":
         rows_by_name: dict[str, Row] = {}
         for team in teams:
-            for binding in team.bindings:
-                matrix = binding.matrix
-                owners = sorted({block.owner for block in team.plan.blocks if block.matrix == matrix.name})
-                row = Row(matrix.name, matrix.shape, matrix.path, matrix.reason, len(matrix.blocks), tuple(owners))
-                rows_by_name[matrix.name] = row
+            matrices = (binding.matrix for binding in team.bindings)
+            rows_by_name |= {matrix.name: Row.of(matrix, team.plan, team.hp) for matrix in matrices}
         idle = "empty or frozen" if teams else "no step yet"
         for param, name in names.items():
-            rows_by_name.setdefault(name, Row(name, tuple(param.shape), "not trained", idle, 0, ()))
+            rows_by_name.setdefault(name, Row(name, tuple(param.shape), "not trained", "", idle, 0, (), (), ()))
         received: Counter[str] = Counter()
         for team in teams:
             received.update(traffic(team.share, team.hp, distribution))
         rows = tuple(rows_by_name[name] for name in names.values() if name in rows_by_name)
-        every = max((team.plan.every for team in teams), default=1)
+        every = max((team.plan.every for team in teams), default=0)
         oldest = every - 1 + any(hp.computation.asynchronous for hp in (team.hp for team in teams))
-        return cls(rows, skipped_steps, every, oldest, state_bytes(teams), dict(received))
+        return cls(rows, skipped_steps, every, oldest, state_bytes(teams), dict(received), tuple(absent))
 
     def __str__(self) -> str:
-        header = ("parameter", "shape", "path", "blocks", "owners", "reason")
+        header = ("parameter", "shape", "path", "moved by", "blocks", "factors", "owners", "reason")
         cells = [header] + [
-            (r.name, "x".join(map(str, r.shape)) or "()", r.path, str(r.blocks), _ranges(r.owners), r.reason)
-            for r in self.rows
+            (r.name, _sides(r.shape), r.path, r.moved_by, *_cut(r), _ranges(r.owners), r.reason) for r in self.rows
         ]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
         lines = ["  ".join(row).rstrip() for row in padded]
+        if self.absent:
+            shown = ", ".join(map(repr, self.absent[:5]))
+            count = len(self.absent)
+            lines.append(f"trainable parameters of the model that are not in the optimizer: {count}, such as {shown}")
         lines.append(f"steps skipped for non-finite gradients: {self.skipped_steps}")
+        if not self.every:
+            return "\n".join([*lines, "no step was taken yet: paths and state are known after the first, or bind()"])
         lines.append(f"roots are refreshed every {self.every} steps, and are at most {self.oldest} steps old")
         lines.append(f"bytes of state on this rank: {self.state_bytes}")
         received = ", ".join(f"{kind} {count}" for kind, count in self.traffic.items() if count)
         lines.append(f"bytes from other ranks in a step, roots only when they are refreshed: {received or 'none'}")
         return "\n".join(lines)
+
+
+def method_of(hp: ShampooHyperParams, factored: bool) -> str:
+    """Name the method that makes the direction of matrices with or without factors, and that whose length it has."""
+    method = hp.diagonal_method(factored)
+    lender = {LayerwiseGrafting.NONE: "the gradient", LayerwiseGrafting.SGD: "the gradient"}.get(method)
+    lender = lender or {"ADAGRAD": "AdaGrad", "RMSPROP": "RMSProp", "ADAM": "Adam"}[method.name]
+    if not factored:
+        own = hp.variant.vectors == "diagonal" or lender == "the gradient"
+        return lender if own else f"the gradient, length of {lender}"
+    if hp.variant.direction == "adam":
+        direction = "SOAP"
+    else:
+        direction = "KL-Shampoo" if hp.variant.statistics == "kl" else "Shampoo"
+    return direction if method is LayerwiseGrafting.NONE else f"{direction}, length of {lender}"
+
+
+def _cut(row: Row) -> tuple[str, str]:
+    """Show the blocks and the sides of their factors."""
+    if not row.blocks:
+        return "", ""
+    return f"{row.blocks} of {_sides(row.largest)}", ", ".join(map(str, row.factors))
+
+
+def _sides(shape: Shape) -> str:
+    return "x".join(map(str, shape)) or "()"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -19,6 +19,18 @@ PRESETS: dict[str, Callable[[], ShampooHyperParams]] = {
 """``"recommended"`` is the preset of the project's examples; it may become a better one."""
 
 
+OF_OTHERS = {
+    "betas": "beta1, graft_beta2 and beta2 are settings of their own here, in hyperparams",
+    "eps": "it is called diagonal_eps here, a setting in hyperparams, and matrix_eps is another one",
+    "preset": "hyperparams is the name of a preset, or has it as 'preset'",
+    "foreach": "steps are batched by themselves",
+    "fused": "steps are batched by themselves",
+    "amsgrad": "there is no such variant",
+    "capturable": "a learning rate may be a tensor, which is not read",
+    "differentiable": "steps have no gradient",
+}
+"""Hints about arguments of other optimizers, or of other places."""
+
 HOMES: dict[str, type] = {
     field.name: kind
     for kind in (ShampooHyperParams, Variant, Computation)
@@ -31,9 +43,19 @@ HOMES: dict[str, type] = {
 def check_names(given_as: str, given: Iterable[Any], known: Collection[str]) -> None:
     """Raise ValueError for a name that is not one of the known ones, with the nearest of them."""
     if unknown := [name for name in given if name not in known]:
-        near = get_close_matches(str(unknown[0]), known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(known))}"
-        raise ValueError(f"{given_as} has no setting {unknown[0]!r}{hint}")
+        raise ValueError(f"{given_as} has no setting {unknown[0]!r}; {_hint(str(unknown[0]), known)}")
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    near = get_close_matches(name, known, 1)
+    return OF_OTHERS.get(name) or (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}")
+
+
+def check_arguments(unknown: Collection[str], known: Collection[str]) -> None:
+    """Raise TypeError for arguments of the optimizer that it does not have, telling where a setting belongs."""
+    for name in unknown:
+        hint = f"give it as hyperparams={{{name!r}: ...}}" if name in HOMES else _hint(name, known)
+        raise TypeError(f"Shampoo has no argument {name!r}; {hint}")
 
 
 def hyperparams_of(given: ShampooHyperParams | str | Mapping[str, Any]) -> ShampooHyperParams:

@@ -59,7 +59,11 @@ def short(value: object) -> str:
 
 
 def check_path(name: str, value: object) -> None:
-    """Raise unless ``value`` is the path of a folder."""
+    """Raise unless ``value`` is the path of a folder; None is what :func:`latest_checkpoint` finds in none."""
+    if value is None:
+        raise TypeError(
+            f"{name} must be a path, got None, which latest_checkpoint() returns where there is no checkpoint"
+        )
     check_kind(name, value, (str, os.PathLike), "a path")
 
 
