@@ -1,7 +1,8 @@
 """Shampoo on one page: the update of `ShampooHyperParams.default()`, in the symbols of docs/update-rule.md.
 
 W weights, G gradient, t the number of the step, from 1. A matrix is cut into blocks. Each block keeps statistics L of
-its rows and of its columns, and their inverse roots P, which precondition the average of G; Adam lends the step length.
+its rows and of its columns, and their inverse roots P, which precondition the average of G. Each block moves so far
+that the loss falls as much as by Adam's step.
 
 Left out: several devices, low precision, gradients that are not finite, kernels with an axis longer than 16 (here all
 axes after the first are one), and names, by which the package lets equal blocks take turns (here as they come).
@@ -15,7 +16,7 @@ from torch import Tensor
 
 
 class Shampoo(torch.optim.Optimizer):
-    """KL-Shampoo (Lin et al. 2025, arXiv 2509.03378) with Adam's step length (Agarwal et al. 2020, arXiv 2002.11803).
+    """KL-Shampoo (Lin et al. 2025, arXiv 2509.03378) with the decrease of Adam's step.
 
     Args:
         params: all parameters, or groups of them.
@@ -46,7 +47,8 @@ class Shampoo(torch.optim.Optimizer):
             for block in cut(zeros, block_size):
                 P = [torch.eye(d, dtype=W.dtype, device=W.device) for d in block.shape]
                 cost = sum(6.5 * d**3 + 2000 * d**2 for d in block.shape)  # of its roots
-                blocks.append({"L": [torch.zeros_like(P_i) for P_i in P], "P": P, "cost": cost})
+                a = [torch.zeros_like(P_i[0]) for P_i in P]
+                blocks.append({"L": [torch.zeros_like(P_i) for P_i in P], "P": P, "a": a, "cost": cost})
             self.state[W] = {"t": 0, "E": zeros, "A": zeros.clone(), "blocks": blocks}
         # The costliest block first, to the turn that costs least so far: each step then has about as much to do.
         turns = [0.0] * every
@@ -66,23 +68,32 @@ class Shampoo(torch.optim.Optimizer):
         return loss
 
     def direction(self, G: Tensor, state: dict[str, Any]) -> Tensor:
-        """S = P1 E P2, block by block, with the length of Adam's direction D; for a vector D itself."""
+        """S = P1 F P2, block by block, F the average that looks ahead; for a vector Adam's direction D."""
         state["t"] += 1
         t, E, A = state["t"], state["E"], state["A"]
         E.mul_(self.beta1).add_((1 - self.beta1) * G)
-        A.mul_(self.gamma).add_((1 - self.gamma) * G**2)
-        E, A = E / (1 - self.beta1**t), A / (1 - self.gamma**t)  # averages that begin with 0 are too small at first
-        D: Tensor = E / (A.sqrt() + self.eps_d)
+        E = E / (1 - self.beta1**t)  # averages that begin with 0 are too small at first
         if not state["blocks"]:
+            A.mul_(self.gamma).add_((1 - self.gamma) * G**2)
+            D: Tensor = E / ((A / (1 - self.gamma**t)).sqrt() + self.eps_d)
             return D
-        S = torch.empty_like(D)
-        for block, G_b, E_b, S_b in zip(state["blocks"], *(cut(X, self.block_size) for X in (G, E, S)), strict=True):
+        S, F = torch.empty_like(E), self.beta1 * E + (1 - self.beta1) * G
+        for block, G_b, F_b, S_b in zip(state["blocks"], *(cut(X, self.block_size) for X in (G, F, S)), strict=True):
             self.update_statistics(block, G_b, t)
             if t <= self.fresh_steps or t % self.every == block["turn"]:
                 self.update_roots(block, t)
             P1, P2 = block["P"]
-            S_b.copy_(P1 @ E_b @ P2)
-        return S.mul_(D.norm() / (S.norm() + 1e-16))
+            S_b.copy_(P1 @ F_b @ P2)
+            adams, ours = (F_b**2 / self.squares(block, G_b, t).sqrt()).sum(), (F_b * S_b).sum()
+            S_b.mul_(adams / ours if ours > 0 else 0.0)
+        return S
+
+    def squares(self, block: dict[str, Any], G: Tensor, t: int) -> Tensor:
+        """The average of G^2, from its means over rows and over columns (Shazeer and Stern 2018, arXiv 1804.04235)."""
+        for a, other in zip(block["a"], (1, 0), strict=True):
+            a.mul_(self.gamma).add_((1 - self.gamma) * (G**2).mean(other))
+        a1, a2 = (a / (1 - self.gamma**t) + self.eps_d**2 for a in block["a"])
+        return a1[:, None] * a2 / a1.mean()
 
     def update_statistics(self, block: dict[str, Any], G: Tensor, t: int) -> None:
         """Average G G^T in L1, G^T G in L2, with G whitened on the other side: then L1 ⊗ L2 is the covariance of G."""

@@ -43,6 +43,8 @@ VARIANT: dict[str, list[Any]] = {
     "long_axes": ["none", "none", "diagonal"],
     "kernels": ["axes", "matrix"],
     "beta1": [0.0, 0.9, 0.9, 0.5, 0.999, 1e-3],
+    "look_ahead": [False, True],
+    "borrow": ["length", "length", "decrease"],
     "graft_beta2": [0.999, 0.9, 0.5, 0.0],
     "bias_correction": [False, True],
     "vectors": ["scaled", "diagonal"],
@@ -80,6 +82,11 @@ def settings(chance: random.Random) -> ShampooHyperParams | None:
     parts = [drawn(chance, table, rate) for table in tables]
     if parts[1].get("beta1", 0.0) == 0.0 and parts[0].get("graft_type") in (4, "Adam") and chance.random() < 0.9:
         parts[1]["beta1"] = 0.9
+    if parts[1].get("borrow") == "decrease" and chance.random() < 0.9:  # what it needs
+        parts[0] |= {"graft_type": 4, "start_preconditioning_step": 1}
+        parts[1] |= {"direction": "root", "vectors": "diagonal"}
+    if parts[1].get("look_ahead") and chance.random() < 0.9:
+        parts[1]["beta1"] = parts[1].get("beta1") or 0.5
     if parts[1].get("long_axes") == "diagonal" and chance.random() < 0.9:
         parts[1]["largest_dimension"] = chance.randint(1, 3)
     if parts[1].get("direction") == "adam" and chance.random() < 0.9:  # what it refuses

@@ -48,6 +48,8 @@ class Settings:
     kernels: str = "axes"
     statistics: str = "gradient"
     beta1: float = 0.0
+    look_ahead: bool = False
+    borrow: str = "length"
     graft_beta2: float = 0.999
     bias_correction: bool = False
     vectors: str = "scaled"
@@ -147,6 +149,7 @@ class Block:
         initial = 0.0 if s.bias_correction or s.statistics == "kl" else s.matrix_eps
         self.L = {i: initial * np.eye(n) for i, n in sizes.items()}
         self.P = {i: np.eye(n) for i, n in sizes.items()}
+        self.a = [np.zeros(w.stop - w.start) for w in where]
         # Turns are dealt out by the cost of a root, in multiply-adds: see docs/update-rule.md.
         self.cost = sum(6.5 * n**3 + 2000.0 * n**2 for i, n in sizes.items() if i not in long)
         self.turn = 0
@@ -192,6 +195,17 @@ class Block:
                 else:
                     self.P[i] = inverse_root(averaged, p, s.matrix_eps, s.u, s.pseudo_inverse)
 
+    def decrease(self, G: Array, E: Array, t: int, s: Settings) -> float:
+        """<E, E / sqrt(A)>, A from the means of squares along each axis: for a matrix A_ij = a_i b_j / mean."""
+        others = [tuple(j for j in range(G.ndim) if j != i) for i in range(G.ndim)]
+        means = [np.mean(G**2, axis=of) for of in others]
+        self.a = [s.graft_beta2 * a + (1 - s.graft_beta2) * mean for a, mean in zip(self.a, means, strict=True)]
+        a = [a / (1 - s.graft_beta2**t) for a in self.a]
+        A = np.ones(()) / (a[0].mean() + s.diagonal_eps**2) ** (G.ndim - 1)
+        for along in a:
+            A = np.multiply.outer(A, along + s.diagonal_eps**2)
+        return float((E**2 / np.sqrt(A)).sum())
+
     def apply(self, G: Array) -> Array:
         for i, P in self.P.items():
             G = mode_product(G, P, i)
@@ -223,7 +237,11 @@ class Parameter:
         for block in self.blocks:
             block.update(G[block.where], self.t, s)
             if self.t >= s.start_preconditioning_step:
-                S[block.where] = block.apply(E[block.where])
+                E_b = E[block.where]
+                S[block.where] = S_b = block.apply(E_b)
+                if s.borrow == "decrease":
+                    adams = block.decrease(G[block.where], E_b, self.t, s)
+                    S[block.where] = S_b * adams / (E_b * S_b).sum() if E_b.any() else 0.0
         return S.reshape(gradient.shape)
 
     def borrowed(self, G: Array, s: Settings) -> tuple[Array, Array]:
@@ -245,8 +263,9 @@ class Parameter:
         G = -gradient if s.maximize else gradient
         E, D = self.borrowed(G, s)
         diagonal = D if s.vectors == "diagonal" else E
-        S = self.preconditioned(G, E, s) if self.blocks else diagonal
-        if s.graft_type != "none":
+        ahead = s.beta1 * E + (1 - s.beta1) * G if s.look_ahead else E
+        S = self.preconditioned(G, ahead, s) if self.blocks else diagonal
+        if s.graft_type != "none" and not (s.borrow == "decrease" and self.blocks):
             S = S * np.sqrt((D**2).sum()) / (np.sqrt((S**2).sum()) + 1e-16)
         decay = s.weight_decay * self.W
         if not s.decoupled_weight_decay:

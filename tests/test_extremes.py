@@ -134,20 +134,6 @@ def test_statistics_of_kl_that_overflow_start_anew(variant: dict[str, Any], step
         assert torch.equal(again[name], first[name])
 
 
-def test_a_root_that_bfloat16_has_no_room_for_has_failed() -> None:
-    p = nn.Parameter(torch.ones(3, 2, dtype=torch.float64))
-    hp = ShampooHyperParams(matrix_eps=1e-100, inverse_exponent_override=2, statistics_compute_steps=2)
-    optimizer = Shampoo([p], hyperparams=hp)
-    kept = Shampoo(
-        [p], hyperparams=ShampooHyperParams(**vars(hp) | {"computation": Computation(root_storage="bfloat16")})
-    )
-    stepped(optimizer, p, 1.0)
-    assert optimizer.root_failures == 0
-    stepped(kept, p, 1.0)
-    assert kept.root_failures == 2
-    assert torch.equal(kept.state_dict()["state"][0]["0:3,0:2"]["P0"], torch.eye(3, dtype=torch.bfloat16))
-
-
 @pytest.mark.parametrize("preset", [ShampooHyperParams.classic, ShampooHyperParams.default, ShampooHyperParams.soap])
 def test_the_state_of_every_preset_is_saved_and_continues(preset: Any) -> None:
     params, others = parameters(), parameters()

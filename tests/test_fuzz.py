@@ -81,7 +81,7 @@ class Bound:
             self.hp.variant.beta1,
             self.hp.variant.graft_beta2,
         )
-        if method is LayerwiseGrafting.NONE and self.factored:
+        if self.factored and (method is LayerwiseGrafting.NONE or self.hp.borrows_decrease):
             return INF
         if method in (LayerwiseGrafting.NONE, LayerwiseGrafting.SGD):
             c = self.hp.correction(beta1, age, method)

@@ -117,7 +117,7 @@ def test_its_defaults_are_those_of_the_preset() -> None:
 
 def test_it_is_one_page_of_torch_alone() -> None:
     text = PAGE.read_text()
-    assert len(text.splitlines()) < 120
+    assert len(text.splitlines()) < 135
     imported: set[str] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):

@@ -30,7 +30,17 @@ from shampoo3d.settings.variant import Variant
 STEPS = 20
 GROUP_KEYS = {"lr", "momentum", "maximize", "precondition"}
 VARIANT_KEYS = {
-    *("sides", "largest_dimension", "long_axes", "kernels", "statistics", "beta1", "graft_beta2"),
+    *(
+        "sides",
+        "largest_dimension",
+        "long_axes",
+        "kernels",
+        "statistics",
+        "beta1",
+        "graft_beta2",
+        "look_ahead",
+        "borrow",
+    ),
     *("bias_correction", "vectors", "decoupled_weight_decay"),
 }
 ELSEWHERE = {*GROUP_KEYS, *VARIANT_KEYS, "refresh", "u"}
@@ -132,6 +142,13 @@ CASES: dict[str, dict[str, Any]] = {
     "decoupled decay": {"decoupled_weight_decay": True},
 }
 
+ADAM: dict[str, Any] = {"graft_type": "adam", "vectors": "diagonal", "beta1": 0.8, "momentum": 0.0, "graft_beta2": 0.9}
+LIKE_THE_PRESET: dict[str, Any] = {
+    **ADAM,
+    **{"statistics": "kl", "beta2": 0.9, "inverse_exponent_override": 2, "bias_correction": True},
+    **{"block_size": 4, "kernels": "matrix", "preconditioning_compute_steps": 3},
+}
+
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "merging": ({"block_size": 4}, {"best_effort_shape_interpretation": True}),
     "merging all": ({"block_size": 64}, {"best_effort_shape_interpretation": True}),
@@ -150,6 +167,13 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "staggered, p = 2": ({"preconditioning_compute_steps": 5, "block_size": 2}, {"inverse_exponent_override": 2}),
     "pseudo-inverse": ({"matrix_eps": 1e-20, "statistics_compute_steps": 11}, {"pseudo_inverse": True}),
     "graft adam": ({"beta1": 0.8, "momentum": 0.0}, {"graft_type": "adam"}),
+    "decrease of adam": (ADAM, {"borrow": "decrease"}),
+    "decrease, large diagonal_eps": ({**ADAM, "borrow": "decrease"}, {"diagonal_eps": 0.5}),
+    "decrease, one side of blocks": ({**ADAM, "sides": "first", "block_size": 3}, {"borrow": "decrease"}),
+    "decrease, looking ahead": ({**ADAM, "borrow": "decrease"}, {"look_ahead": True}),
+    "length, looking ahead": (ADAM, {"look_ahead": True}),
+    "no length, looking ahead": ({"beta1": 0.8, "momentum": 0.0, "graft_type": "none"}, {"look_ahead": True}),
+    "like the preset": (LIKE_THE_PRESET, {"borrow": "decrease", "look_ahead": True}),
     "graft_beta2": ({"graft_type": "rmsprop"}, {"graft_beta2": 0.5}),
     "bias correction of the graft": ({"graft_type": "rmsprop"}, {"bias_correction": True}),
     "bias correction of statistics": ({"graft_type": "none", "beta2": 0.9}, {"bias_correction": True}),

@@ -75,15 +75,16 @@ def test_roots_are_those_of_the_statistics(tmp_path: Path) -> None:
             np.testing.assert_allclose(block[f"P{axis}"].numpy(), P, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("borrow", ["length", "decrease"])
 @pytest.mark.parametrize("statistics", ["gradient", "kl"])
-def test_all_else_is_carried_over_and_training_goes_on(statistics: Any, tmp_path: Path) -> None:
+def test_all_else_is_carried_over_and_training_goes_on(statistics: Any, borrow: Any, tmp_path: Path) -> None:
     hp = ShampooHyperParams.default(block_size=6)
-    hp = replace(hp, variant=replace(hp.variant, statistics=statistics))
+    hp = replace(hp, variant=replace(hp.variant, statistics=statistics, borrow=borrow))
     before = train(made(hp), range(4))
     optimizer, _ = carried(tmp_path, hp, replace(hp, block_size=4), steps=4)
     assert torch.equal(optimizer.param_groups[0]["params"][0], before.param_groups[0]["params"][0])
     assert optimizer.state_dict()["state"][0]["step"] == 4
-    for name in ("gradient_average", "graft_accumulator", "exp_avg"):
+    for name in ("exp_avg", *["gradient_average", "graft_accumulator"] * (borrow == "length")):
         whole = {}
         for of in (optimizer, before):
             whole[of] = torch.zeros(SHAPE, dtype=torch.float64)
@@ -102,6 +103,9 @@ def test_averages_keep_their_scale(tmp_path: Path) -> None:
     optimizer, _ = carried(tmp_path, hp, replace(hp, block_size=10), steps=4)
     mean = sum(of["L0"] * (5 / 10) for of in old.values())
     assert torch.allclose(blocks(optimizer)["0:6,0:10"]["L0"], mean, rtol=1e-12)
+    squares = sum(of["A0"] * (5 / 10) for of in old.values())
+    assert torch.allclose(blocks(optimizer)["0:6,0:10"]["A0"], squares, rtol=1e-12)
+    assert torch.equal(blocks(optimizer)["0:6,0:10"]["A1"], torch.cat([of["A1"] for of in old.values()]))
 
 
 def test_it_is_refused_unless_asked_for_and_where_it_cannot_be_done(tmp_path: Path) -> None:

@@ -118,10 +118,12 @@ def _sliced(rank: RankState, parameters: Mapping[str, Parameter]) -> Iterator[Fo
         number, size = where["tensor"], parameters[name].merged
         state = rank.state["state"][number]
         flats = {kind: state[flat] for kind, flat in FLAT_NAMES.items() if kind in where["momenta"]}
+        shift = where.get("shift", 0)  # which the first versions did not know
         for start, shape, offset, strides in where["pieces"]:
             box = Block(tuple(start), tuple(shape))
             for kind, flat in (flats | {WEIGHT: rank.masters[number]}).items():
-                yield name, kind, size, box, flat.as_strided(box.shape, tuple(strides), flat.storage_offset() + offset)
+                first = flat.storage_offset() + offset + (0 if kind == WEIGHT else shift)
+                yield name, kind, size, box, flat.as_strided(box.shape, tuple(strides), first)
     for name, blocks in described["factors"].items():
         for key, tensors in blocks.items():
             yield from _of_block(name, parameters[name], Block.of_key(key), tensors)
@@ -129,7 +131,7 @@ def _sliced(rank: RankState, parameters: Mapping[str, Parameter]) -> Iterator[Fo
 
 def _of_block(name: str, of: Parameter, block: Block, tensors: Mapping[str, Tensor]) -> Iterator[Found]:
     for kind, values in tensors.items():
-        if kind[0] in "LPQ":
+        if kind[0] in "ALPQ":
             yield name, *stacked(block, kind, values, *among_equals_of(of.cuts)[block])
         else:
             yield name, kind, of.merged, block, values

@@ -210,6 +210,7 @@ MEANING = (
     "variant.statistics",
     "variant.bias_correction",
     "variant.vectors",
+    "variant.borrow",
 )
 """Settings that define what the state is: with other values the same numbers mean something else."""
 

@@ -3,8 +3,8 @@
 The statistics of a new block along axis i are the sum over the old blocks b that it intersects of b's statistics, for
 the rows in both, times the share of b's other axes that it has: ``L_i = sum_b share_b L_i^b``. For sums of
 ``G_(i) G_(i)^T`` this is exact if the new block has all of the other axes of every b, and its rows lie in one b;
-entries between rows of two b are 0, and a share is the average contribution of columns. Averages ("kl") are weighted by
-b's share of the new block.
+entries between rows of two b are 0, and a share is the average contribution of columns. Averages ("kl", and the squares
+along an axis) are weighted by b's share of the new block.
 """
 
 import bisect
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shampoo3d.checkpoint.manifest import Parameter
 from shampoo3d.checkpoint.tensors import Held, among_equals_of, merge_chunks, stacked
+from shampoo3d.numerics.state_names import squares_name
 from shampoo3d.numerics.symmetric import assembled
 from shampoo3d.numerics.tiles import Shape, tile_shapes
 from shampoo3d.planning.blocks import Block, Cuts
@@ -79,6 +80,8 @@ class Reblocking:
             d = block.shape[axis]
             tiles: Mapping[str, Shape] = {"": (d,)} if axis in of.diagonal else tile_shapes(d)
             shapes |= {f"L{axis}{tile}": shape for tile, shape in tiles.items()}
+        if self.teams[0].hp.borrows_decrease:
+            shapes |= {squares_name(axis): (d,) for axis, d in enumerate(block.shape)}
         return {kind: torch.zeros(shape, dtype=dtype) for kind, shape in shapes.items()}
 
     def held(self) -> list[Held]:
@@ -98,9 +101,11 @@ class Reblocking:
             old = [self._old[name][block] for block in _reached(self.saved[name].cuts, new)]
             for number, axis in enumerate(batch.stack.axes):
                 statistics = batch.stack.statistics[number]
-                statistics.put(row, _statistics(new, axis, old, kl=hp.variant.statistics == "kl"))
+                statistics.put(row, _statistics(new, axis, old, f"L{axis}", mean=hp.variant.statistics == "kl"))
                 same = hp.variant.statistics != "kl" and _is_exact(new, axis, old)
                 self.exact[name] = self.exact.get(name, True) and same
+            for axis, squares in enumerate(batch.stack.squares):
+                squares[row] = _statistics(new, axis, old, squares_name(axis), mean=True)
             rows.setdefault((batch, self.saved[name].step), []).append(row)
         for (batch, t), numbers in rows.items():
             if hp.statistics_count(t):
@@ -118,19 +123,19 @@ def _reached(cuts: Sequence[Cuts], block: Block) -> Iterator[Block]:
         yield Block(tuple(a for a, _ in corner), tuple(b - a for a, b in corner))
 
 
-def _statistics(block: Block, axis: int, old: Sequence[_Old], *, kl: bool) -> Tensor:
-    """Compute L along an axis of a new block, by the sum in the module's docstring."""
-    sample = _whole(old[0], axis)
+def _statistics(block: Block, axis: int, old: Sequence[_Old], name: str, *, mean: bool) -> Tensor:
+    """Compute L or squares along an axis of a new block, by the sum in the module's docstring."""
+    sample = _whole(old[0], name)
     L = sample.new_zeros((block.shape[axis],) * sample.dim())
     for of in old:
         both = of.block.intersect(block)
         assert both is not None
         here, there = both.within(block)[axis], both.within(of.block)[axis]
-        share = _others(both, axis) / _others(block if kl else of.block, axis)
+        share = _others(both, axis) / _others(block if mean else of.block, axis)
         if L.dim() == 1:
-            L[here] += share * _whole(of, axis)[there]
+            L[here] += share * _whole(of, name)[there]
         else:
-            L[here, here] += share * _whole(of, axis)[there, there]
+            L[here, here] += share * _whole(of, name)[there, there]
     return L
 
 
@@ -151,6 +156,6 @@ def _others(block: Block, axis: int) -> int:
     return math.prod(block.shape) // block.shape[axis]
 
 
-def _whole(of: _Old, axis: int) -> Tensor:
-    tiles = [values for kind, values in of.tiles.items() if kind.split("_")[0] == f"L{axis}"]
+def _whole(of: _Old, name: str) -> Tensor:
+    tiles = [values for kind, values in of.tiles.items() if kind.split("_")[0] == name]
     return assembled(tiles)

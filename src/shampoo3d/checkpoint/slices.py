@@ -16,8 +16,8 @@ def own_state(teams: Sequence[Team], numbers: Mapping[Tensor, int]) -> dict[str,
     """Collect the state that only this rank keeps of matrices in flat slices, with fingerprints of the layout.
 
     "slices" describes the storage: for each matrix the number of the flat tensor, -1 if it is not in the groups, the
-    names of its momenta, and for each rectangle start, shape, offset and strides. Only the first of several shard
-    groups is described.
+    names of its momenta, by how much these are shifted against the weights, and for each rectangle start, shape, offset
+    and strides. Only the first of several shard groups is described.
     """
     slices: dict[str, Any] = {}
     for team in teams:
@@ -27,7 +27,9 @@ def own_state(teams: Sequence[Team], numbers: Mapping[Tensor, int]) -> dict[str,
             if rectangles:
                 momenta = momenta_names(team.hp, binding.matrix.factored)
                 number = numbers.get(binding.group_tensor.tensor, -1)
-                slices[binding.matrix.name] = {"tensor": number, "pieces": rectangles, "momenta": momenta}
+                shift = team.flat_buckets[binding.group_tensor].shift(binding)
+                where = {"tensor": number, "pieces": rectangles, "momenta": momenta, "shift": shift}
+                slices[binding.matrix.name] = where
     return {"layout": layout_of(teams), "factors": owned_factors(teams), "slices": slices}
 
 

@@ -67,7 +67,8 @@ def live_state(teams: Sequence[Team]) -> dict[Tensor, ParamState]:
     }
     for team in teams:
         for group_tensor, flat in team.flat_buckets.items():
-            state[group_tensor.tensor] |= {FLAT_NAMES[name]: tensor for name, tensor in flat.momenta.tensors().items()}
+            tensors = {FLAT_NAMES[name]: tensor for name, tensor in flat.momenta.tensors().items() if tensor.numel()}
+            state[group_tensor.tensor] |= tensors
         for bucket in team.stacked_buckets:
             for row, (binding, fragment) in enumerate(bucket.members):
                 views = {name: tensor[row] for name, tensor in bucket.momenta.tensors().items()}
@@ -162,9 +163,7 @@ def _momenta_here(team: Team) -> Callable[[int, Piece], list[Tensor]]:
     def here(matrix: int, piece: Piece) -> list[Tensor]:
         binding = team.bindings[matrix]
         if binding.matrix.sharded:
-            tensors = team.flat_buckets[binding.group_tensor].momenta.tensors()  # also of matrices with others
-            names = momenta_names(team.hp, binding.matrix.factored)
-            return [binding.view(tensors[name], piece) for name in names]
+            return [*team.flat_buckets[binding.group_tensor].state(binding, piece).values()]
         bucket, row = rows[matrix, piece.box.key]
         return [tensor[row] for tensor in bucket.momenta.tensors().values()]
 
@@ -315,8 +314,8 @@ def _load_momenta(team: Team, saved: Mapping[Tensor, ParamState]) -> None:
             flat = team.flat_buckets[binding.group_tensor]
             shard = next(h.shard for h in binding.matrix.holders if h.rank == team.rank)
             for piece in binding.matrix.pieces(shard):
-                for name, values in whole[binding.number].items():
-                    binding.view(flat.momenta.tensors()[name], piece).copy_(values[piece.box.slices])
+                for name, values in flat.state(binding, piece).items():
+                    values.copy_(whole[binding.number][name][piece.box.slices])
 
 
 def copy_into(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

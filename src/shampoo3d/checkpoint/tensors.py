@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from shampoo3d.checkpoint.slices import first_shard_group, parts_of
 from shampoo3d.checkpoint.state import factors_of
 from shampoo3d.engines.reading import engine
-from shampoo3d.numerics.state_names import momenta_names, owned_names
+from shampoo3d.numerics.state_names import owned_names
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import Block, Cuts, grid
 from shampoo3d.planning.layout import Piece
@@ -295,10 +294,11 @@ def _momenta(team: Team, *, everything: bool) -> Iterator[Rectangle]:
                 for kind, values in tensors.items():
                     yield binding, kind, binding.matrix.merged, fragment.box, values[row]
     for binding in (binding for binding in team.bindings if binding.matrix.sharded):
-        tensors = team.flat_buckets[binding.group_tensor].momenta.tensors()
+        flat = team.flat_buckets[binding.group_tensor]
         for shard in parts_of(team, binding, everything=everything):
-            for piece, kind in product(binding.matrix.pieces(shard), momenta_names(team.hp, binding.matrix.factored)):
-                yield binding, kind, binding.matrix.merged, piece.box, binding.view(tensors[kind], piece)
+            for piece in binding.matrix.pieces(shard):
+                for kind, values in flat.state(binding, piece).items():
+                    yield binding, kind, binding.matrix.merged, piece.box, values
 
 
 def _at_home(team: Team, binding: Binding) -> Iterator[Piece]:

@@ -1,6 +1,7 @@
 """Step lengths borrowed from other methods (Agarwal et al. 2020, arXiv 2002.11803)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +26,26 @@ def graft_direction(G: Tensor, squares: Tensor | None, hp: ShampooHyperParams, c
         return G
     root = torch.sqrt(squares) if correction == 1.0 else torch.div(squares, correction).sqrt_()
     return torch.div(G, root.add_(least_root(root.dtype, hp)), out=root)
+
+
+def adams_decrease(E: Tensor, squares: Sequence[Tensor], hp: ShampooHyperParams) -> Tensor:
+    """Return ``<E, E / sqrt(A)>`` of each block of a stack, (n,): the decrease of the loss by Adam's step of length 1.
+
+    A is estimated by its means along each axis, ``A = a_1 x a_2 x ... / a^(r-1)``, a being the mean of all (Shazeer and
+    Stern 2018, arXiv 1804.04235, Algorithm 1). ``diagonal_eps`` is added to each mean, squared.
+
+    Args:
+        E: the gradient's average, (n, d_1, ..., d_r).
+        squares: a_i for each axis, (n, d_i), divided by the weight that they have gathered.
+    """
+    floor = least_root(E.dtype, hp) ** 2
+    total = squares[0].mean(1) + floor
+    weight = total.pow(0.5 - 0.5 / len(squares))[:, None]  # the same for each axis, so that no product overflows
+    decrease = E.square()
+    for a in reversed(squares):  # sum over the last axis that is left
+        inverse = (a + floor).rsqrt_().mul_(weight)
+        decrease = torch.bmm(decrease.reshape(len(E), -1, a.shape[1]), inverse[..., None])
+    return decrease.view(len(E))
 
 
 def least_root(dtype: torch.dtype, hp: ShampooHyperParams) -> float:

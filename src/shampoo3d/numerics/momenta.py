@@ -18,7 +18,7 @@ ALL = slice(None)
 
 def kept_dtype(name: str, hp: ShampooHyperParams, state: torch.dtype) -> torch.dtype:
     """Return the dtype in which state of this name in a checkpoint is kept; arithmetic is in ``state``."""
-    return torch.bfloat16 if storage_of(name, hp) == "bfloat16" else state
+    return torch.bfloat16 if storage_of(name, hp) == "bfloat16" and state == torch.float32 else state
 
 
 class Momenta:

@@ -15,11 +15,12 @@ from shampoo3d.numerics.eigenbasis import (
     whiten_others,
     whitener_of_root,
 )
+from shampoo3d.numerics.grafting import adams_decrease
 from shampoo3d.numerics.matmul_precision import reduced_products
 from shampoo3d.numerics.momenta import Rows, average, kept_dtype
 from shampoo3d.numerics.roots import inverse_diagonal_roots, inverse_roots
 from shampoo3d.numerics.roots.choice import at_once
-from shampoo3d.numerics.state_names import momenta_names, owned_names
+from shampoo3d.numerics.state_names import momenta_names, owned_names, squares_name
 from shampoo3d.numerics.symmetric import Diagonal, Symmetric
 from shampoo3d.numerics.tiles import Shape, tile_shapes
 from shampoo3d.settings.hyperparams import ShampooHyperParams
@@ -39,6 +40,7 @@ class Stack:
         statistics: ``L_i`` for each axis i of ``axes``; none for a guest, whose roots are computed elsewhere.
         roots: ``P_i`` for each axis i of ``axes``, each (n, d_i, d_i), or the diagonals (n, d_i).
         elements: the state kept for each element, by name.
+        squares: the averages of ``G^2`` over all axes but i, for each axis i, (n, d_i); if decreases are borrowed.
         root_failures: the number of roots that could not be computed, so that the previous one was kept, or not be
             used, since the direction or the statistics that they gave had no finite length.
     """
@@ -73,6 +75,8 @@ class Stack:
         self.elements = {
             name: torch.zeros(n, *shape, dtype=kept_dtype(name, hp, dtype), device=device) for name in owned_names(hp)
         }
+        borrows = shape if hp.borrows_decrease else ()
+        self.squares = [torch.zeros(n, d, dtype=dtype, device=device) for d in borrows]
         self.root_failures = torch.zeros((), dtype=torch.int64, device=device)
         self._enqueued: list[tuple[Rows, int]] = []
         self._launched: list[Background[list[tuple[int, Rows, tuple[Tensor, ...]]]]] = []
@@ -84,7 +88,8 @@ class Stack:
         statistics = zip(self.axes, self.statistics, strict=False)  # a guest has none
         named = {f"L{axis}{name}": tile for axis, L in statistics for name, tile in L.tiles.items()}
         roots = {f"{self.letter}{axis}": P for axis, P in zip(self.axes, self.roots, strict=True)}
-        return named | roots | self.elements
+        squares = {squares_name(axis): A for axis, A in enumerate(self.squares)}
+        return named | roots | squares | self.elements
 
     @property
     def shared(self) -> list[Tensor]:
@@ -221,12 +226,7 @@ class Stack:
         return inverse_roots(L, p, eps, method=method, pseudo_inverse=pseudo, previous=previous, device_type=kind)
 
     def _take(self, index: int, rows: Rows, new: Tensor, failed: Tensor) -> None:
-        roots, rounded = self.roots[index], new.to(self.roots[index].dtype)
-        if rounded.dtype != new.dtype:  # whose range may be smaller
-            overflowed = rounded.isfinite().flatten(1).all(1).logical_not()
-            rounded = torch.where(overflowed.view(-1, *[1] * (rounded.dim() - 1)), roots[rows], rounded)
-            failed = failed | overflowed
-        roots[rows] = rounded
+        self.roots[index][rows] = new.to(self.roots[index].dtype)
         self.root_failures += failed.sum()
 
     @property
@@ -239,7 +239,8 @@ class Stack:
         if not self.hp.averaged:
             return G
         correction = self.hp.correction(self.hp.variant.beta1, self.hp.weight_updates(t), self.hp.graft_type)
-        return average(self.elements["exp_avg"], G, rows, self.hp, correction)
+        E = average(self.elements["exp_avg"], G, rows, self.hp, correction)
+        return E.lerp_(G, 1.0 - self.hp.variant.beta1) if self.hp.variant.look_ahead else E
 
     def update_average(self, G: Tensor, rows: Rows, t: int) -> None:
         """Update the gradient average at a step t that does not use the preconditioned direction."""
@@ -251,7 +252,23 @@ class Stack:
 
         ``out`` may be G itself.
         """
-        return self._usable(self._multiplied(G, self._matrices(rows, self._computed), out, averaged=(rows, t)))
+        matrices = self._matrices(rows, self._computed)
+        if not self.squares:
+            return self._usable(self._multiplied(G, matrices, out, averaged=(rows, t)))
+        squares, E = self._average_squares(G, rows, t), self._average(G, rows, t)
+        S = self._usable(self._multiplied(E, matrices, out))
+        ours, adams = E.mul(S).flatten(1).sum(1), adams_decrease(E, squares, self.hp)
+        scale = torch.where(ours > 0, adams / ours, 0.0)
+        return self._usable(S.mul_(scale.view(-1, *[1] * len(self.shape))))
+
+    def _average_squares(self, G: Tensor, rows: Rows, t: int) -> list[Tensor]:
+        """Update ``a_i <- gamma a_i + (1 - gamma) mean of G^2 over all axes but i``; return them corrected."""
+        gamma, squared, corrected = self.hp.variant.graft_beta2, G.square(), []
+        for axis, A in enumerate(self.squares):
+            mean = squared.mean([i + 1 for i in range(len(self.shape)) if i != axis])
+            A[rows] = mean.mul_(1.0 - gamma).add_(A[rows], alpha=gamma)
+            corrected.append(A[rows] / self.hp.correction(gamma, self.hp.weight_updates(t), self.hp.graft_type))
+        return corrected
 
     def _usable(self, S: Tensor) -> Tensor:
         """Return S, with 0 for blocks in which it has no finite length: their roots are of far smaller gradients."""
@@ -291,7 +308,9 @@ def factor_shapes(
         tiles = {"": (d,)} if i in diagonal else tile_shapes(d)
         statistics |= {f"L{i}{name}": torch.Size(tile) for name, tile in tiles.items()}
         roots[f"{letter}{i}"] = torch.Size((d,) if i in diagonal else (d, d))
-    return statistics | roots | ({name: torch.Size(shape) for name in owned_names(hp)} if roots else {})
+    squares = {squares_name(i): torch.Size((d,)) for i, d in enumerate(shape) if roots and hp.borrows_decrease}
+    owned = {name: torch.Size(shape) for name in owned_names(hp) if roots}
+    return statistics | roots | squares | owned
 
 
 def state_shapes(

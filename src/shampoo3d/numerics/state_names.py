@@ -12,6 +12,8 @@ def momenta_names(hp: ShampooHyperParams, factored: bool) -> tuple[str, ...]:
     M, N, the average of G, and the sum or average of G^2, as far as the settings need them. Matrices without factors
     have all state that those with factors have.
     """
+    if factored and hp.borrows_decrease:
+        return ()
     method = hp.diagonal_method(factored)
     borrows = not factored or method is not LayerwiseGrafting.NONE or hp.start_preconditioning_step > 1
     squares = method is LayerwiseGrafting.ADAGRAD or method in AVERAGED_SQUARES
@@ -25,6 +27,11 @@ def momenta_names(hp: ShampooHyperParams, factored: bool) -> tuple[str, ...]:
 def owned_names(hp: ShampooHyperParams) -> tuple[str, ...]:
     """Return the names of the state that the owner of a block with factors keeps for each of its elements."""
     return ("exp_avg",) * hp.averaged + ("exp_avg_sq",) * (hp.variant.direction == "adam")
+
+
+def squares_name(axis: int) -> str:
+    """Return the name of the squares along an axis of a block, which are kept where decreases are borrowed."""
+    return f"A{axis}"
 
 
 def storage_of(name: str, hp: ShampooHyperParams) -> Precision:

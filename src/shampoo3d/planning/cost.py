@@ -57,7 +57,7 @@ def block_cost(elements: int, factors: Shape, hp: ShampooHyperParams, diagonals:
 
 def bytes_of(name: str, hp: ShampooHyperParams, dtype: str) -> int:
     """Return the bytes per element of a state tensor, by its name in a checkpoint, for a parameter of this dtype."""
-    return 2 if storage_of(name, hp) == "bfloat16" else STATE_BYTES[dtype]
+    return 2 if storage_of(name, hp) == "bfloat16" and STATE_BYTES[dtype] == 4 else STATE_BYTES[dtype]
 
 
 def statistics_bytes(factors: Iterable[int], dtype: str, diagonals: Iterable[int] = ()) -> int:
@@ -77,11 +77,13 @@ def owned_bytes(hp: ShampooHyperParams, dtype: str) -> int:
 
 
 def block_bytes(
-    elements: int, factors: Shape, hp: ShampooHyperParams, dtype: str, diagonals: Shape = (), *, momenta: bool
+    shape: Shape, factors: Shape, hp: ShampooHyperParams, dtype: str, diagonals: Shape = (), *, momenta: bool
 ) -> int:
     """Return the bytes of state of a block with factors of these sizes: statistics, roots and, if asked, momenta."""
+    elements = math.prod(shape)
     factored = bool(factors or diagonals)
     size = (sum(d * d for d in factors) + sum(diagonals)) * bytes_of("P", hp, dtype)
     size += statistics_bytes(factors, dtype, diagonals)
     size += elements * owned_bytes(hp, dtype) if factored else 0
+    size += sum(shape) * STATE_BYTES[dtype] if factored and hp.borrows_decrease else 0
     return size + (elements * element_bytes(hp, dtype, factored=factored) if momenta else 0)

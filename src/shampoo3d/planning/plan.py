@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from shampoo3d.numerics.schedule import BlockId
+from shampoo3d.numerics.state_names import momenta_names
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.cost import applied_cost, block_bytes, block_cost, element_bytes, statistics_bytes
 from shampoo3d.planning.factors import sizes
@@ -287,9 +288,11 @@ class _Loads:
 def _resident(matrices: Sequence[Matrix], hp: ShampooHyperParams) -> Counter[int]:
     """Count the bytes of momenta of the elements of sharded matrices that each rank stores."""
     totals: Counter[int] = Counter()
-    for sharding in (matrix.sharding for matrix in matrices if matrix.sharding.sharded):
-        size = element_bytes(hp, sharding.dtype, factored=False)  # a flat slice has room for matrices of both kinds
-        for holder in sharding.holders:
+    for matrix in (matrix for matrix in matrices if matrix.sharding.sharded):
+        # A flat slice has room for matrices of both kinds, unless those with factors have no state there.
+        bare = matrix.factored and not momenta_names(hp, factored=True)
+        size = 0 if bare else element_bytes(hp, matrix.dtype, factored=False)
+        for holder in matrix.holders:
             totals[holder.rank] += holder.shard.elements * size
     return totals
 
@@ -304,7 +307,7 @@ def _draft(
     """Describe a block, with owner -1 unless it is fixed."""
     block, dtype = matrix.blocks[number], matrix.sharding.dtype
     id_, (factors, diagonals) = (matrix.name, block.key), sizes(block.shape, matrix.axes, matrix.diagonal)
-    size = block_bytes(block.elements, factors, hp, dtype, diagonals, momenta=not matrix.sharding.sharded)
+    size = block_bytes(block.shape, factors, hp, dtype, diagonals, momenta=not matrix.sharding.sharded)
     cost = block_cost(block.elements, factors, hp, diagonals)
     return PlannedBlock(
         matrix.name,

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from shampoo3d.numerics.momenta import Momenta, Rows
 from shampoo3d.numerics.preconditioner import squared_norms
 from shampoo3d.numerics.schedule import phase
+from shampoo3d.numerics.state_names import momenta_names
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.layout import Fragment, Piece
 from shampoo3d.runtime.bindings import (
@@ -64,14 +66,35 @@ class FlatBucket:
 
     Attributes:
         unfactored: the matrices in it that have no factors.
+        momenta: state of all elements or, where those of matrices with factors have none, of the unfactored ones, one
+            after the other.
     """
 
-    def __init__(self, group_tensor: GroupTensor, hp: ShampooHyperParams) -> None:
+    def __init__(self, group_tensor: GroupTensor, bindings: Sequence[Binding], hp: ShampooHyperParams) -> None:
         self.group_tensor, self.hp = group_tensor, hp
         flat = group_tensor.flat
         self.dtype = state_dtype(flat.dtype)
-        self.momenta = Momenta(flat.shape, hp, self.dtype, flat.device, factored=False)
-        self.unfactored: list[Binding] = []
+        self.unfactored = [binding for binding in bindings if binding.elements and not binding.matrix.factored]
+        self._packed = not momenta_names(hp, factored=True)
+        shape = (sum(binding.elements for binding in self.unfactored),) if self._packed else flat.shape
+        self.momenta = Momenta(shape, hp, self.dtype, flat.device, factored=False)
+        starts = accumulate((binding.elements for binding in self.unfactored), initial=0)
+        self._shifts = (
+            {b: at - b.offset for b, at in zip(self.unfactored, starts, strict=False)} if self._packed else {}
+        )
+
+    def shift(self, binding: Binding) -> int:
+        """Return by how much the state of a matrix is shifted against its elements in the group tensor."""
+        return self._shifts.get(binding, 0)
+
+    def state(self, binding: Binding, piece: Piece) -> dict[str, Tensor]:
+        """Return views of the state of a piece of a matrix, by name."""
+        names, moved = (
+            momenta_names(self.hp, binding.matrix.factored),
+            replace(piece, offset=piece.offset + self.shift(binding)),
+        )
+        tensors = self.momenta.tensors()
+        return {name: binding.view(tensors[name], moved) for name in names}
 
     def steps(self, steps: StepCounts) -> bool:
         """Return whether any of its elements step."""
@@ -86,6 +109,15 @@ class FlatBucket:
         self.started, self.age = phase(t, self.hp).started, self.hp.weight_updates(t)
         if not self.age:
             self.D, self.S = G, G.clone()
+            return True
+        if self._packed:
+            self.S = torch.zeros_like(G)  # until the directions of matrices with factors arrive
+            if self.unfactored:
+                average, D = self.momenta.direction(torch.cat(_parts(G, self.unfactored)), age=self.age)
+                direction = D if self.hp.variant.vectors == "diagonal" else average
+                sizes = [binding.elements for binding in self.unfactored]
+                torch._foreach_copy_(_parts(self.S, self.unfactored), list(direction.split_with_sizes(sizes)))
+            self.D = self.S  # of which nothing is borrowed
             return True
         average, self.D = self.momenta.direction(G, age=self.age)
         self.S = average.clone() if average is self.D or average is gradient else average
@@ -127,13 +159,10 @@ class FlatBucket:
 
 def flat_buckets(bindings: Iterable[Binding], hp: ShampooHyperParams) -> dict[GroupTensor, FlatBucket]:
     """Make the buckets of the group tensors with shards of matrices, of the bindings of all teams: some share one."""
-    buckets: dict[GroupTensor, FlatBucket] = {}
+    held: defaultdict[GroupTensor, list[Binding]] = defaultdict(list)
     for binding in (binding for binding in bindings if binding.matrix.sharded):
-        if binding.group_tensor not in buckets:
-            buckets[binding.group_tensor] = FlatBucket(binding.group_tensor, hp)
-        if binding.elements and not binding.matrix.factored:
-            buckets[binding.group_tensor].unfactored.append(binding)
-    return buckets
+        held[binding.group_tensor].append(binding)
+    return {group_tensor: FlatBucket(group_tensor, members, hp) for group_tensor, members in held.items()}
 
 
 def _parts(flat: Tensor, bindings: Sequence[Binding]) -> list[Tensor]:
@@ -268,7 +297,8 @@ class StackedBucket:
             D = self._borrow(run, G)
             if isinstance(run.rows, Tensor):
                 self.S[run.rows] = G
-            run.norms = squared_norms(D)
+            if self.hp.borrows_lengths:
+                run.norms = squared_norms(D)
             run.D = None if run.started or not run.age else D.clone() if D is G else D
         return True
 

@@ -10,7 +10,7 @@ from shampoo3d.numerics.schedule import Phase, phase
 from shampoo3d.runtime.bindings import StepCounts
 from shampoo3d.runtime.exchange import Exchange
 from shampoo3d.runtime.team import Team, WorkItem
-from shampoo3d.settings.hyperparams import LayerwiseGrafting, ShampooHyperParams
+from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 
 class UnfinishedStepError(RuntimeError):
@@ -35,7 +35,7 @@ def take_step(
     for team, exchange in zip(teams, exchanges, strict=True):
         if taking_part := {group_tensor: t for group_tensor, t in steps.items() if group_tensor in team.names}:
             _precondition_all(exchange, taking_part, hp)
-            if hp.graft_type is not LayerwiseGrafting.NONE:
+            if hp.borrows_lengths:
                 _graft(team, exchange, hp, taking_part)
     for bucket in buckets:
         bucket.update(groups)

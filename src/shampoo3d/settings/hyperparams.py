@@ -1,6 +1,7 @@
 """The settings of Shampoo, validated once, here and nowhere else."""
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -132,6 +133,16 @@ class ShampooHyperParams:
             raise ValueError(
                 "graft_type='adam' needs variant.beta1 > 0, got 0; for variant.beta1=0 take graft_type='rmsprop'"
             )
+        if v.borrow == "decrease":
+            self._check_required(
+                "variant.borrow='decrease'",
+                {
+                    "graft_type": (self.graft_type.name, "ADAM"),
+                    "start_preconditioning_step": (self.start_preconditioning_step, 1),
+                    "variant.direction": (v.direction, "root"),
+                    "variant.vectors": (v.vectors, "diagonal"),
+                },
+            )
         if v.direction == "root":
             if v.statistics == "kl" and self.inverse_exponent_override % 2:
                 raise ValueError(
@@ -141,15 +152,18 @@ class ShampooHyperParams:
             return
         if self.beta2 == 1.0:
             raise ValueError("variant.direction='adam' averages squares: it needs beta2 < 1, got 1.0")
-        required = {
+        required: dict[str, tuple[object, object]] = {
             "start_preconditioning_step": (self.start_preconditioning_step, 1),  # the first step finds the eigenbasis
             "inverse_exponent_override": (self.inverse_exponent_override, 0),  # and there are no roots
             "pseudo_inverse": (self.pseudo_inverse, False),
             "root_method": (self.computation.root_method, "auto"),
         }
-        for name, (value, neutral) in required.items():
-            if value != neutral:
-                raise ValueError(f"{name}={value!r} has no meaning with variant.direction='adam'; take {neutral!r}")
+        self._check_required("variant.direction='adam'", required)
+
+    def _check_required(self, choice: str, required: Mapping[str, tuple[object, object]]) -> None:
+        for name, (value, wanted) in required.items():
+            if value != wanted:
+                raise ValueError(f"{name}={value!r} has no meaning with {choice}; take {wanted!r}")
 
     @classmethod
     def classic(cls, **changes: Any) -> "ShampooHyperParams":
@@ -158,19 +172,19 @@ class ShampooHyperParams:
 
     @classmethod
     def default(cls, **changes: Any) -> "ShampooHyperParams":
-        """Return the settings that did best for their cost: KL-Shampoo with Adam's step length, ``docs/variants.md``.
+        """Return the settings that did best for their cost: KL-Shampoo with the decrease of Adam's steps.
 
-        Learning rates, warm-up and weight decay of an AdamW script carry over.
+        Learning rates, warm-up and weight decay of an AdamW script carry over. Equations: ``docs/variants.md``.
 
         Args:
             changes: settings that replace the preset's.
         """
-        variant = replace(_AVERAGED["variant"], statistics="kl")
+        variant = replace(_AVERAGED["variant"], statistics="kl", look_ahead=True, borrow="decrease")
         own: dict[str, Any] = {
             "variant": variant,
             "inverse_exponent_override": 2,
             "graft_type": LayerwiseGrafting.ADAM,
-            "computation": Computation(fresh_steps=10),
+            "computation": Computation(fresh_steps=10, root_storage="bfloat16", momentum_storage="bfloat16"),
         }
         return replace(cls(**_AVERAGED | own), **changes)
 
@@ -198,6 +212,16 @@ class ShampooHyperParams:
         """The scale c of ``L = c I`` before the first gradient: ``matrix_eps``, or 0 where L has gradients only."""
         v = self.variant
         return 0.0 if v.bias_correction or v.direction == "adam" or v.statistics == "kl" else self.matrix_eps
+
+    @property
+    def borrows_lengths(self) -> bool:
+        """True if whole matrices borrow lengths, whose parts are summed over the ranks."""
+        return self.graft_type is not LayerwiseGrafting.NONE and not self.borrows_decrease
+
+    @property
+    def borrows_decrease(self) -> bool:
+        """True if each block borrows the decrease of Adam's step."""
+        return self.variant.borrow == "decrease"
 
     def diagonal_method(self, factored: bool) -> LayerwiseGrafting:
         """Return the method that defines the direction D, for matrices with or without factors."""

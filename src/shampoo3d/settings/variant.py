@@ -9,6 +9,7 @@ Direction = Literal["root", "adam"]
 Statistics = Literal["gradient", "kl"]
 Sides = Literal["all", "first", "last", "shortest"]
 LongAxes = Literal["none", "diagonal"]
+Borrowed = Literal["length", "decrease"]
 Kernels = Literal["axes", "matrix"]
 LONGEST_KERNEL = 16
 """The longest axis that counts as one of a convolution's kernel; longer ones are something else: experts, positions."""
@@ -35,6 +36,11 @@ class Variant:
             count as those of a kernel if they are at most 16 long.
         beta1: decay of an average of the gradient, which is preconditioned and grafted in place of the gradient; there
             is no other momentum then. 0 for none.
+        look_ahead: precondition ``beta1 E + (1 - beta1) G``, the average E as it would be after the same gradient once
+            more, in its place (Nesterov's momentum, in the form of Dozat 2016).
+        borrow: a preconditioned direction S borrows the "length" of the grafted one, D, for each whole matrix, or its
+            "decrease": each block is scaled so that the loss falls by ``<E, D>`` to first order, with squares that are
+            kept by axis instead of by element (Shazeer and Stern 2018, arXiv 1804.04235). Of Adam's D only.
         graft_beta2: decay of the average of ``G^2`` for the RMSPROP and ADAM grafts and the diagonal direction.
         bias_correction: divide averages by the weight that they have gathered, ``1 - beta^t`` (Kingma and Ba 2014,
             arXiv 1412.6980).
@@ -57,6 +63,8 @@ class Variant:
     long_axes: LongAxes = "none"
     kernels: Kernels = "axes"
     beta1: float = 0.0
+    look_ahead: bool = False
+    borrow: Borrowed = "length"
     graft_beta2: float = 0.999
     bias_correction: bool = False
     vectors: Literal["scaled", "diagonal"] = "scaled"
@@ -70,6 +78,10 @@ class Variant:
         check_choice("long_axes", self.long_axes, ("none", "diagonal"))
         check_choice("kernels", self.kernels, ("axes", "matrix"))
         check_choice("vectors", self.vectors, ("scaled", "diagonal"))
+        check_choice("borrow", self.borrow, ("length", "decrease"))
+        check_bool("look_ahead", self.look_ahead)
+        if self.look_ahead and not self.beta1:
+            raise ValueError("look_ahead=True looks ahead of an average: it needs beta1 > 0, got 0")
         check_integer("largest_dimension", self.largest_dimension, least=0)
         check_number("beta1", self.beta1, least=0.0, below=1.0)
         check_number("graft_beta2", self.graft_beta2, least=0.0, below=1.0)
