@@ -4,8 +4,8 @@ W weights, G gradient, t the number of the step, from 1. A matrix is cut into bl
 its rows and of its columns, and their inverse roots P, which precondition the average of G. Each block moves so far
 that the loss falls as much as by Adam's step.
 
-Left out: several devices, low precision, gradients that are not finite, kernels with an axis longer than 16 (here all
-axes after the first are one), and names, by which the package lets equal blocks take turns (here as they come).
+Left out: several devices, low precision, gradients that are not finite, stacks of matrices (here all axes after the
+first are one), wide matrices, whose blocks are larger, and names, by which equal blocks take turns (here as they come).
 """
 
 from collections.abc import Callable, Iterable
@@ -25,7 +25,7 @@ class Shampoo(torch.optim.Optimizer):
         eps: added to Adam's denominator; and the ridge of the roots, relative to the largest eigenvalue.
         block_size: the longest side of a block.
         every: each block has its turn to compute new roots once in so many steps,
-        fresh_steps: and at each step up to this one; at least `every`.
+        fresh_steps: and every other step up to this one, at least `every`; all do at the first.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Shampoo(torch.optim.Optimizer):
         eps: tuple[float, float] = (1e-8, 1e-5),
         block_size: int = 128,
         every: int = 10,
-        fresh_steps: int = 10,
+        fresh_steps: int = 20,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         (self.beta1, self.beta2, self.gamma), (self.eps_d, self.eps_m) = betas, eps
@@ -80,7 +80,7 @@ class Shampoo(torch.optim.Optimizer):
         S, F = torch.empty_like(E), self.beta1 * E + (1 - self.beta1) * G
         for block, G_b, F_b, S_b in zip(state["blocks"], *(cut(X, self.block_size) for X in (G, F, S)), strict=True):
             self.update_statistics(block, G_b, t)
-            if t <= self.fresh_steps or t % self.every == block["turn"]:
+            if t == 1 or (t - block["turn"]) % (2 if t <= self.fresh_steps else self.every) == 0:
                 self.update_roots(block, t)
             P1, P2 = block["P"]
             S_b.copy_(P1 @ F_b @ P2)
@@ -123,8 +123,8 @@ def as_matrix(W: Tensor) -> Tensor:
 
 
 def cut(X: Tensor, block_size: int) -> list[Tensor]:
-    """Views of the blocks of a matrix, as equal as possible; a vector has none."""
-    if X.dim() < 2:
+    """Views of the blocks of a matrix, as equal as possible; a vector has none, and neither has a single row."""
+    if sum(length > 1 for length in X.shape) < 2:
         return []
     rows, columns = (-(-length // block_size) for length in X.shape)
     return [block for strip in X.tensor_split(rows, 0) for block in strip.tensor_split(columns, 1)]

@@ -68,15 +68,14 @@ def merged(shape: Sequence[int], block_size: int) -> tuple[int, ...]:
     return tuple(result)
 
 
+def stacked(shape: Sequence[int], s: Settings) -> int:
+    """The number of leading axes that count matrices: all but two, if an axis from the third on is longer than 16."""
+    return len(shape) - 2 if s.kernels == "matrix" and any(n > 16 for n in shape[2:]) else 0
+
+
 def with_kernels_merged(shape: Sequence[int]) -> tuple[int, ...]:
-    """Axes from the third on, those of a kernel, joined with the one before, but for those longer than 16."""
-    result = list(shape[:2])
-    for length in shape[2:]:
-        if length <= 16:
-            result[-1] *= length
-        else:
-            result.append(length)
-    return tuple(result)
+    """Axes from the third on, those of a kernel, joined with the one before."""
+    return (*shape[:1], prod(shape[1:])) if len(shape) > 1 else tuple(shape)
 
 
 def cut(shape: Sequence[int], block_size: int) -> list[tuple[slice, ...]]:
@@ -222,13 +221,18 @@ class Parameter:
         self.t = 0
         merge = s.best_effort_shape_interpretation and s.block_size > 0
         self.shape = merged(self.W.shape, s.block_size) if merge else self.W.shape
-        if s.kernels == "matrix":
+        leading = stacked(self.W.shape, s)
+        if s.kernels == "matrix" and not leading:
             self.shape = with_kernels_merged(self.W.shape)
         self.blocks: list[Block] = []
-        if s.precondition and len(self.shape) > 1 and prod(self.shape) > 0:
-            pieces = cut(self.shape, s.block_size)
-            if axes := factored_axes(self.shape, pieces, s):
-                self.blocks = [Block(where, axes, long_axes(pieces, s), s) for where in pieces]
+        sides = self.shape[leading:]
+        matrix = len(sides) > 1 if s.kernels == "axes" else sum(n > 1 for n in sides) > 1
+        if s.precondition and matrix and prod(self.shape) > 0:
+            pieces = cut(sides, s.block_size)
+            axes, long = ([i + leading for i in of] for of in (factored_axes(sides, pieces, s), long_axes(pieces, s)))
+            ones = [tuple(slice(i, i + 1) for i in index) for index in np.ndindex(*self.shape[:leading])]
+            if axes:
+                self.blocks = [Block((*one, *where), axes, long, s) for one in ones for where in pieces]
 
     def preconditioned(self, gradient: Array, averaged: Array, s: Settings) -> Array:
         """S before grafting: E x_1 P_1 x_2 P_2 ... in every block, E the average of G; G where t is early."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from common import clones, parameters, put_gradients, saved_and_loaded
 from shampoo3d import Shampoo, ShampooHyperParams
+from shampoo3d.planning.blocks import auto_block_size
 
 PAGE = Path(__file__).parent.parent / "examples" / "one_file_shampoo.py"
 SHAPES = [(11, 7), (9,), (5, 13), (), (6, 3, 3, 2), (4, 4), (1, 6), (10, 3)]
@@ -110,7 +111,7 @@ def test_its_defaults_are_those_of_the_preset() -> None:
     variant = PRESET.variant
     assert given["betas"] == (variant.beta1, PRESET.beta2, variant.graft_beta2)
     assert given["eps"] == (PRESET.diagonal_eps, PRESET.matrix_eps)
-    assert given["block_size"] == PRESET.block_size
+    assert given["block_size"] == auto_block_size((1000, 1000))
     assert given["every"] == PRESET.preconditioning_compute_steps
     assert given["fresh_steps"] == PRESET.computation.fresh_steps
 

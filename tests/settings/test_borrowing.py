@@ -1,4 +1,4 @@
-"""What a direction can borrow, and from whom."""
+"""Borrowing: of whom, and with which settings."""
 
 import re
 from dataclasses import replace

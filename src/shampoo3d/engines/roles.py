@@ -1,7 +1,7 @@
-"""Roles of parameters: embeddings and output layers, found in the modules that hold them.
+"""Roles of parameters, found in the modules that hold them: embeddings, output layers, kernels of convolutions.
 
-They have a row for each word of a vocabulary, and most words are rare: factors, in which all rows take part, tell
-little about one of them, and cost most.
+Embeddings and output layers have a row for each word of a vocabulary, and most words are rare: factors, in which all
+rows take part, tell little about one of them, and cost most.
 """
 
 import gc
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from shampoo3d.engines import native
@@ -87,23 +88,25 @@ def collected(given: Embeddings | None) -> Mapping[Tensor | str, bool] | Verdict
 
 @dataclass
 class Roles:
-    """Roles of the parameters that the settings leave without factors.
+    """Roles of the parameters that the settings leave without factors, and those that are kernels of convolutions.
 
     Attributes:
         given: the user's ``embeddings`` argument.
         verdicts: the user's answer for single parameters.
         found: the role of every parameter that has one, as known last.
+        kernels: the parameters of convolutions.
     """
 
     hp: ShampooHyperParams
     given: Mapping[Tensor | str, bool] | Verdict | None = None
     verdicts: dict[Tensor, bool] = field(default_factory=dict)
     found: dict[Tensor, str] = field(default_factory=dict)
+    kernels: set[Tensor] = field(default_factory=set)
     _models: list[nn.Module] = field(default_factory=list)
     _held: set[Tensor] = field(default_factory=set)  # the parameters of these models when roles were found last
 
     @property
-    def wanted(self) -> bool:
+    def ignored(self) -> bool:
         """True if the settings leave some role without factors."""
         return self.hp.ignore_embedding_layer or self.hp.ignore_output_layer
 
@@ -113,12 +116,11 @@ class Roles:
         Raises:
             ValueError: if embeddings were given that the settings do not leave without factors.
         """
-        if not self.wanted:
-            if self.given is not None:
-                raise ValueError(
-                    "embeddings was given, but hyperparams.ignore_embedding_layer is False: set it, or leave "
-                    "embeddings out"
-                )
+        if not self.ignored and self.given is not None:
+            raise ValueError(
+                "embeddings was given, but hyperparams.ignore_embedding_layer is False: set it, or leave embeddings out"
+            )
+        if not self.ignored and self.hp.variant.kernels == "axes":
             return
         asked = {param: verdict for param, name in names.items() if (verdict := self._asked(param, name)) is not None}
         self.verdicts |= asked
@@ -128,6 +130,8 @@ class Roles:
         if unheld := names.keys() - self._parameters():
             self._add(_roots_of(unheld))
         self._held = self._parameters()
+        convolutions = (module for module in self._modules() if isinstance(module, _ConvNd))
+        self.kernels = {param for module in convolutions for param in module.parameters()}
         self.find(self.facts({}))
 
     def _parameters(self) -> set[Tensor]:
@@ -177,7 +181,8 @@ class Roles:
     def without_models(self, params: Collection[Tensor]) -> "Roles":
         """Return a copy with what is known about these parameters."""
         found = {param: role for param, role in self.found.items() if param in params}
-        return replace(self, found=found, _models=[], _held=set())
+        kernels = {param for param in self.kernels if param in params}
+        return replace(self, found=found, kernels=kernels, _models=[], _held=set())
 
 
 def _told(modules: Iterable[nn.Module]) -> set[Tensor]:

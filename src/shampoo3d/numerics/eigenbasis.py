@@ -27,7 +27,7 @@ def multiply(P: Tensor, G: Tensor, axis: int, out: Tensor | None = None) -> Tens
     n, d = G.shape[0], G.shape[axis + 1]
     if P.dim() == 2:
         return torch.mul(G, P.view(n, *(d if i == axis else 1 for i in range(G.dim() - 1))), out=out)
-    if axis == 0:
+    if prod(G.shape[1 : axis + 1]) == 1:  # the first axis, or the first of a matrix in a stack
         return torch.bmm(P, G.reshape(n, d, -1), out=None if out is None else out.view(n, d, -1)).view(G.shape)
     if axis == G.dim() - 2:
         return torch.bmm(G.reshape(n, -1, d), P.mT, out=None if out is None else out.view(n, -1, d)).view(G.shape)

@@ -26,16 +26,21 @@ def phase(t: int, hp: ShampooHyperParams, offset: int = 0) -> Phase:
     The first refresh is at the same step for all blocks, so that a matrix, whose graft takes the norm of the whole,
     never has roots for some of its blocks only. Then each has its turn, k steps apart, so roots in use are at most
     k - 1 steps old. That first step is the last multiple of k up to the start step, or k: earlier roots would not be
-    used.
+    used. With fresh steps it is the one with the first gradient, and up to the last of them each has its turn every
+    other step.
 
     Args:
         offset: the block's turn among the k steps, see :func:`offsets`; without effect if refreshes are "together".
     """
-    k, first = hp.preconditioning_compute_steps, _first_refresh(hp)
+    k, first, fresh = hp.preconditioning_compute_steps, _first_refresh(hp), hp.fresh_steps
     turn = offset if hp.computation.refresh == "staggered" else 0
+    if t <= fresh:
+        refresh = t <= hp.statistics_compute_steps or (t - turn) % 2 == 0
+    else:
+        refresh = t == first or (t > first and (t - first - turn) % k == 0)
     return Phase(
         accumulate=hp.statistics_count(t) > hp.statistics_count(t - 1),
-        refresh=t == first or t <= hp.fresh_steps or (t > first and (t - first - turn) % k == 0),
+        refresh=refresh,
         started=t >= hp.start_preconditioning_step and hp.weight_updates(t) > 0,
     )
 
@@ -44,7 +49,8 @@ def equivalent_step(t: int, hp: ShampooHyperParams) -> int:
     """Return the earliest step that refreshes the same blocks as step t; 0 if step t refreshes none."""
     k, first, fresh = hp.preconditioning_compute_steps, _first_refresh(hp), hp.fresh_steps
     if t <= fresh:
-        return 1
+        together = hp.statistics_compute_steps
+        return 1 if t <= together else together + 1 + (t - together - 1) % 2
     if t <= first:
         return t if t == first else 0
     last = max(first, fresh)

@@ -108,6 +108,19 @@ def concatenate_cuts(cuts: Iterable[Cuts]) -> Cuts:
     return tuple(edges)
 
 
+SMALLEST_AUTO, LARGEST_AUTO = 128, 1024
+
+
+def auto_block_size(shape: Sequence[int]) -> int:
+    """Return the block size for a matrix: a quarter of the largest power of two that its shorter side has room for.
+
+    Work per element grows with the size of a block, and so does what it sees; the number of blocks stays about that of
+    layers, whatever their width: 128 up to a width of 1,023, 1024 from 4,096 on.
+    """
+    power = 1 << min(shape).bit_length() - 1
+    return min(max(power // 4, SMALLEST_AUTO), LARGEST_AUTO)
+
+
 def parts_at_most(length: int, block_size: int) -> int:
     """Return the least number of parts of at most ``block_size`` each; ``block_size=0`` means one part."""
     return max(1, -(-length // block_size)) if block_size > 0 else 1

@@ -9,6 +9,7 @@ from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import (
     Block,
     Cuts,
+    auto_block_size,
     concatenate_cuts,
     cut,
     grid,
@@ -18,7 +19,6 @@ from shampoo3d.planning.blocks import (
 from shampoo3d.planning.factors import factor_axes
 from shampoo3d.planning.layout import Matrix, Sharding
 from shampoo3d.settings.hyperparams import ShampooHyperParams
-from shampoo3d.settings.variant import LONGEST_KERNEL
 
 GRAFTED_BLOCK = 2**18
 """Elements in a block without factors: small enough that the rows of a large embedding spread over the ranks."""
@@ -36,24 +36,34 @@ def describe(sharding: Sharding, hp: ShampooHyperParams, world_size: int) -> Mat
     if sharding.excluded:
         return _without_factors(sharding, "excluded", sharding.excluded)
     shape = tuple(max(sharding.lengths(axis)) for axis in range(len(sharding.shape)))  # of the largest matrix in it
-    groups = _merged_axes(shape, hp, split)
-    if len(groups) < 2:
-        kind = ("scalar", "vector")[min(1, len(shape))]
+    groups = _merged_axes(sharding, shape, hp, split)
+    stacked = sharding.stacked if hp.variant.kernels == "matrix" else 0  # axes that count matrices have no factor
+    lengths = [max(_lengths(sharding, group)) for group in groups[stacked:]]
+    if len(groups) < 2 or (hp.variant.kernels == "matrix" and sum(length > 1 for length in lengths) < 2):
+        kind = "scalar" if not shape else "vector"
         merged = f"{shape} merged into a vector: at most block_size={hp.block_size} elements"
-        return _without_factors(sharding, "grafted only", kind if len(shape) < 2 else merged)
-    cuts = tuple(_cuts(sharding, group, hp, world_size) for group in groups)
-    axes, diagonal, reason = factor_axes(cuts, [max(_lengths(sharding, group)) for group in groups], hp.variant)
+        alone = len(shape) < 2 or hp.variant.kernels == "matrix"
+        return _without_factors(sharding, "grafted only", kind if alone else merged)
+    size = auto_block_size(lengths) if hp.block_size == "auto" else hp.block_size
+    cuts = tuple(
+        tuple(range(sharding.shape[axis] + 1)) if axis < stacked else _cuts(sharding, group, size, hp, world_size)
+        for axis, group in enumerate(groups)
+    )
+    axes, diagonal, reason = factor_axes(cuts[stacked:], lengths, hp.variant)
     if not axes:
         return _without_factors(sharding, "grafted only", reason)
+    axes, diagonal = (tuple(axis + stacked for axis in some) for some in (axes, diagonal))
     return Matrix(sharding, groups, cuts, grid(cuts), axes, "preconditioned", reason, diagonal)
 
 
-def _merged_axes(shape: Shape, hp: ShampooHyperParams, split: Collection[int]) -> tuple[tuple[int, ...], ...]:
+def _merged_axes(
+    sharding: Sharding, shape: Shape, hp: ShampooHyperParams, split: Collection[int]
+) -> tuple[tuple[int, ...], ...]:
     """Return the groups of axes to merge; an axis that is split is not merged with the ones before it."""
     if hp.variant.kernels == "matrix":
-        long = [axis for axis, length in enumerate(shape) if length > LONGEST_KERNEL]
-        return merge_dims(shape, math.prod(shape), {1, *split, *long})
-    return merge_dims(shape, hp.block_size if hp.best_effort_shape_interpretation else 0, split)
+        return merge_dims(shape, math.prod(shape), {*range(1, sharding.stacked + 2), *split})
+    limit = hp.block_size if hp.best_effort_shape_interpretation else 0
+    return merge_dims(shape, int(limit), split)
 
 
 def _lengths(sharding: Sharding, group: Sequence[int]) -> list[int]:
@@ -62,11 +72,11 @@ def _lengths(sharding: Sharding, group: Sequence[int]) -> list[int]:
     return [length * inner for length in sharding.lengths(group[0])]
 
 
-def _cuts(sharding: Sharding, group: Sequence[int], hp: ShampooHyperParams, world_size: int) -> Cuts:
+def _cuts(sharding: Sharding, group: Sequence[int], size: int, hp: ShampooHyperParams, world_size: int) -> Cuts:
     """Return the boundaries of the blocks along a merged axis: each matrix in it is cut separately."""
     fair = hp.fair_blocks and sharding.divided in group
     return concatenate_cuts(
-        cut(length, min(world_size, length) if fair else parts_at_most(length, hp.block_size))
+        cut(length, min(world_size, length) if fair else parts_at_most(length, size))
         for length in _lengths(sharding, group)
     )
 

@@ -25,6 +25,7 @@ from shampoo3d.planning.blocks import (
     rectangles,
     strides_of,
 )
+from shampoo3d.settings.variant import LONGEST_KERNEL
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Sharding:
         excluded: the reason why it must not be preconditioned; empty if it may.
         model_dtype: of the model's own parameter: lower than ``dtype`` where that is the one of a master copy.
         split: the axes along which it is several matrices in one; no block has elements of two of them.
+        kernel: True if it is known to be a convolution's; other stacks of matrices look the same.
     """
 
     name: str
@@ -127,6 +129,13 @@ class Sharding:
     excluded: str = ""
     model_dtype: str = ""
     split: Split = ()
+    kernel: bool = False
+
+    @property
+    def stacked(self) -> int:
+        """The number of leading axes that count matrices, such as experts or heads; 0 for a convolution's kernel."""
+        long = any(length > LONGEST_KERNEL for length in self.shape[2:])
+        return len(self.shape) - 2 if long and not self.kernel else 0
 
     def lengths(self, axis: int) -> Shape:
         """Return the lengths along an axis of the matrices that it consists of.

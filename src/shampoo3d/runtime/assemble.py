@@ -65,7 +65,7 @@ def assemble(
         DisagreementError: naming the parameter whose storage can't be explained, or in which ranks differ, and how.
     """
     stored, tied = _read(groups, registry, parallel, distribution, known)
-    if registry.roles.wanted:  # of a pipeline one rank has the embedding, another one the output layer
+    if registry.roles.ignored:  # of a pipeline one rank has the embedding, another one the output layer
         facts = registry.roles.facts({s.original: s.shape for s in stored})
         registry.roles.find(Facts.joined(all_gather_object(parallel.world, facts)))
     by_team = _teams(stored, registry, parallel)
@@ -240,7 +240,8 @@ def _record(
             excluded = "its parameter group has precondition=False"
         dtype, model_dtype = (str(tensor.dtype).removeprefix("torch.") for tensor in (s.tensor, s.original))
         name, split = registry.names[s.original], registry.split.get(s.original, ())
-        sharding = Sharding(name, s.shape, dtype, (), s.sharded, s.divided, excluded, model_dtype, split)
+        kernel = s.original in registry.roles.kernels
+        sharding = Sharding(name, s.shape, dtype, (), s.sharded, s.divided, excluded, model_dtype, split, kernel)
         record.shardings.append(sharding)
         record.shards.append((shard_group, s.shard))
         record.steps.append(0 if in_slices else known.get(s.tensor, 0))

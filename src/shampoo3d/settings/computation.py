@@ -18,8 +18,8 @@ class Computation:
             device, size and exponent.
         refresh: "staggered": with ``preconditioning_compute_steps = k`` about 1/k of the roots is computed at each
             step; "together": all of them at every k-th step.
-        fresh_steps: up to this step all roots are computed at every step, while gradients still turn quickly; later
-            steps follow ``refresh``.
+        fresh_steps: up to this step roots are computed every other step, half of them at each, while gradients still
+            turn quickly; all of them at the first. Later steps follow ``refresh``.
         asynchronous: compute roots beside the next forward and backward, on a thread or a side stream, and use them one
             step later.
         products: the precision of the operands in the products of statistics and of preconditioning: that of the

@@ -24,7 +24,7 @@ _AVERAGED: dict[str, Any] = {
     "beta2": 0.95,
     "diagonal_eps": 1e-8,
     "matrix_eps": 1e-5,
-    "block_size": 128,
+    "block_size": "auto",
     "preconditioning_compute_steps": 10,
     "ignore_embedding_layer": True,
     "ignore_output_layer": True,
@@ -54,7 +54,8 @@ class ShampooHyperParams:
         preconditioning_compute_steps: the roots of a block are computed every so many steps; ``computation.refresh``
             says at which.
         statistics_compute_steps: statistics are accumulated at each step t that is a multiple of this.
-        block_size: the largest side of a block; 0 keeps every matrix whole.
+        block_size: the largest side of a block; 0 keeps every matrix whole. "auto": a quarter of the largest power of 2
+            that the shorter side of the matrix has room for, between 128 and 1024.
         best_effort_shape_interpretation: merge adjacent dimensions while their product is at most ``block_size``.
         graft_type: the method whose step length is borrowed, a ``LayerwiseGrafting``, its number or its name.
         nesterov: Nesterov momentum.
@@ -82,7 +83,7 @@ class ShampooHyperParams:
     start_preconditioning_step: int = 1
     preconditioning_compute_steps: int = 1
     statistics_compute_steps: int = 1
-    block_size: int = 0
+    block_size: int | Literal["auto"] = 0
     best_effort_shape_interpretation: bool = False
     graft_type: LayerwiseGrafting = LayerwiseGrafting.SGD
     nesterov: bool = True
@@ -99,8 +100,9 @@ class ShampooHyperParams:
         check_number("diagonal_eps", self.diagonal_eps, least=0.0)
         check_number("matrix_eps", self.matrix_eps, above=0.0)
         check_number("weight_decay", self.weight_decay, least=0.0)
-        for name in ("inverse_exponent_override", "block_size"):
-            check_integer(name, getattr(self, name), least=0)
+        check_integer("inverse_exponent_override", self.inverse_exponent_override, least=0)
+        if self.block_size != "auto":
+            check_integer("block_size", self.block_size, least=0)
         for name in ("start_preconditioning_step", "preconditioning_compute_steps", "statistics_compute_steps"):
             check_integer(name, getattr(self, name), least=1)
         for name in (
@@ -124,6 +126,8 @@ class ShampooHyperParams:
 
     def _check_variant(self) -> None:
         v = self.variant
+        if self.block_size == "auto" and self.best_effort_shape_interpretation:
+            raise ValueError("best_effort_shape_interpretation=True merges up to block_size: 'auto' is no number")
         if v.kernels == "matrix" and self.best_effort_shape_interpretation:
             raise ValueError(
                 "variant.kernels='matrix' and best_effort_shape_interpretation=True both decide which axes are merged; "
@@ -184,7 +188,7 @@ class ShampooHyperParams:
             "variant": variant,
             "inverse_exponent_override": 2,
             "graft_type": LayerwiseGrafting.ADAM,
-            "computation": Computation(fresh_steps=10, root_storage="bfloat16", momentum_storage="bfloat16"),
+            "computation": Computation(fresh_steps=20, root_storage="bfloat16", momentum_storage="bfloat16"),
         }
         return replace(cls(**_AVERAGED | own), **changes)
 
@@ -234,7 +238,7 @@ class ShampooHyperParams:
 
     @property
     def fresh_steps(self) -> int:
-        """The step up to which all roots are computed at every step.
+        """The step up to which roots are computed every other step, those of all blocks with the first gradient.
 
         For "kl" it is at least the step of the first gradient, whose statistics whiten the next ones.
         """
