@@ -384,3 +384,17 @@ def test_folders_of_every_format_load(version: int) -> None:
     uninterrupted = train(Shampoo(fresh, 0.01, hyperparams=HP), range(6))
     for a, b in zip(snapshot(train(resumed, range(3, 6)))["weights"], snapshot(uninterrupted)["weights"], strict=True):
         assert torch.allclose(a, b, rtol=1e-9)  # another LAPACK rounds otherwise
+
+
+def test_settings_that_a_folder_does_not_know_had_their_neutral_value(tmp_path: Path) -> None:
+    """Folders that were saved before anything but lengths could be borrowed."""
+    hp = ShampooHyperParams(graft_type=LayerwiseGrafting.ADAM, variant=Variant(beta1=0.9, vectors="diagonal"))
+    train(made(hp), range(3)).save_checkpoint(tmp_path / "saved")
+    path = tmp_path / "saved" / MANIFEST
+    manifest = json.loads(path.read_text())
+    for name in ("variant.borrow", "variant.look_ahead"):
+        del manifest["hyperparams"][name]
+    path.write_text(json.dumps(manifest))
+    assert made(hp).load_checkpoint(tmp_path / "saved").changed == {}
+    with pytest.raises(CheckpointError, match="variant.borrow was 'length' and is 'decrease'"):
+        made(replace(hp, variant=replace(hp.variant, borrow="decrease"))).load_checkpoint(tmp_path / "saved")

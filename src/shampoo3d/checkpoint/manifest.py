@@ -109,7 +109,8 @@ class Manifest:
             return cls(
                 {name: Parameter.from_json(of) for name, of in data["parameters"].items()},
                 tuple(data["idle"]),
-                dict(data["hyperparams"]),
+                flatten_settings(ShampooHyperParams())
+                | data["hyperparams"],  # what is newer than the folder was neutral
                 tuple(dict(group) for group in data["groups"]),
                 int(data["skipped_steps"]),
                 {name: (int(size), int(crc)) for name, (size, crc) in data["files"].items()},

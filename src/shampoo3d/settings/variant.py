@@ -32,8 +32,9 @@ class Variant:
             arXiv 1802.09568, on a diagonal variant; Anil et al. 2020, arXiv 2002.09018, on large dimensions). It counts
             in the exponent. Not for "adam": the eigenbasis of a diagonal matrix is I.
         kernels: the shape of a convolution's weight (out, in, height, width): each of its "axes" has a factor, or it is
-            the "matrix" (out, in height width) (Grosse and Martens 2016, arXiv 1602.01407). Axes from the third on
-            count as those of a kernel if they are at most 16 long.
+            the "matrix" (out, in height width) (Grosse and Martens 2016, arXiv 1602.01407). With "matrix" what is not
+            known to be a convolution's, and has an axis from the third on that is longer than 16, is a stack of
+            matrices, each with its own factors; and a matrix of one row or column is a vector.
         beta1: decay of an average of the gradient, which is preconditioned and grafted in place of the gradient; there
             is no other momentum then. 0 for none.
         look_ahead: precondition ``beta1 E + (1 - beta1) G``, the average E as it would be after the same gradient once
