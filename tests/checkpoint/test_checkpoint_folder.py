@@ -396,5 +396,5 @@ def test_settings_that_a_folder_does_not_know_had_their_neutral_value(tmp_path: 
         del manifest["hyperparams"][name]
     path.write_text(json.dumps(manifest))
     assert made(hp).load_checkpoint(tmp_path / "saved").changed == {}
-    with pytest.raises(CheckpointError, match="variant.borrow was 'length' and is 'decrease'"):
+    with pytest.raises(CheckpointError, match=r"variant\.borrow was 'length' and is 'decrease'"):
         made(replace(hp, variant=replace(hp.variant, borrow="decrease"))).load_checkpoint(tmp_path / "saved")

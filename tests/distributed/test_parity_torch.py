@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from common import draw, slow_but
+from shampoo3d import Shampoo
 
 from .fsdp import Sharding, distance_from_one_process, with_torch
 from .harness import run
@@ -73,6 +74,29 @@ def _are_alike() -> bool:
 
 def test_gradients_may_be_placed_in_another_way_than_their_parameters() -> None:
     assert all(run(_are_alike, 2))
+
+
+def _experts(placed: bool) -> list[Tensor]:
+    """Stacks of matrices after some steps of the recommended preset, in blocks that cross the shards or lie in them."""
+    shapes, kept = [(3, 20, 18), (2, 17, 4), (4, 6, 20)], [Shard(0), Shard(1), Shard(2)]
+    mesh = init_device_mesh("cpu", (2,)) if placed else None
+
+    def of(values: Tensor, place: Placement) -> Tensor:
+        return distribute_tensor(values, mesh, [place]) if mesh is not None else values
+
+    params = [nn.Parameter(of(draw(shape, k), kept[k])) for k, shape in enumerate(shapes)]
+    optimizer = Shampoo(params, 0.01, hyperparams={"block_size": 8})
+    for t in range(24):
+        for k, param in enumerate(params):
+            param.grad = of(draw(shapes[k], 1000 * (t + 1) + k), kept[k])
+        optimizer.step()
+    return [param.full_tensor().detach() if isinstance(param, DTensor) else param.detach() for param in params]
+
+
+def test_stacks_of_matrices_may_be_sharded_along_any_axis() -> None:
+    alone = _experts(placed=False)
+    for weights in run(_experts, 2, True):
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(alone, weights, strict=True))
 
 
 def _mixed(shards: int) -> dict[str, Tensor]:
