@@ -24,7 +24,7 @@ from shampoo3d import Shampoo, ShampooHyperParams
 BATCH, WIDTH, LAYERS, HEADS = 8, 128, 2, 4
 WARM_UP, CLIPPING, DECAY = 20, 1.0, 0.1
 RATES = (3e-4, 1e-3, 3e-3)
-FRESH = 10  # first steps, which compute all roots
+FRESH = 20  # first steps, which compute half of the roots each
 
 
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ def test_the_report_tells_what_moves_each_parameter() -> None:
     optimizer = Shampoo([*model.parameters()][:6], model=model, hyperparams={"block_size": 5})
     assert "no step was taken yet" in str(optimizer.report())
     optimizer.step()
-    report, length = optimizer.report(), "KL-Shampoo, length of Adam"
+    report, length = optimizer.report(), "KL-Shampoo, decrease of Adam"
     assert {row.name: (row.moved_by, row.blocks, row.largest, row.factors) for row in report.rows} == {
         "0.weight": ("Adam", 1, (9, 4), ()),
         "1.weight": (length, 2, (3, 4), (3, 4)),
@@ -59,7 +59,7 @@ def test_the_report_tells_what_moves_each_parameter() -> None:
 
 
 METHODS = {
-    "recommended": ("KL-Shampoo, length of Adam", "Adam"),
+    "recommended": ("KL-Shampoo, decrease of Adam", "Adam"),
     "soap": ("SOAP", "Adam"),
     "classic": ("Shampoo, length of the gradient", "the gradient"),
 }

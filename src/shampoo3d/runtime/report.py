@@ -21,7 +21,7 @@ class Row:
     """One parameter: ``path`` is "preconditioned", "grafted only", "excluded" or "not trained".
 
     Attributes:
-        moved_by: the method that makes its direction, and whose length that has.
+        moved_by: the method that makes its direction, and what is borrowed of which other one.
         largest: the shape of its largest block; ``factors``: the sides of this block that have a factor.
     """
 
@@ -110,7 +110,7 @@ class Report:
 
 
 def method_of(hp: ShampooHyperParams, factored: bool) -> str:
-    """Name the method that makes the direction of matrices with or without factors, and that whose length it has."""
+    """Name the method that makes the direction of matrices with or without factors, and the one that it borrows from."""
     method = hp.diagonal_method(factored)
     lender = {LayerwiseGrafting.NONE: "the gradient", LayerwiseGrafting.SGD: "the gradient"}.get(method)
     lender = lender or {"ADAGRAD": "AdaGrad", "RMSPROP": "RMSProp", "ADAM": "Adam"}[method.name]
@@ -121,7 +121,8 @@ def method_of(hp: ShampooHyperParams, factored: bool) -> str:
         direction = "SOAP"
     else:
         direction = "KL-Shampoo" if hp.variant.statistics == "kl" else "Shampoo"
-    return direction if method is LayerwiseGrafting.NONE else f"{direction}, length of {lender}"
+    borrowed = "decrease" if hp.borrows_decrease else "length"
+    return direction if method is LayerwiseGrafting.NONE else f"{direction}, {borrowed} of {lender}"
 
 
 def _cut(row: Row) -> tuple[str, str]:
