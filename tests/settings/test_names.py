@@ -22,7 +22,9 @@ GIVEN: dict[str, tuple[Any, ShampooHyperParams]] = {
     "of the variant": ({"beta1": 0.8}, replace(DEFAULT, variant=replace(DEFAULT.variant, beta1=0.8))),
     "of the computation": (
         {"preset": "soap", "asynchronous": True},
-        ShampooHyperParams.soap(computation=Computation(asynchronous=True)),
+        ShampooHyperParams.soap(
+            computation=Computation(asynchronous=True, root_storage="bfloat16", momentum_storage="bfloat16")
+        ),
     ),
     "of all three": (
         {"preset": "classic", "graft_type": "rmsprop", "beta2": 0.9, "graft_beta2": 0.8, "root_method": "eigh"},

@@ -28,6 +28,7 @@ _AVERAGED: dict[str, Any] = {
     "preconditioning_compute_steps": 10,
     "ignore_embedding_layer": True,
     "ignore_output_layer": True,
+    "computation": Computation(root_storage="bfloat16", momentum_storage="bfloat16"),
     "variant": Variant(
         kernels="matrix",
         beta1=0.9,
@@ -188,7 +189,7 @@ class ShampooHyperParams:
             "variant": variant,
             "inverse_exponent_override": 2,
             "graft_type": LayerwiseGrafting.ADAM,
-            "computation": Computation(fresh_steps=20, root_storage="bfloat16", momentum_storage="bfloat16"),
+            "computation": replace(_AVERAGED["computation"], fresh_steps=20),
         }
         return replace(cls(**_AVERAGED | own), **changes)
 
