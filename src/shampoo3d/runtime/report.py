@@ -110,7 +110,7 @@ class Report:
 
 
 def method_of(hp: ShampooHyperParams, factored: bool) -> str:
-    """Name the method that makes the direction of matrices with or without factors, and the one that it borrows from."""
+    """Name the method that makes the direction of matrices with or without factors, and what it borrows of another."""
     method = hp.diagonal_method(factored)
     lender = {LayerwiseGrafting.NONE: "the gradient", LayerwiseGrafting.SGD: "the gradient"}.get(method)
     lender = lender or {"ADAGRAD": "AdaGrad", "RMSPROP": "RMSProp", "ADAM": "Adam"}[method.name]
