@@ -23,7 +23,7 @@ RECORDED = [
     *("2-1-4", "2-2-2", "2-4-1", "2-4-4", "3-3-3", "4-1-1", "4-1-2", "4-2-1", "8-1-1", "16-1-1"),
 ]
 ALONE = ["2-1-1", "2-2-2", "2-4-1", "2-4-4", "3-3-3", "1-1-16", "16-1-1"]
-"""Compared with one process; all are compared with each other below, where blocks are fair."""
+"""Compared with one process; all but two of these are compared with each other below, where blocks are fair."""
 LAYERS = {8: 8, 27: 9, 32: 8}
 """Numbers of layers by the number of ranks: as many that all stages have the same."""
 STEPS = 3

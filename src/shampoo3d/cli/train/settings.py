@@ -51,7 +51,7 @@ class Settings:
     # AdamW 1e-3: 2.33, 2e-3: 2.24, 3e-3: 2.15, 4e-3: 2.36, 5e-3: 2.40;
     # 3D-Shampoo 6e-3: 1.37, 1e-2: 1.23; with roots every 5 steps instead of 10 it is 1.22.
     adamw_lr: float = _option(3e-3, "Peak learning rate of AdamW.")
-    shampoo_lr: float = _option(1e-2, "Peak learning rate of 3D-Shampoo.")
+    shampoo_lr: float = _option(5e-3, "Peak learning rate of 3D-Shampoo.")
     block_size: int = _option(128, "3D-Shampoo: largest block of a matrix along an axis, 0 for whole matrices.")
     refresh: int = _option(10, "3D-Shampoo: steps between two computations of the inverse roots.")
     root_copies: int = _option(1, "3D-Shampoo: replicas that keep each block's roots: memory against traffic.")
