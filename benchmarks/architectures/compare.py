@@ -1,7 +1,7 @@
 """AdamW's script on many architectures, with 3D-Shampoo in the place of AdamW and nothing else changed.
 
 Rates, warm-up, cosine schedule, clipping, decay groups, batches and initial weights are the same for both.
-Usage: ``python benchmarks/architectures/compare.py [--steps 150] [--seeds 2] [--only Llama ...] [out.json]``.
+Usage: ``python benchmarks/architectures/compare.py [--steps 150] [--seeds 2] [--only Llama ...] [--output FILE]``.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=[task.name for task in TASKS])
     results = Path(__file__).parents[1] / "results" / "architectures.json"
-    parser.add_argument("output", type=Path, nargs="?", default=results)
+    parser.add_argument("--output", type=Path, default=results)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
