@@ -106,11 +106,11 @@ class Manifest:
                 raise CheckpointError(
                     f"{folder} has format {data['format']!r}; this version reads 1 to {FORMAT}: take a newer one"
                 )
+            neutral = flatten_settings(ShampooHyperParams())  # what is newer than the folder had its default in it
             return cls(
                 {name: Parameter.from_json(of) for name, of in data["parameters"].items()},
                 tuple(data["idle"]),
-                flatten_settings(ShampooHyperParams())
-                | data["hyperparams"],  # what is newer than the folder was neutral
+                neutral | data["hyperparams"],
                 tuple(dict(group) for group in data["groups"]),
                 int(data["skipped_steps"]),
                 {name: (int(size), int(crc)) for name, (size, crc) in data["files"].items()},

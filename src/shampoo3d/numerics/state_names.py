@@ -24,6 +24,11 @@ def momenta_names(hp: ShampooHyperParams, factored: bool) -> tuple[str, ...]:
     return tuple(names)
 
 
+def nothing_at_home(hp: ShampooHyperParams) -> bool:
+    """Return whether matrices with factors have all their state with the owners of their blocks."""
+    return not momenta_names(hp, factored=True)
+
+
 def owned_names(hp: ShampooHyperParams) -> tuple[str, ...]:
     """Return the names of the state that the owner of a block with factors keeps for each of its elements."""
     return ("exp_avg",) * hp.averaged + ("exp_avg_sq",) * (hp.variant.direction == "adam")

@@ -37,12 +37,13 @@ def describe(sharding: Sharding, hp: ShampooHyperParams, world_size: int) -> Mat
         return _without_factors(sharding, "excluded", sharding.excluded)
     shape = tuple(max(sharding.lengths(axis)) for axis in range(len(sharding.shape)))  # of the largest matrix in it
     groups = _merged_axes(sharding, shape, hp, split)
-    stacked = sharding.stacked if hp.variant.kernels == "matrix" else 0  # axes that count matrices have no factor
+    as_matrices = hp.variant.kernels == "matrix"
+    stacked = sharding.stacked if as_matrices else 0  # axes that count matrices have no factor
     lengths = [max(_lengths(sharding, group)) for group in groups[stacked:]]
-    if len(groups) < 2 or (hp.variant.kernels == "matrix" and sum(length > 1 for length in lengths) < 2):
+    if len(groups) < 2 or (as_matrices and sum(length > 1 for length in lengths) < 2):
         kind = "scalar" if not shape else "vector"
         merged = f"{shape} merged into a vector: at most block_size={hp.block_size} elements"
-        alone = len(shape) < 2 or hp.variant.kernels == "matrix"
+        alone = len(shape) < 2 or as_matrices
         return _without_factors(sharding, "grafted only", kind if alone else merged)
     size = auto_block_size(lengths) if hp.block_size == "auto" else hp.block_size
     cuts = tuple(

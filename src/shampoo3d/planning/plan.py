@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from shampoo3d.numerics.schedule import BlockId
-from shampoo3d.numerics.state_names import momenta_names
+from shampoo3d.numerics.state_names import nothing_at_home
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.cost import applied_cost, block_bytes, block_cost, element_bytes, statistics_bytes
 from shampoo3d.planning.factors import sizes
@@ -290,7 +290,7 @@ def _resident(matrices: Sequence[Matrix], hp: ShampooHyperParams) -> Counter[int
     totals: Counter[int] = Counter()
     for matrix in (matrix for matrix in matrices if matrix.sharding.sharded):
         # A flat slice has room for matrices of both kinds, unless those with factors have no state there.
-        bare = matrix.factored and not momenta_names(hp, factored=True)
+        bare = matrix.factored and nothing_at_home(hp)
         size = 0 if bare else element_bytes(hp, matrix.dtype, factored=False)
         for holder in matrix.holders:
             totals[holder.rank] += holder.shard.elements * size

@@ -12,7 +12,7 @@ from torch import Tensor
 from shampoo3d.numerics.momenta import Momenta, Rows
 from shampoo3d.numerics.preconditioner import squared_norms
 from shampoo3d.numerics.schedule import phase
-from shampoo3d.numerics.state_names import momenta_names
+from shampoo3d.numerics.state_names import momenta_names, nothing_at_home
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.layout import Fragment, Piece
 from shampoo3d.runtime.bindings import (
@@ -75,13 +75,12 @@ class FlatBucket:
         flat = group_tensor.flat
         self.dtype = state_dtype(flat.dtype)
         self.unfactored = [binding for binding in bindings if binding.elements and not binding.matrix.factored]
-        self._packed = not momenta_names(hp, factored=True)
-        shape = (sum(binding.elements for binding in self.unfactored),) if self._packed else flat.shape
+        self._packed, self._shifts, shape = nothing_at_home(hp), dict[Binding, int](), flat.shape
+        if self._packed:
+            *starts, total = accumulate((binding.elements for binding in self.unfactored), initial=0)
+            self._shifts = {b: start - b.offset for b, start in zip(self.unfactored, starts, strict=True)}
+            shape = torch.Size((total,))
         self.momenta = Momenta(shape, hp, self.dtype, flat.device, factored=False)
-        starts = accumulate((binding.elements for binding in self.unfactored), initial=0)
-        self._shifts = (
-            {b: at - b.offset for b, at in zip(self.unfactored, starts, strict=False)} if self._packed else {}
-        )
 
     def shift(self, binding: Binding) -> int:
         """Return by how much the state of a matrix is shifted against its elements in the group tensor."""
@@ -89,12 +88,8 @@ class FlatBucket:
 
     def state(self, binding: Binding, piece: Piece) -> dict[str, Tensor]:
         """Return views of the state of a piece of a matrix, by name."""
-        names, moved = (
-            momenta_names(self.hp, binding.matrix.factored),
-            replace(piece, offset=piece.offset + self.shift(binding)),
-        )
-        tensors = self.momenta.tensors()
-        return {name: binding.view(tensors[name], moved) for name in names}
+        moved, tensors = replace(piece, offset=piece.offset + self.shift(binding)), self.momenta.tensors()
+        return {name: binding.view(tensors[name], moved) for name in momenta_names(self.hp, binding.matrix.factored)}
 
     def steps(self, steps: StepCounts) -> bool:
         """Return whether any of its elements step."""

@@ -109,11 +109,19 @@ class Report:
         return "\n".join(lines)
 
 
+_LENDERS = {
+    LayerwiseGrafting.NONE: "the gradient",
+    LayerwiseGrafting.SGD: "the gradient",
+    LayerwiseGrafting.ADAGRAD: "AdaGrad",
+    LayerwiseGrafting.RMSPROP: "RMSProp",
+    LayerwiseGrafting.ADAM: "Adam",
+}
+
+
 def method_of(hp: ShampooHyperParams, factored: bool) -> str:
     """Name the method that makes the direction of matrices with or without factors, and what it borrows of another."""
     method = hp.diagonal_method(factored)
-    lender = {LayerwiseGrafting.NONE: "the gradient", LayerwiseGrafting.SGD: "the gradient"}.get(method)
-    lender = lender or {"ADAGRAD": "AdaGrad", "RMSPROP": "RMSProp", "ADAM": "Adam"}[method.name]
+    lender = _LENDERS[method]
     if not factored:
         own = hp.variant.vectors == "diagonal" or lender == "the gradient"
         return lender if own else f"the gradient, length of {lender}"

@@ -49,11 +49,11 @@ def settings_of(group: Mapping[str, Any], hp: ShampooHyperParams) -> dict[str, A
 def _check_names(group: Mapping[str, Any]) -> None:
     own = sorted(_FOR_ALL_GROUPS.intersection(group))
     if own:
+        foreign = "; these are groups of another optimizer: keep 'params' and those" if "betas" in group else ""
         raise ValueError(
             f"Shampoo has no parameter-group option {', '.join(map(repr, own))}; a group may set lr, momentum, "
             "weight_decay, precondition and maximize, everything else is set in ShampooHyperParams for all groups"
-            + "; these are groups of another optimizer: keep 'params' and those"
-            * ("betas" in group)
+            f"{foreign}"
         )
     if missing := [name for name in SETTINGS if name not in group]:
         raise ValueError(f"the group has no {', '.join(missing)}: put it back, as the optimizer was made with it")
