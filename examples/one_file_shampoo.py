@@ -26,6 +26,7 @@ class Shampoo(torch.optim.Optimizer):
         block_size: the longest side of a block.
         every: each block has its turn to compute new roots once in so many steps,
         fresh_steps: and every other step up to this one, at least `every`; all do at the first.
+        sampling: a step has every so-many-th row or column in its statistics, in turns; the first has all.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class Shampoo(torch.optim.Optimizer):
         block_size: int = 128,
         every: int = 10,
         fresh_steps: int = 20,
+        sampling: int = 8,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         (self.beta1, self.beta2, self.gamma), (self.eps_d, self.eps_m) = betas, eps
-        self.block_size, self.every, self.fresh_steps = block_size, every, fresh_steps
+        self.block_size, self.every, self.fresh_steps, self.sampling = block_size, every, fresh_steps, sampling
         for W in (W for group in self.param_groups for W in group["params"]):
             zeros, blocks = torch.zeros_like(as_matrix(W.detach())), []
             for block in cut(zeros, block_size):
@@ -96,15 +98,16 @@ class Shampoo(torch.optim.Optimizer):
         return a1[:, None] * a2 / a1.mean()
 
     def update_statistics(self, block: dict[str, Any], G: Tensor, t: int) -> None:
-        """Average G G^T in L1, G^T G in L2, with G whitened on the other side: then L1 ⊗ L2 is the covariance of G."""
-        (m, n), (L1, L2), (P1, P2) = G.shape, block["L"], block["P"]
-        first = not L1.any()
-        U1, U2 = (G, G) if first else (G @ P2, P1 @ G)
-        L1.mul_(self.beta2).add_((1 - self.beta2) * U1 @ U1.T / n)
-        L2.mul_(self.beta2).add_((1 - self.beta2) * U2.T @ U2 / m)
-        if first and G.any():  # one gradient has few directions: the averages begin with c I, and share the scale c
-            c = (G**2).mean()
-            for L in (L1, L2):
+        """Average U U^T in L, U being G (G^T) whitened on the other side: then L1 ⊗ L2 is the covariance of G."""
+        P1, P2 = block["P"]
+        for L, G_i, P in zip(block["L"], (G, G.T), (P2, P1), strict=True):
+            first = not L.any()
+            U = G_i if first else G_i @ P
+            stride = 1 if t == 1 else min(self.sampling, U.shape[1])
+            U = U[:, (t - 1) % stride :: stride]  # the columns that have their turn
+            L.mul_(self.beta2).add_((1 - self.beta2) * U @ U.T / U.shape[1])
+            if first and U.any():  # one gradient has few directions: the averages begin with c I, and share the scale c
+                c = (U**2).mean()
                 L.diagonal().add_((1 - self.beta2**t) * c)
                 L.div_(c.sqrt())
 

@@ -38,6 +38,7 @@ SETTINGS: dict[str, list[Any]] = {
 VARIANT: dict[str, list[Any]] = {
     "direction": ["root", "adam"],
     "statistics": ["gradient", "kl"],
+    "statistics_sampling": [1, 1, 2, 8],
     "sides": ["all", "first", "last", "shortest"],
     "largest_dimension": [0, 0, 1, 2, 3, 4],
     "long_axes": ["none", "none", "diagonal"],

@@ -48,6 +48,7 @@ class Settings:
     kernels: str = "axes"
     statistics: str = "gradient"
     beta1: float = 0.0
+    statistics_sampling: int = 1
     look_ahead: bool = False
     borrow: str = "length"
     graft_beta2: float = 0.999
@@ -104,6 +105,17 @@ def factored_axes(shape: Sequence[int], blocks: Sequence[tuple[slice, ...]], s: 
 def unfolding(G: Array, i: int) -> Array:
     """G_(i): axis i becomes the rows, all others the columns."""
     return np.moveaxis(G, i, 0).reshape(G.shape[i], -1)
+
+
+def sample(G: Array, i: int, turn: int, every: int) -> Array:
+    """Every so-many-th slice along the longest axis other than i, weighted; after the first turn, that takes all."""
+    lengths = [0 if j == i else d for j, d in enumerate(G.shape)]
+    j = int(np.argmax(lengths))
+    stride = min(every, lengths[j])
+    if turn == 0 or stride <= 1:
+        return G
+    taken = [n for n in range(lengths[j]) if n % stride == turn % stride]
+    return np.take(G, taken, axis=j) * np.sqrt(lengths[j] / len(taken))
 
 
 def mode_product(G: Array, P: Array, i: int) -> Array:
@@ -168,21 +180,23 @@ class Block:
     def update(self, G: Array, t: int, s: Settings) -> None:
         w2 = 1.0 if s.beta2 == 1.0 else 1.0 - s.beta2
         p = s.inverse_exponent_override or 2 * len(self.L)
-        inverses = {i: np.linalg.matrix_power(P, p) for i, P in self.P.items()}
+        whiteners = {i: np.linalg.matrix_power(P, p // 2) for i, P in self.P.items()}  # for even p
         for i in self.L:
             if t % s.statistics_compute_steps == 0:
-                product = unfolding(G, i) @ unfolding(G, i).T
+                whitened = G
                 if s.statistics == "kl":
-                    whitened = G
-                    for j, inverse in inverses.items():
-                        whitened = whitened if j == i else mode_product(whitened, inverse, j)
-                    product = unfolding(whitened, i) @ unfolding(G, i).T * G.shape[i] / G.size
+                    for j, W in whiteners.items():
+                        whitened = whitened if j == i else mode_product(whitened, W, j)
+                    whitened = whitened * np.sqrt(G.shape[i] / G.size)
+                sampled = sample(whitened, i, t // s.statistics_compute_steps - 1, s.statistics_sampling)
+                product = unfolding(sampled, i) @ unfolding(sampled, i).T
                 if i in self.long:
                     product = np.diag(np.diag(product))
                 first = not self.L[i].any()
                 self.L[i] = s.beta2 * self.L[i] + w2 * product
-                if s.statistics == "kl" and first and G.any():
-                    c, n = np.mean(G**2), t // s.statistics_compute_steps
+                if s.statistics == "kl" and first and sampled.any():
+                    n = t // s.statistics_compute_steps
+                    c = np.sum(sample(G, i, n - 1, s.statistics_sampling) ** 2) / G.size
                     gathered = 1.0 - s.beta2**n if s.bias_correction and s.beta2 < 1.0 else 1.0
                     self.L[i] = c ** (1 / len(self.L) - 1) * (self.L[i] + c * gathered * np.eye(len(self.L[i])))
             if self.due(t, s) and self.L[i].any():

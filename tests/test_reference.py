@@ -38,6 +38,7 @@ VARIANT_KEYS = {
         "statistics",
         "beta1",
         "graft_beta2",
+        "statistics_sampling",
         "look_ahead",
         "borrow",
     ),
@@ -174,6 +175,9 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "length, looking ahead": (ADAM, {"look_ahead": True}),
     "no length, looking ahead": ({"beta1": 0.8, "momentum": 0.0, "graft_type": "none"}, {"look_ahead": True}),
     "like the preset": (LIKE_THE_PRESET, {"borrow": "decrease", "look_ahead": True}),
+    "sampled": ({}, {"statistics_sampling": 3}),
+    "sampled, every 2nd step": ({"beta2": 0.9, "statistics_compute_steps": 2}, {"statistics_sampling": 2}),
+    "sampled like the preset": (LIKE_THE_PRESET, {"statistics_sampling": 2}),
     "graft_beta2": ({"graft_type": "rmsprop"}, {"graft_beta2": 0.5}),
     "bias correction of the graft": ({"graft_type": "rmsprop"}, {"bias_correction": True}),
     "bias correction of statistics": ({"graft_type": "none", "beta2": 0.9}, {"bias_correction": True}),
@@ -314,6 +318,7 @@ def hyperparams(draw: st.DrawFn) -> dict[str, Any]:
         "refresh": draw(st.sampled_from(["staggered", "staggered", "together"])),
         "sides": draw(st.sampled_from(["all", "all", "all", "first", "last", "shortest"])),
         "largest_dimension": draw(st.sampled_from([0, 0, 0, 1, 2, 3, 5])),
+        "statistics_sampling": draw(st.sampled_from([1, 1, 2, 3, 8])),
     }
     chosen["kernels"] = (
         "axes" if chosen["best_effort_shape_interpretation"] else draw(st.sampled_from(["axes", "matrix"]))

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from record import setting, write
 from tasks.contenders import BASELINE, Contender, contenders, package_version, peer
-from tasks.problems import NAMES, Task, tasks
+from tasks.problems import ALL_NAMES, NAMES, Task, tasks
 from tasks.report import figures, print_report
 from tasks.training import EVALUATIONS, WARMUP, Outcome, train
 from tasks.tuning import EXTENSIONS, central, tune
@@ -126,7 +126,7 @@ def chosen(options: argparse.Namespace) -> list[Contender]:
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--tasks", nargs="+", choices=ALL_NAMES, default=NAMES)
     parser.add_argument("--optimizers", nargs="+", help="all by default; AdamW is always among them")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=int, default=5, help="learning rates of each grid, from its middle")

@@ -99,7 +99,15 @@ def read_text(path: Path | None) -> tuple[str, str]:
     return text, f"manual and sources of Python, {len(text)} characters"
 
 
-def gpt(path: Path | None, steps: int = 800, batch: int = 32, width: int = 96, layers: int = 4) -> Task:
+def gpt(
+    path: Path | None,
+    name: str = "gpt",
+    steps: int = 800,
+    batch: int = 32,
+    width: int = 96,
+    layers: int = 4,
+    heads: int = 4,
+) -> Task:
     """A language model of characters; the last tenth of the text validates."""
     text, data = read_text(path)
     symbols = sorted(set(text))
@@ -114,10 +122,10 @@ def gpt(path: Path | None, steps: int = 800, batch: int = 32, width: int = 96, l
 
     held_out = torch.Generator().manual_seed(0)
     return Task(
-        name="gpt",
+        name=name,
         data=data,
         steps=steps,
-        make=lambda seed: seeded(GPT, len(symbols), CONTEXT, width, layers, 4, seed=seed),
+        make=lambda seed: seeded(GPT, len(symbols), CONTEXT, width, layers, heads, seed=seed),
         draw=partial(draw, tokens[:cut]),
         validation=[draw(tokens[cut:], held_out) for _ in range(16)],
         loss=lambda logits, targets: nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()),
@@ -226,11 +234,15 @@ def vit(images: Images, steps: int = 600, batch: int = 64, width: int = 64, laye
 
 
 IMAGE_TASKS = {"autoencoder": autoencoder, "convnet": convnet, "vit": vit}
+LARGE = partial(gpt, name="gpt-10m", steps=1000, batch=16, width=384, layers=6, heads=6)
+TEXT_TASKS: dict[str, Callable[[Path | None], Task]] = {"gpt": gpt, "gpt-10m": LARGE}
 NAMES = ["gpt", *IMAGE_TASKS]
+"""The tasks unless others are asked for; ``gpt-10m`` takes half an hour for each run."""
+ALL_NAMES = [*TEXT_TASKS, *IMAGE_TASKS]
 
 
 def tasks(names: Sequence[str], text: Path | None = None, images: Path | None = None) -> Iterator[Task]:
     """Yield the tasks of these names, one after the other; images are read once."""
     pictures = cache(lambda: read_images(images))
     for name in names:
-        yield IMAGE_TASKS[name](pictures()) if name in IMAGE_TASKS else gpt(text)
+        yield IMAGE_TASKS[name](pictures()) if name in IMAGE_TASKS else TEXT_TASKS[name](text)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from record import setting, write
 from step_report import markdown
 from tasks.contenders import BASELINE, Contender, Settings, contenders
-from tasks.problems import NAMES, Task, tasks
+from tasks.problems import ALL_NAMES, NAMES, Task, tasks
 from tasks.training import Stopwatch, training_step
 
 OPTIMIZERS = (BASELINE, "3D-Shampoo", "Muon", "SOAP")
@@ -81,7 +81,7 @@ def measured(
 
 def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--tasks", nargs="+", choices=ALL_NAMES, default=NAMES)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--images", type=Path)
     parser.add_argument("--output", type=Path, default=RESULTS / "tasks_step_cost.json")

@@ -66,6 +66,7 @@ GOOD: dict[str, list[Any]] = {
 BAD_VARIANT: dict[str, list[Any]] = {
     "direction": ["", "soap", "Adam", 1, None],
     "statistics": ["KL", "covariance", True, None],
+    "statistics_sampling": [0, -1, 2.0, None],
     "sides": ["both", "left", 1, None],
     "largest_dimension": [-1, 0.5, 64.0, True, None],
     "long_axes": ["", "vector", True, None],
@@ -82,6 +83,7 @@ BAD_VARIANT: dict[str, list[Any]] = {
 GOOD_VARIANT: dict[str, list[Any]] = {
     "direction": ["root", "adam"],
     "statistics": ["gradient", "kl"],
+    "statistics_sampling": [1, 10**6],
     "sides": ["all", "first", "last", "shortest"],
     "largest_dimension": [0, 1, 10**6],
     "long_axes": ["none"],
@@ -351,6 +353,7 @@ def test_the_defaults_are_those_of_the_thesis() -> None:
         "variant": {
             "direction": "root",
             "statistics": "gradient",
+            "statistics_sampling": 1,
             "sides": "all",
             "largest_dimension": 0,
             "long_axes": "none",

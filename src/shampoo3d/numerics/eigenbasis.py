@@ -14,25 +14,28 @@ from torch import Tensor
 
 from shampoo3d.numerics.roots.eigen import INDEFINITE, decompose
 from shampoo3d.numerics.roots.guard import largest_entry, scaled
+from shampoo3d.numerics.sampling import WHOLE, Sample
 
 PerAxis = Mapping[int, Tensor]
 """A matrix (n, d_i, d_i), or the diagonal (n, d_i) of a diagonal one, for each axis i that has one, counted from 0."""
 
 
 def multiply(P: Tensor, G: Tensor, axis: int, out: Tensor | None = None) -> Tensor:
-    """Return ``G x_i P``: P (n, d_i, d_i) applied along axis i of a stack (n, d_1, ..., d_r).
+    """Return ``G x_i P``: P (n, k, d_i) applied along axis i of a stack (n, d_1, ..., d_r), which then has length k.
 
     A diagonal P is given as its diagonal (n, d_i). ``out`` must be contiguous.
     """
     n, d = G.shape[0], G.shape[axis + 1]
     if P.dim() == 2:
         return torch.mul(G, P.view(n, *(d if i == axis else 1 for i in range(G.dim() - 1))), out=out)
+    k = P.shape[1]
+    shape = *G.shape[: axis + 1], k, *G.shape[axis + 2 :]
     if prod(G.shape[1 : axis + 1]) == 1:  # the first axis, or the first of a matrix in a stack
-        return torch.bmm(P, G.reshape(n, d, -1), out=None if out is None else out.view(n, d, -1)).view(G.shape)
+        return torch.bmm(P, G.reshape(n, d, -1), out=None if out is None else out.view(n, k, -1)).view(shape)
     if axis == G.dim() - 2:
-        return torch.bmm(G.reshape(n, -1, d), P.mT, out=None if out is None else out.view(n, -1, d)).view(G.shape)
+        return torch.bmm(G.reshape(n, -1, d), P.mT, out=None if out is None else out.view(n, -1, k)).view(shape)
     front = G.movedim(axis + 1, 1)
-    back = (P @ front.flatten(2)).view(front.shape).movedim(1, axis + 1)
+    back = (P @ front.flatten(2)).view(n, k, *front.shape[2:]).movedim(1, axis + 1)
     return back if out is None else out.copy_(back)
 
 
@@ -150,17 +153,21 @@ def eigenvalues(L: Tensor, Q: Tensor) -> Tensor:
 # ---- statistics that minimize the Kullback-Leibler divergence ----
 
 
-def whitener_of_root(P: Tensor, p: int) -> Tensor:
-    """Return W with ``W^T W = L^-1`` from a symmetric root ``P = L^(-1/p)``, (n, d, d), or a diagonal one, (n, d).
+def whitener_of_root(P: Tensor, p: int, which: slice = slice(None), dtype: torch.dtype | None = None) -> Tensor:
+    """Return rows of W with ``W^T W = L^-1`` from a symmetric root ``P = L^(-1/p)``, (n, d, d), or a diagonal (n, d).
+
+    Args:
+        dtype: of the result; that of P if not given.
 
     Raises:
         ValueError: p is odd.
     """
     if p % 2:
         raise ValueError(f"the root L^(-1/p) gives L^(-1/2) by powers for even p only, got p={p}")
-    if p == 2:
-        return P
-    return P.pow(p // 2) if P.dim() == 2 else torch.linalg.matrix_power(P, p // 2)
+    W = P[:, which].to(dtype or P.dtype)
+    for _ in range(p // 2 - 1):
+        W = W * P[:, which] if P.dim() == 2 else W @ P.to(W.dtype)
+    return W
 
 
 def whitener_of_basis(Q: Tensor, lambdas: Tensor, eps: float) -> Tensor:
@@ -178,12 +185,18 @@ def whitener_of_basis(Q: Tensor, lambdas: Tensor, eps: float) -> Tensor:
     return (Q * (relative.rsqrt() * largest.rsqrt())[:, None, :]).mT
 
 
-def whiten_others(G: Tensor, whiteners: PerAxis, axis: int) -> Tensor:
-    """Return U with ``U_(i) U_(i)^T = G_(i) (inverse of the other factors) G_(i)^T``: ``G x_j W_j`` for all j but i.
+def whiten(G: Tensor, whiteners: PerAxis, sample: Sample = WHOLE) -> Tensor:
+    """Return a sample of ``U = G x_j W_j`` for all axes j of the whiteners.
 
-    With all W_j from before the step, this and :func:`divergence_weight` give the statistics of Lin et al. 2025.
+    With the W_j of all axes but i, ``U_(i) U_(i)^T = G_(i) (inverse of the other factors) G_(i)^T``. With all W_j from
+    before the step, this and :func:`divergence_weight` give the statistics of Lin et al. 2025.
+
+    Args:
+        whiteners: of the axis that is sampled, the rows of the sample.
     """
-    return rotate_back(G, {j: W for j, W in whiteners.items() if j != axis})
+    W = None if sample.along is None else whiteners.get(sample.along)
+    products = W is not None and W.dim() == 3  # which take the sample
+    return rotate_back(G if products else sample.of(G), whiteners)
 
 
 def divergence_weight(shape: Sequence[int], axis: int) -> float:

@@ -42,9 +42,9 @@ def adams_decrease(E: Tensor, squares: Sequence[Tensor], hp: ShampooHyperParams)
     total = squares[0].mean(1) + floor
     weight = total.pow(0.5 - 0.5 / len(squares))[:, None]  # the same for each axis, so that no product overflows
     decrease = E.square()
-    for a in reversed(squares):  # sum over the last axis that is left
+    for a in squares:  # sum over the first axis that is left
         inverse = (a + floor).rsqrt_().mul_(weight)
-        decrease = torch.bmm(decrease.reshape(len(E), -1, a.shape[1]), inverse[..., None])
+        decrease = torch.bmm(inverse[:, None], decrease.reshape(*inverse.shape, -1))
     return decrease.view(len(E))
 
 

@@ -12,7 +12,7 @@ from shampoo3d.numerics.eigenbasis import (
     PerAxis,
     divergence_weight,
     multiply,
-    whiten_others,
+    whiten,
     whitener_of_root,
 )
 from shampoo3d.numerics.grafting import adams_decrease
@@ -20,6 +20,8 @@ from shampoo3d.numerics.matmul_precision import reduced_products
 from shampoo3d.numerics.momenta import Rows, average, kept_dtype
 from shampoo3d.numerics.roots import inverse_diagonal_roots, inverse_roots
 from shampoo3d.numerics.roots.choice import at_once
+from shampoo3d.numerics.sampling import Sample
+from shampoo3d.numerics.sampling import sample as sampled
 from shampoo3d.numerics.state_names import momenta_names, owned_names, squares_name
 from shampoo3d.numerics.symmetric import Diagonal, Symmetric
 from shampoo3d.numerics.tiles import Shape, tile_shapes
@@ -108,15 +110,23 @@ class Stack:
                 self._accumulate_whitened(G, rows, t)
                 return
             for axis, L in zip(self.axes, self.statistics, strict=True):
-                L.accumulate(unfold(G, axis), rows, self.hp.beta2, self.hp.statistics_weight)
+                sample = self._sample(axis, t)
+                weight = self.hp.statistics_weight * sample.weight
+                L.accumulate(unfold(sample.of(G), axis), rows, self.hp.beta2, weight)
+
+    def _sample(self, axis: int, t: int) -> Sample:
+        """Return the part of the gradient of step t that its statistics along an axis take account of."""
+        return sampled(self.shape, axis, self.hp.statistics_count(t) - 1, self.hp.variant.statistics_sampling)
 
     def _accumulate_whitened(self, G: Tensor, rows: Rows, t: int) -> None:
         """Update ``L_i <- beta2 L_i + w2 U_(i) U_(i)^T / prod_(j != i) d_j``; U is G whitened by the other factors."""
-        W, overflowed = self._whiteners(rows), torch.zeros((), dtype=torch.bool, device=self.device)
-        for axis, L in zip(self.axes, self.statistics, strict=True):
+        samples = [self._sample(axis, t) for axis in self.axes]
+        whiteners = [self._whiteners(rows, axis, sample) for axis, sample in zip(self.axes, samples, strict=True)]
+        overflowed = torch.zeros((), dtype=torch.bool, device=self.device)
+        for axis, L, W, sample in zip(self.axes, self.statistics, whiteners, samples, strict=True):
             first, weight = L.mean(rows) == 0, self.hp.statistics_weight * divergence_weight(self.shape, axis)
-            U = unfold(self._whitened(G, W, axis, first), axis)
-            L.accumulate(U, rows, self.hp.beta2, weight)
+            U = unfold(self._whitened(G, W, sample, first), axis)
+            L.accumulate(U, rows, self.hp.beta2, weight * sample.weight)
             del U  # before there is another
             if any_or_unknown(first):
                 self._start(L, rows, first, t)
@@ -124,15 +134,15 @@ class Stack:
         if any_or_unknown(overflowed):
             self._start_anew(rows, overflowed)
 
-    def _whitened(self, G: Tensor, W: PerAxis, axis: int, plain: Tensor) -> Tensor:
-        """Return G whitened by the factors of all axes but this, or G itself where ``plain``, (rows,), is set.
+    def _whitened(self, G: Tensor, W: PerAxis, sample: Sample, plain: Tensor) -> Tensor:
+        """Return a sample of G, whitened, or of G itself where ``plain``, (rows,), is set.
 
         That is where statistics start: roots that exist there already come from gradients that are forgotten.
         """
-        U = whiten_others(G, W, axis)
-        if U is not G and any_or_unknown(plain):
+        U = whiten(G, W, sample)
+        if W and any_or_unknown(plain):
             mask = plain.view(-1, *[1] * len(self.shape))
-            U.masked_fill_(mask, 0.0).addcmul_(G, mask.to(G.dtype))
+            U.masked_fill_(mask, 0.0).addcmul_(sample.of(G), mask.to(G.dtype))
         return U
 
     def _start(self, L: Symmetric | Diagonal, rows: Rows, first: Tensor, t: int) -> None:
@@ -152,10 +162,13 @@ class Stack:
             L.clear(rows, overflowed)
         self.root_failures += overflowed.sum()
 
-    def _whiteners(self, rows: Rows) -> PerAxis:
-        """Return ``W_i`` with ``W_i^T W_i = L_i^-1``, by axis."""
-        roots = zip(self.axes, self.roots, strict=True)
-        return {axis: whitener_of_root(P[rows].to(self.dtype), self.exponent) for axis, P in roots}
+    def _whiteners(self, rows: Rows, axis: int, sample: Sample) -> PerAxis:
+        """Return ``W_j`` with ``W_j^T W_j = L_j^-1`` for all axes j but one, or their rows of a sample."""
+        others = ((index, j) for index, j in enumerate(self.axes) if j != axis)
+        return {j: self._whitener(index, rows, sample.rows(j)) for index, j in others}
+
+    def _whitener(self, index: int, rows: Rows, which: slice) -> Tensor:
+        return whitener_of_root(self.roots[index][rows], self.exponent, which, self.dtype)
 
     def refresh_roots(self, rows: Rows, t: int) -> None:
         """Set ``P_i = (L_i + matrix_eps lambda_max(L_i) I)^(-1/p)`` at step t; where that fails the old root stays."""
@@ -256,9 +269,9 @@ class Stack:
         if not self.squares:
             return self._usable(self._multiplied(G, matrices, out, averaged=(rows, t)))
         squares, E = self._average_squares(G, rows, t), self._average(G, rows, t)
-        S = self._usable(self._multiplied(E, matrices, out))
+        S = self._multiplied(E, matrices, out)
         ours, adams = E.mul(S).flatten(1).sum(1), adams_decrease(E, squares, self.hp)
-        scale = torch.where(ours > 0, adams / ours, 0.0)
+        scale = torch.where(ours.isfinite(), torch.where(ours > 0, adams / ours, 0.0), torch.nan)
         return self._usable(S.mul_(scale.view(-1, *[1] * len(self.shape))))
 
     def _average_squares(self, G: Tensor, rows: Rows, t: int) -> list[Tensor]:

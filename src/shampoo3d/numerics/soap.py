@@ -7,7 +7,6 @@ from torch import Tensor
 
 from shampoo3d.numerics.background import set_entries
 from shampoo3d.numerics.eigenbasis import (
-    PerAxis,
     eigenvalues,
     first_basis,
     next_basis,
@@ -34,12 +33,9 @@ class EigenStack(Stack):
     def shared(self) -> list[Tensor]:
         return [*self.roots, self.elements["exp_avg_sq"]]
 
-    def _whiteners(self, rows: Rows) -> PerAxis:
-        factors = zip(self.axes, self.statistics, self.roots, strict=True)
-        return {axis: self._whitener(L.whole(rows), Q[rows].to(self.dtype)) for axis, L, Q in factors}
-
-    def _whitener(self, L: Tensor, Q: Tensor) -> Tensor:
-        return whitener_of_basis(Q, eigenvalues(L, Q), self.hp.matrix_eps)
+    def _whitener(self, index: int, rows: Rows, which: slice) -> Tensor:
+        L, Q = self.statistics[index].whole(rows), self.roots[index][rows].to(self.dtype)
+        return whitener_of_basis(Q, eigenvalues(L, Q), self.hp.matrix_eps)[:, which]
 
     def precondition(self, G: Tensor, rows: Rows, t: int, out: Tensor | None = None) -> Tensor:
         """Return ``S = (M / (sqrt(V) + diagonal_eps)) x_1 Q_1 x_2 Q_2 ...``.

@@ -52,7 +52,8 @@ def block_cost(elements: int, factors: Shape, hp: ShampooHyperParams, diagonals:
     """
     products = elements * sum(factors) * (len(factors) + len(diagonals) if hp.variant.statistics == "kl" else 1)
     roots = refresh_cost(factors, hp) / hp.preconditioning_compute_steps
-    return applied_cost(elements, factors, hp) + products / hp.statistics_compute_steps + roots
+    sparing = hp.statistics_compute_steps * hp.variant.statistics_sampling
+    return applied_cost(elements, factors, hp) + products / sparing + roots
 
 
 def bytes_of(name: str, hp: ShampooHyperParams, dtype: str) -> int:

@@ -24,6 +24,8 @@ class Variant:
             al. 2024, arXiv 2409.11321).
         statistics: "gradient": ``G_(i) G_(i)^T``; "kl": G is preconditioned by the other factors first, which
             minimizes a Kullback-Leibler divergence (Lin et al. 2025, arXiv 2509.03378).
+        statistics_sampling: the statistics of a step take account of every so-many-th column of ``G_(i)``, in turns; of
+            the first gradient they take all. 1 for all columns always.
         sides: the axes that have a factor: "all", the "first" or "last" only, or the "shortest" of each matrix; with
             one side the exponent is -1/2 (one-sided Shampoo, Xie et al. 2025, arXiv 2503.10537).
         largest_dimension: axes of blocks that are longer than this have no factor (Vyas et al. 2024), or a diagonal
@@ -59,6 +61,7 @@ class Variant:
 
     direction: Direction = "root"
     statistics: Statistics = "gradient"
+    statistics_sampling: int = 1
     sides: Sides = "all"
     largest_dimension: int = 0
     long_axes: LongAxes = "none"
@@ -83,6 +86,7 @@ class Variant:
         check_bool("look_ahead", self.look_ahead)
         if self.look_ahead and not self.beta1:
             raise ValueError("look_ahead=True looks ahead of an average: it needs beta1 > 0, got 0")
+        check_integer("statistics_sampling", self.statistics_sampling, least=1)
         check_integer("largest_dimension", self.largest_dimension, least=0)
         check_number("beta1", self.beta1, least=0.0, below=1.0)
         check_number("graft_beta2", self.graft_beta2, least=0.0, below=1.0)
