@@ -70,7 +70,7 @@ class Shampoo(torch.optim.Optimizer):
         return loss
 
     def direction(self, G: Tensor, state: dict[str, Any]) -> Tensor:
-        """S = P1 F P2, block by block, F the average that looks ahead; for a vector Adam's direction D."""
+        """S = P1 E P2, block by block; for a vector Adam's direction D."""
         state["t"] += 1
         t, E, A = state["t"], state["E"], state["A"]
         E.mul_(self.beta1).add_((1 - self.beta1) * G)
@@ -79,14 +79,14 @@ class Shampoo(torch.optim.Optimizer):
             A.mul_(self.gamma).add_((1 - self.gamma) * G**2)
             D: Tensor = E / ((A / (1 - self.gamma**t)).sqrt() + self.eps_d)
             return D
-        S, F = torch.empty_like(E), self.beta1 * E + (1 - self.beta1) * G
-        for block, G_b, F_b, S_b in zip(state["blocks"], *(cut(X, self.block_size) for X in (G, F, S)), strict=True):
+        S = torch.empty_like(E)
+        for block, G_b, E_b, S_b in zip(state["blocks"], *(cut(X, self.block_size) for X in (G, E, S)), strict=True):
             self.update_statistics(block, G_b, t)
             if t == 1 or (t - block["turn"]) % (2 if t <= self.fresh_steps else self.every) == 0:
                 self.update_roots(block, t)
             P1, P2 = block["P"]
-            S_b.copy_(P1 @ F_b @ P2)
-            adams, ours = (F_b**2 / self.squares(block, G_b, t).sqrt()).sum(), (F_b * S_b).sum()
+            S_b.copy_(P1 @ E_b @ P2)
+            adams, ours = (E_b**2 / self.squares(block, G_b, t).sqrt()).sum(), (E_b * S_b).sum()
             S_b.mul_(adams / ours if ours > 0 else 0.0)
         return S
 

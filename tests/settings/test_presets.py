@@ -56,10 +56,10 @@ def test_steps_by_default_decrease_the_loss_as_those_of_adamw(weight_decay: floa
             optimizer.step()
         G = ours[0].grad
         E = 0.9 * E + 0.1 * G
-        ahead = 0.9 * E / (1 - 0.9**t) + 0.1 * G
-        adams = ahead / G.abs()  # the length of a gradient's entry is the same at all steps
+        average = E / (1 - 0.9**t)
+        adams = average / G.abs()  # the length of a gradient's entry is the same at all steps
         move = (start[0] * (1 - 0.01 * weight_decay) - ours[0].detach()) / 0.01
-        torch.testing.assert_close((ahead * move).sum(), (ahead * adams).sum(), rtol=1e-7, atol=0)
+        torch.testing.assert_close((average * move).sum(), (average * adams).sum(), rtol=1e-7, atol=0)
         torch.testing.assert_close(ours[1], theirs[1], rtol=1e-9, atol=1e-12)
 
 

@@ -184,9 +184,7 @@ class ShampooHyperParams:
         Args:
             changes: settings that replace the preset's.
         """
-        variant = replace(
-            _AVERAGED["variant"], statistics="kl", statistics_sampling=8, look_ahead=True, borrow="decrease"
-        )
+        variant = replace(_AVERAGED["variant"], statistics="kl", statistics_sampling=8, borrow="decrease")
         own: dict[str, Any] = {
             "variant": variant,
             "inverse_exponent_override": 2,
