@@ -7,11 +7,22 @@ from typing import Any
 
 from common import replicated
 from shampoo3d import ShampooHyperParams, Variant
-from shampoo3d.planning.cost import applied_cost, block_cost, refresh_cost, root_cost
+from shampoo3d.planning.cost import applied_cost, block_bytes, block_cost, refresh_cost, root_cost
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.plan import make_plan
 
 HP = ShampooHyperParams(block_size=256)
+
+
+def test_presets_keep_few_bytes() -> None:
+    """Per element of a block, of which the statistics are as many numbers as the elements, or three quarters."""
+    default, soap = ShampooHyperParams.default(), ShampooHyperParams.soap()
+    slow = ShampooHyperParams.soap(beta2=0.99)
+    for hp, small, large in [(default, 14, 12), (soap, 16, 14), (slow, 18, 16)]:
+        for d, expected in [(128, small), (256, large)]:
+            size = block_bytes((d, d), (d, d), hp, "float32", momenta=True)
+            sums = 8 * d if hp.borrows_decrease else 0
+            assert size == expected * d * d + sums
 
 
 def test_cost_grows_with_size_and_falls_with_the_refresh_interval() -> None:

@@ -46,14 +46,13 @@ class EigenStack(Stack):
         hp, V, Q = self.hp, self.elements["exp_avg_sq"], self._matrices(rows, self._computed)
         transposed = {axis: basis.mT for axis, basis in Q.items()}
         M = self._multiplied(G, transposed)
-        squares = V[rows].mul_(hp.beta2).addcmul_(M, M, value=1.0 - hp.beta2)
-        if isinstance(rows, Tensor):
-            V[rows] = squares
+        squares = M.square().mul_(1.0 - hp.beta2).add_(V[rows], alpha=hp.beta2)
+        V[rows] = squares.to(V.dtype)
         if hp.averaged:
             del M  # before there is another
             M = self._multiplied(G, transposed, averaged=(rows, t))
         correction = hp.correction(hp.beta2, hp.weight_updates(t))
-        M.div_(squares.sqrt().add_(least_root(V.dtype, hp)).div_(correction**0.5))
+        M.div_(squares.sqrt_().add_(least_root(squares.dtype, hp)).div_(correction**0.5))
         return self._usable(self._multiplied(M, Q, out))
 
     def _parts(self, rows: Rows, t: int) -> Iterator[tuple[int, Rows]]:

@@ -43,9 +43,12 @@ def storage_of(name: str, hp: ShampooHyperParams) -> Precision:
     """Return the precision in which state of this name in a checkpoint is kept."""
     if name.startswith(("P", "Q")):
         return hp.computation.root_storage
-    # In bfloat16 sums of squares would stop growing (the terms are below its resolution), and statistics would lose
-    # their small eigenvalues.
-    return hp.computation.momentum_storage if name in _MOMENTA else "state"
+    # In bfloat16 sums of squares would stop growing, and slow averages of them moving (the terms are below its
+    # resolution), and statistics would lose their small eigenvalues.
+    resolved = name in _MOMENTA or (name == "exp_avg_sq" and 1.0 - hp.beta2 >= _RESOLVED)
+    return hp.computation.momentum_storage if resolved else "state"
 
 
 _MOMENTA = ("momentum", "graft_momentum", "gradient_average", "exp_avg")
+_RESOLVED = 2.0**-6
+"""The least weight of a term in an average that bfloat16 holds: four times its resolution."""
