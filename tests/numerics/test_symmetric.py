@@ -48,16 +48,16 @@ def test_accumulating_is_that_of_whole_matrices(d: int, width: int, seed: int, b
 
 @pytest.mark.parametrize("d", [1, 5, SMALLEST_SPLIT - 1, SMALLEST_SPLIT, SMALLEST_SPLIT + 1])
 @pytest.mark.parametrize("rows", [ALL, slice(1, 3), torch.tensor([3, 0])], ids=str)
-def test_the_mean_of_the_diagonal_and_changes_of_it_and_of_the_scale(d: int, rows: Rows) -> None:
+def test_the_trace_and_changes_of_the_diagonal(d: int, rows: Rows) -> None:
     A = Symmetric(4, d, 0.5, torch.float64, CPU)
     A.accumulate(draw((4, d, 3), d), ALL, 1.0, 0.25)
     expected = A.whole(ALL).numpy().copy()
     chosen = torch.arange(4)[rows].tolist()
     scale = torch.arange(1.0, 1.0 + len(chosen), dtype=torch.float64)
-    np.testing.assert_allclose(A.mean(rows), [np.trace(expected[row]) / d for row in chosen], rtol=1e-12)
-    A.adjust(rows, 20.0 * scale, scale)
+    np.testing.assert_allclose(A.trace(rows), [np.trace(expected[row]) for row in chosen], rtol=1e-12)
+    A.add_diagonal(rows, 20.0 * scale)
     for row, by in zip(chosen, scale.tolist(), strict=True):
-        expected[row] = by * (expected[row] + 20.0 * by * np.eye(d))
+        expected[row] += 20.0 * by * np.eye(d)
     np.testing.assert_allclose(A.whole(ALL), expected, rtol=1e-12, atol=1e-13)
 
 

@@ -122,15 +122,20 @@ class Stack:
         """Update ``L_i <- beta2 L_i + w2 U_(i) U_(i)^T / prod_(j != i) d_j``; U is G whitened by the other factors."""
         samples = [self._sample(axis, t) for axis in self.axes]
         whiteners = [self._whiteners(rows, axis, sample) for axis, sample in zip(self.axes, samples, strict=True)]
-        overflowed = torch.zeros((), dtype=torch.bool, device=self.device)
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
         for axis, L, W, sample in zip(self.axes, self.statistics, whiteners, samples, strict=True):
-            first, weight = L.mean(rows) == 0, self.hp.statistics_weight * divergence_weight(self.shape, axis)
-            U = unfold(self._whitened(G, W, sample, first), axis)
-            L.accumulate(U, rows, self.hp.beta2, weight * sample.weight)
-            del U  # before there is another
+            first, weight = L.trace(rows) == 0, self.hp.statistics_weight * divergence_weight(self.shape, axis)
+            U = self._whitened(G, W, sample, first)
+            squares = U.flatten(1).square().mean(1)
+            added = None
             if any_or_unknown(first):
-                self._start(L, rows, first, t)
-            overflowed = overflowed | ~L.mean(rows).isfinite()
+                U, added = self._start(U, squares, first, t)
+            L.accumulate(unfold(U, axis), rows, self.hp.beta2, weight * sample.weight)
+            del U  # before there is another
+            if added is not None:
+                L.add_diagonal(rows, added)
+            total = total + squares
+        overflowed = ~total.isfinite()
         if any_or_unknown(overflowed):
             self._start_anew(rows, overflowed)
 
@@ -141,20 +146,20 @@ class Stack:
         """
         U = whiten(G, W, sample)
         if W and any_or_unknown(plain):
-            mask = plain.view(-1, *[1] * len(self.shape))
-            U.masked_fill_(mask, 0.0).addcmul_(sample.of(G), mask.to(G.dtype))
+            U = torch.where(plain.view(-1, *[1] * len(self.shape)), sample.of(G), U)
         return U
 
-    def _start(self, L: Symmetric | Diagonal, rows: Rows, first: Tensor, t: int) -> None:
-        """Set ``L <- c^(1/r - 1) (L + c I)`` where L is of the first gradient.
+    def _start(self, U: Tensor, squares: Tensor, first: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """Return U scaled, and a diagonal to add, for ``L <- c^(1/r - 1) (L + c I)`` where L is of the first gradient.
 
         c is the mean of its squares, r the number of factors. That L is singular, and its inverse would whiten the next
         gradients. The powers of c give the product of all factors the scale of squared gradients, as a covariance has.
         If L is divided by a weight for a root, c I is multiplied by that weight.
         """
-        c = L.mean(rows) / self.hp.statistics_weight
-        scale = torch.where(first & (c > 0), c, 1.0).pow(1.0 / len(self.axes) - 1.0)
-        L.adjust(rows, torch.where(first, c * self._gathered(t), 0.0), scale)
+        starts, r = first & (squares > 0), len(self.axes)
+        c = torch.where(starts, squares, 1.0)
+        scale = c.pow((1.0 / r - 1.0) / 2.0).view(-1, *[1] * len(self.shape))
+        return U * scale, c.pow(1.0 / r).mul_(starts).mul_(self._gathered(t))
 
     def _start_anew(self, rows: Rows, overflowed: Tensor) -> None:
         """Reset ``L <- 0`` where the squares of a gradient overflowed that roots of far smaller ones had whitened."""
@@ -271,7 +276,7 @@ class Stack:
         squares, E = self._average_squares(G, rows, t), self._average(G, rows, t)
         S = self._multiplied(E, matrices, out)
         ours, adams = E.mul(S).flatten(1).sum(1), adams_decrease(E, squares, self.hp)
-        scale = torch.where(ours.isfinite(), torch.where(ours > 0, adams / ours, 0.0), torch.nan)
+        scale = (adams / ours).masked_fill_(ours <= 0, 0.0)
         return self._usable(S.mul_(scale.view(-1, *[1] * len(self.shape))))
 
     def _average_squares(self, G: Tensor, rows: Rows, t: int) -> list[Tensor]:

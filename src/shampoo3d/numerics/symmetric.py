@@ -37,17 +37,15 @@ class Symmetric:
     def _diagonals(self) -> list[Tensor]:
         return [self.tiles[name].diagonal(dim1=1, dim2=2) for name, (i, j) in self._spans.items() if i == j]
 
-    def mean(self, rows: Rows) -> Tensor:
-        """Return ``trace A / d`` of the given rows, (rows,)."""
+    def trace(self, rows: Rows) -> Tensor:
+        """Return ``trace A`` of the given rows, (rows,)."""
         first, *others = (diagonal[rows].sum(1) for diagonal in self._diagonals)
-        return sum(others, first) / self.d
+        return sum(others, first)
 
-    def adjust(self, rows: Rows, added: Tensor, scale: Tensor) -> None:
-        """Set ``A <- scale (A + added I)`` for the given rows; ``added`` and ``scale`` are (rows,)."""
+    def add_diagonal(self, rows: Rows, added: Tensor) -> None:
+        """Update ``A <- A + added I`` for the given rows; ``added`` is (rows,)."""
         for diagonal in self._diagonals:
             diagonal[rows] += added[:, None]
-        for tile in self.tiles.values():
-            tile[rows] *= scale[:, None, None]
 
     def clear(self, rows: Rows, which: Tensor) -> None:
         """Set ``A <- 0`` for those of the given rows for which ``which``, (rows,) bool, is set."""
@@ -90,13 +88,13 @@ class Diagonal:
         squares = torch.linalg.vector_norm(U, dim=2).square_()
         self.tiles[""][rows] = squares.mul_(weight).add_(self.tiles[""][rows], alpha=beta)
 
-    def mean(self, rows: Rows) -> Tensor:
-        """Return ``trace A / d`` of the given rows, (rows,)."""
-        return self.tiles[""][rows].mean(1)
+    def trace(self, rows: Rows) -> Tensor:
+        """Return ``trace A`` of the given rows, (rows,)."""
+        return self.tiles[""][rows].sum(1)
 
-    def adjust(self, rows: Rows, added: Tensor, scale: Tensor) -> None:
-        """Set ``A <- scale (A + added I)`` for the given rows; ``added`` and ``scale`` are (rows,)."""
-        self.tiles[""][rows] = scale[:, None] * (self.tiles[""][rows] + added[:, None])
+    def add_diagonal(self, rows: Rows, added: Tensor) -> None:
+        """Update ``A <- A + added I`` for the given rows; ``added`` is (rows,)."""
+        self.tiles[""][rows] += added[:, None]
 
     def put(self, row: int, A: Tensor) -> None:
         """Replace the diagonal of one row by A (d,)."""
