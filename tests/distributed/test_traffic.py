@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from common import beside, slow_but
-from shampoo3d import Distribution, Shampoo
+from shampoo3d import Distribution, Shampoo, ShampooHyperParams
 
 from .fsdp import Sharding, with_torch
 from .harness import needs_deepspeed, run
@@ -52,6 +52,12 @@ def _fsdp(sharding: Sharding) -> Any:
 
 def _stage_0(topology: Topology, distribution: Distribution) -> Any:
     return _measured(with_deepspeed(SHAPE, topology, _make("uneven-blocks", distribution)))
+
+
+def _copies(preset: str) -> Any:
+    hp = getattr(ShampooHyperParams, preset)(preconditioning_compute_steps=1, block_size=6)
+    make = partial(Shampoo, lr=0.01, hyperparams=hp, distribution=Distribution(root_copies=2))
+    return _measured(with_deepspeed(SHAPE, Topology(data=2), make))
 
 
 def _check(found: list[Any]) -> dict[str, int]:
@@ -107,6 +113,14 @@ def test_more_root_copies_take_fewer_bytes_and_more_memory() -> None:
     sums = {copies: _check(results) for copies, results in found.items()}
     assert sums[1]["weights"] > sums[2]["weights"] > sums[4].get("weights", 0) == 0
     assert 0 == sums[1].get("roots", 0) < sums[2]["roots"] < sums[4]["roots"]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("preset", slow_but(["default"], ["default", "soap"]))
+def test_copies_of_roots_travel_as_they_are_kept(preset: str) -> None:
+    """In a step that computes all of them."""
+    sums = _check(run(_copies, 2, preset))
+    assert sums["roots"] > 0
 
 
 def _parameters() -> list[torch.nn.Parameter]:

@@ -34,6 +34,11 @@ def owned_names(hp: ShampooHyperParams) -> tuple[str, ...]:
     return ("exp_avg",) * hp.averaged + ("exp_avg_sq",) * (hp.variant.direction == "adam")
 
 
+def copied_names(hp: ShampooHyperParams) -> tuple[str, ...]:
+    """Return the names of the state that a refresh changes and other keepers need, for any axis."""
+    return ("Q", "exp_avg_sq") if hp.variant.direction == "adam" else ("P",)
+
+
 def squares_name(axis: int) -> str:
     """Return the name of the squares along an axis of a block, which are kept where decreases are borrowed."""
     return f"A{axis}"

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from shampoo3d.planning.layout import ITEM_BYTES, STATE_BYTES, Matrix, Sharding
+from shampoo3d.numerics.state_names import copied_names
+from shampoo3d.planning.cost import bytes_of
+from shampoo3d.planning.layout import ITEM_BYTES, Matrix, Sharding
 from shampoo3d.planning.plan import Plan
 from shampoo3d.planning.routes import (
     BUCKET_ELEMENTS,
@@ -91,5 +93,6 @@ def traffic(share: RankShare, hp: ShampooHyperParams, distribution: Distribution
     for block in plan.blocks:
         if rank in block.keepers and rank != block.owner:
             V = block.elements if block.axes and hp.variant.direction == "adam" else 0
-            received["roots"] += (block.root_numbers + V) * STATE_BYTES[block.dtype]
+            size = max(bytes_of(name, hp, block.dtype) for name in copied_names(hp))
+            received["roots"] += (block.root_numbers + V) * size
     return dict(received)

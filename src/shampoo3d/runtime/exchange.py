@@ -10,7 +10,9 @@ from torch import Tensor
 
 from shampoo3d.distributed.collectives import Communicator, PendingAllToAll
 from shampoo3d.distributed.topology import ParallelGroups
+from shampoo3d.numerics.momenta import kept_dtype
 from shampoo3d.numerics.schedule import Phase, phase
+from shampoo3d.numerics.state_names import copied_names
 from shampoo3d.planning.layout import Sharding
 from shampoo3d.planning.routes import BUCKET_ELEMENTS, Transfer
 from shampoo3d.runtime.bindings import Binding, GroupTensor, StepCounts
@@ -169,7 +171,9 @@ class Exchange:
                 else:
                     into.append((len(roots), planned[slot].owner, P.numel()))
                     roots.append(P)
-        dtype = getattr(torch, self._sharding(number).state_dtype)
+        state = getattr(torch, self._sharding(number).state_dtype)
+        kept = {kept_dtype(name, team.hp, state) for name in copied_names(team.hp)}
+        dtype = kept.pop() if len(kept) == 1 else state
         for index, flat in self.communicator.all_to_all("roots", number, dtype, out, into).wait().items():
             roots[index].copy_(flat.view(roots[index].shape))
 
