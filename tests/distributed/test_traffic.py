@@ -118,7 +118,7 @@ def test_more_root_copies_take_fewer_bytes_and_more_memory() -> None:
 @needs_deepspeed
 @pytest.mark.parametrize("preset", slow_but(["default"], ["default", "soap"]))
 def test_copies_of_roots_travel_as_they_are_kept(preset: str) -> None:
-    """In a step that computes all of them."""
+    """Steps compute all of them here."""
     sums = _check(run(_copies, 2, preset))
     assert sums["roots"] > 0
 

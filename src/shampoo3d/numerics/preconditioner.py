@@ -125,29 +125,20 @@ class Stack:
         total = torch.zeros((), dtype=self.dtype, device=self.device)
         for axis, L, W, sample in zip(self.axes, self.statistics, whiteners, samples, strict=True):
             first, weight = L.trace(rows) == 0, self.hp.statistics_weight * divergence_weight(self.shape, axis)
-            U = self._whitened(G, W, sample, first)
+            U, starting = whiten(G, W, sample), any_or_unknown(first)
+            if W and starting:  # roots that are there already come from gradients that are forgotten
+                U = torch.where(first.view(-1, *[1] * len(self.shape)), sample.of(G), U)
             squares = U.flatten(1).square().mean(1)
-            added = None
-            if any_or_unknown(first):
+            if starting:
                 U, added = self._start(U, squares, first, t)
             L.accumulate(unfold(U, axis), rows, self.hp.beta2, weight * sample.weight)
             del U  # before there is another
-            if added is not None:
+            if starting:
                 L.add_diagonal(rows, added)
             total = total + squares
         overflowed = ~total.isfinite()
         if any_or_unknown(overflowed):
             self._start_anew(rows, overflowed)
-
-    def _whitened(self, G: Tensor, W: PerAxis, sample: Sample, plain: Tensor) -> Tensor:
-        """Return a sample of G, whitened, or of G itself where ``plain``, (rows,), is set.
-
-        That is where statistics start: roots that exist there already come from gradients that are forgotten.
-        """
-        U = whiten(G, W, sample)
-        if W and any_or_unknown(plain):
-            U = torch.where(plain.view(-1, *[1] * len(self.shape)), sample.of(G), U)
-        return U
 
     def _start(self, U: Tensor, squares: Tensor, first: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Return U scaled, and a diagonal to add, for ``L <- c^(1/r - 1) (L + c I)`` where L is of the first gradient.
