@@ -17,9 +17,10 @@ from shampoo3d import ShampooHyperParams
 from shampoo3d.cli.draw import FAINT, INK, PALETTE
 from shampoo3d.planning.blocks import Block
 from shampoo3d.planning.grid import describe
-from shampoo3d.planning.layout import Holder, Shard, Sharding
+from shampoo3d.planning.layout import Sharding
 from shampoo3d.planning.plan import make_plan
 from shampoo3d.planning.routes import transfers_of
+from shampoo3d.planning.shards import Holder, Shard
 
 SHAPE, BIAS, RANKS, BLOCK_SIZE = (12, 8), 12, 3, 6
 """A linear layer of 12 outputs and 8 inputs: its weight, then its bias, in one flat buffer that ZeRO divides evenly."""

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from reference import Array, Reference, Settings
 from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams
 from shampoo3d.planning.blocks import Span, Split
-from shampoo3d.planning.layout import Holder, Matrix, Piece, Shard, Sharding
+from shampoo3d.planning.layout import Matrix, Sharding
+from shampoo3d.planning.shards import Holder, Piece, Shard
 from shampoo3d.settings.variant import Variant
 
 HYPERPARAMS = ShampooHyperParams(matrix_eps=1e-4, block_size=4, weight_decay=0.01)

@@ -15,8 +15,9 @@ from shampoo3d.cli.draw import _matrix, loss_figure, memory_table, ownership_fig
 from shampoo3d.cli.train.results import Curve, Run
 from shampoo3d.planning.blocks import cut
 from shampoo3d.planning.grid import describe
-from shampoo3d.planning.layout import Holder, Shard, Sharding
+from shampoo3d.planning.layout import Sharding
 from shampoo3d.planning.plan import make_plan
+from shampoo3d.planning.shards import Holder, Shard
 from shampoo3d.runtime.memory import Memory
 
 SHAPES = {"a.weight": (30, 20), "a.bias": (30,), "b.conv.weight": (8, 3, 5, 5), "scale": (), "c.embedding": (50, 6)}

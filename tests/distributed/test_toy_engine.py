@@ -13,7 +13,7 @@ from shampoo3d.distributed.topology import ParallelGroups
 from shampoo3d.engines import reading
 from shampoo3d.engines.engine import GroupContent, LocalShard
 from shampoo3d.engines.native import Torch
-from shampoo3d.planning.layout import Shard
+from shampoo3d.planning.shards import Shard
 
 from .harness import run
 from .models import Shape, batch, loss_of

@@ -27,7 +27,8 @@ from common import (
     stored,
 )
 from shampoo3d.planning.grid import GRAFTED_BLOCK, describe
-from shampoo3d.planning.layout import Holder, Shard, Sharding
+from shampoo3d.planning.layout import Sharding
+from shampoo3d.planning.shards import Holder, Shard
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.variant import Variant
 

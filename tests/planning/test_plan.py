@@ -26,8 +26,9 @@ from common import (
     transformer,
 )
 from shampoo3d.planning.grid import describe
-from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding
+from shampoo3d.planning.layout import Matrix, Sharding
 from shampoo3d.planning.plan import Plan, PlannedBlock, make_plan, make_plans
+from shampoo3d.planning.shards import Holder, Shard
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 HP = ShampooHyperParams(block_size=256)

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 import shampoo3d
 from common import RANDOM, Numbers, a_storage, a_team, replicated, some_hyperparams, stored
 from shampoo3d.planning.grid import describe
-from shampoo3d.planning.layout import ITEM_BYTES, Holder, Matrix, Shard, Sharding
+from shampoo3d.planning.layout import ITEM_BYTES, Matrix, Sharding
 from shampoo3d.planning.plan import Plan, make_plan
 from shampoo3d.planning.routes import Transfer, buckets, rounds, transfers_of, travels, width
+from shampoo3d.planning.shards import Holder, Shard
 from shampoo3d.planning.share import RankShare, traffic
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
@@ -254,7 +255,8 @@ def test_under_data_parallelism_nothing_travels_but_new_weights() -> None:
 PLANNING = """
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.planning.grid import describe
-from shampoo3d.planning.layout import Holder, Shard, Sharding
+from shampoo3d.planning.layout import Sharding
+from shampoo3d.planning.shards import Holder, Shard
 from shampoo3d.planning.plan import make_plans
 from shampoo3d.planning.routes import transfers_of, rounds
 

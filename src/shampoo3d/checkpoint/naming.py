@@ -11,7 +11,7 @@ import torch
 
 from shampoo3d.distributed.collectives import all_gather_object
 from shampoo3d.distributed.topology import ParallelGroups
-from shampoo3d.planning.layout import Shard
+from shampoo3d.planning.shards import Shard
 from shampoo3d.runtime.assemble import checksum
 from shampoo3d.runtime.bindings import Binding
 from shampoo3d.runtime.team import Team

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shampoo3d.checkpoint.state import ParamState, copy_into, owned_factors
 from shampoo3d.numerics.state_names import momenta_names
-from shampoo3d.planning.layout import Shard
+from shampoo3d.planning.shards import Shard
 from shampoo3d.runtime.bindings import Binding
 from shampoo3d.runtime.team import Team
 

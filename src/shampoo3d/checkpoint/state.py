@@ -19,8 +19,9 @@ from shampoo3d.numerics.preconditioner import factor_shapes, state_shapes
 from shampoo3d.numerics.state_names import momenta_names
 from shampoo3d.planning.blocks import Block
 from shampoo3d.planning.grid import describe
-from shampoo3d.planning.layout import Holder, Matrix, Piece, Shard
+from shampoo3d.planning.layout import Matrix
 from shampoo3d.planning.routes import BUCKET_ELEMENTS, transfers_of
+from shampoo3d.planning.shards import Holder, Piece, Shard
 from shampoo3d.runtime.bindings import Binding, state_dtype
 from shampoo3d.runtime.team import Team
 from shampoo3d.settings.hyperparams import ShampooHyperParams

@@ -22,7 +22,7 @@ from shampoo3d.engines.reading import engine
 from shampoo3d.numerics.state_names import owned_names
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import Block, Cuts, grid
-from shampoo3d.planning.layout import Piece
+from shampoo3d.planning.shards import Piece
 from shampoo3d.runtime.bindings import Binding, GroupTensor
 from shampoo3d.runtime.team import Team
 

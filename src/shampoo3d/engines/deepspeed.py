@@ -17,7 +17,7 @@ from shampoo3d.engines import zero
 from shampoo3d.engines.engine import GroupContent, LocalShard, Ranks
 from shampoo3d.engines.native import Torch
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.layout import Shard
+from shampoo3d.planning.shards import Shard
 
 _EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)")
 

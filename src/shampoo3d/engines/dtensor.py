@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from shampoo3d.distributed.errors import awaiting
 from shampoo3d.planning.blocks import Span
-from shampoo3d.planning.layout import Shard
+from shampoo3d.planning.shards import Shard
 
 
 def local(tensor: Tensor) -> Tensor:

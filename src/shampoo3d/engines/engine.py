@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from shampoo3d.distributed.topology import Claims, ParallelGroups
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.layout import Shard
+from shampoo3d.planning.shards import Shard
 
 Ranks = tuple[int, ...]
 

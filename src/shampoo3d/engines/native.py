@@ -13,7 +13,7 @@ from shampoo3d.distributed.topology import Claims, ParallelGroups, Topology, gro
 from shampoo3d.engines import dtensor
 from shampoo3d.engines.engine import GroupContent, LocalShard, Ranks
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.layout import Shard
+from shampoo3d.planning.shards import Shard
 
 
 class Torch:

@@ -11,7 +11,7 @@ from shampoo3d.engines.deepspeed import DeepSpeed
 from shampoo3d.engines.dtensor import local, place_gradient
 from shampoo3d.engines.engine import Engine, GroupContent, LocalShard, Ranks
 from shampoo3d.engines.native import Torch
-from shampoo3d.planning.layout import Shard
+from shampoo3d.planning.shards import Shard
 
 __all__ = ["ENGINES", "engine", "local", "locate", "place_gradient", "read"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from shampoo3d.distributed.topology import group_of
 from shampoo3d.engines.engine import GroupContent, LocalShard, Ranks
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.layout import Shard
+from shampoo3d.planning.shards import Shard
 
 
 def shape_of(param: Tensor) -> Shape:

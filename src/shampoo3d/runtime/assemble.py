@@ -20,8 +20,9 @@ from shampoo3d.engines.reading import engine, local, read
 from shampoo3d.engines.roles import Facts
 from shampoo3d.numerics.schedule import BlockId
 from shampoo3d.planning.grid import describe
-from shampoo3d.planning.layout import Holder, Matrix, Shard, Sharding
+from shampoo3d.planning.layout import Matrix, Sharding
 from shampoo3d.planning.plan import Plan, in_order, make_plans
+from shampoo3d.planning.shards import Holder, Shard
 from shampoo3d.planning.stagger import factored_blocks, refresh_offsets
 from shampoo3d.runtime.bindings import Binding, GroupTensor
 from shampoo3d.runtime.buckets import flat_buckets

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from shampoo3d.engines.reading import local
 from shampoo3d.numerics.momenta import ALL, Rows
-from shampoo3d.planning.layout import Matrix, Piece
+from shampoo3d.planning.layout import Matrix
+from shampoo3d.planning.shards import Piece
 
 
 @dataclass(eq=False)

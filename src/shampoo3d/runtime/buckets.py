@@ -14,7 +14,8 @@ from shampoo3d.numerics.preconditioner import squared_norms
 from shampoo3d.numerics.schedule import phase
 from shampoo3d.numerics.state_names import momenta_names, nothing_at_home
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.layout import Fragment, Piece
+from shampoo3d.planning.layout import Fragment
+from shampoo3d.planning.shards import Piece
 from shampoo3d.runtime.bindings import (
     Binding,
     GroupTensor,

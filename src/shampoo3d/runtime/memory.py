@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shampoo3d.distributed.topology import Group, ParallelGroups
 from shampoo3d.numerics.preconditioner import Stack
 from shampoo3d.numerics.schedule import equivalent_step, phase, unconditional
-from shampoo3d.planning.layout import Matrix, Shard, Sharding
+from shampoo3d.planning.layout import Matrix, Sharding
 from shampoo3d.planning.plan import Plan
+from shampoo3d.planning.shards import Shard
 from shampoo3d.runtime.bindings import Binding, GroupTensor
 from shampoo3d.runtime.buckets import flat_buckets
 from shampoo3d.runtime.exchange import Exchange
