@@ -20,7 +20,7 @@ from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Sharding
 from shampoo3d.planning.plan import make_plan
 from shampoo3d.planning.routes import transfers_of
-from shampoo3d.planning.shards import Holder, Shard
+from shampoo3d.planning.shards import Holder, Holders, Shard
 
 SHAPE, BIAS, RANKS, BLOCK_SIZE = (12, 8), 12, 3, 6
 """A linear layer of 12 outputs and 8 inputs: its weight, then its bias, in one flat buffer that ZeRO divides evenly."""
@@ -34,7 +34,7 @@ TINT = 0.45
 def planned() -> tuple[list[tuple[Block, int]], list[list[tuple[Block, int]]]]:
     """The blocks with their owners; and of each block the rectangles with their homes."""
     shards = (Shard.whole(SHAPE).range(rank * SHARD, (rank + 1) * SHARD) for rank in range(RANKS))
-    holders = tuple(Holder(rank, part) for rank, part in enumerate(shards))
+    holders = Holders(Holder(rank, part) for rank, part in enumerate(shards))
     hp = ShampooHyperParams.default(block_size=BLOCK_SIZE)
     matrix = describe(Sharding("weight", SHAPE, "float32", holders, sharded=True), hp, RANKS)
     plan = make_plan([matrix], range(RANKS), hp)

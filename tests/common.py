@@ -20,7 +20,7 @@ from reference import Array, Reference, Settings
 from shampoo3d import LayerwiseGrafting, Shampoo, ShampooHyperParams
 from shampoo3d.planning.blocks import Span, Split
 from shampoo3d.planning.layout import Matrix, Sharding
-from shampoo3d.planning.shards import Holder, Piece, Shard
+from shampoo3d.planning.shards import Holder, Holders, Piece, Shard
 from shampoo3d.settings.variant import Variant
 
 HYPERPARAMS = ShampooHyperParams(matrix_eps=1e-4, block_size=4, weight_decay=0.01)
@@ -133,7 +133,7 @@ Numbers = NDArray[np.int64]
 
 
 def replicated(name: str, shape: Sequence[int], ranks: Iterable[int] = (0,), **settings: Any) -> Sharding:
-    holders = tuple(Holder(rank, Shard.whole(tuple(shape))) for rank in ranks)
+    holders = Holders(Holder(rank, Shard.whole(tuple(shape))) for rank in ranks)
     return Sharding(name, tuple(shape), "float32", holders, **settings)
 
 
@@ -215,7 +215,9 @@ def a_storage(chance: random.Random, ranks: Sequence[int], name: str = "w", copi
     holders.sort(key=lambda holder: holder.rank)
     dtype, excluded = chance.choice(["float32", "float64", "bfloat16"]), "embedding" * (chance.random() < 0.2)
     divided = chance.choice([None, *range(len(shape))])
-    return Sharding(name, shape, dtype, tuple(holders), sharded, divided, excluded, "bfloat16", a_split(chance, shape))
+    return Sharding(
+        name, shape, dtype, Holders(holders), sharded, divided, excluded, "bfloat16", a_split(chance, shape)
+    )
 
 
 def a_split(chance: random.Random, shape: Sequence[int]) -> Split:

@@ -17,7 +17,7 @@ from shampoo3d.planning.blocks import cut
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Sharding
 from shampoo3d.planning.plan import make_plan
-from shampoo3d.planning.shards import Holder, Shard
+from shampoo3d.planning.shards import Holder, Holders, Shard
 from shampoo3d.runtime.memory import Memory
 
 SHAPES = {"a.weight": (30, 20), "a.bias": (30,), "b.conv.weight": (8, 3, 5, 5), "scale": (), "c.embedding": (50, 6)}
@@ -31,7 +31,7 @@ def sharding(name: str, ranks: tuple[int, ...], layout: str) -> Sharding:
     edges = list(itertools.pairwise(cut(shape[0] if layout == "rows" else math.prod(shape), len(ranks))))
     rest = [((0, n),) for n in shape[1:]]
     parts = [Shard.of([(ends,), *rest]) if layout == "rows" else Shard.whole(shape).range(*ends) for ends in edges]
-    holders = tuple(Holder(rank, part) for rank, part in zip(ranks, parts, strict=True))
+    holders = Holders(Holder(rank, part) for rank, part in zip(ranks, parts, strict=True))
     return Sharding(name, shape, "float32", holders, layout == "elements", excluded=excluded)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shampoo3d.planning.blocks import Block, cut, grid, merge_dims, parts_at_most, rectangles, strides_of
+from shampoo3d.planning.blocks import Block, Grid, cut, merge_dims, parts_at_most, rectangles, strides_of
 
 SIDES = st.lists(st.integers(1, 12), min_size=1, max_size=4)
 
@@ -16,7 +16,7 @@ SIDES = st.lists(st.integers(1, 12), min_size=1, max_size=4)
 @given(shape=SIDES, block_size=st.integers(0, 9))
 def test_blocks_tile_the_matrix(shape: list[int], block_size: int) -> None:
     count = np.zeros(shape, dtype=int)
-    blocks = grid([cut(n, parts_at_most(n, block_size)) for n in shape])
+    blocks = Grid(tuple(cut(n, parts_at_most(n, block_size)) for n in shape))
     for block in blocks:
         count[block.slices] += 1
         assert all(n <= (block_size or n) for n in block.shape)

@@ -28,7 +28,7 @@ from common import (
 )
 from shampoo3d.planning.grid import GRAFTED_BLOCK, describe
 from shampoo3d.planning.layout import Sharding
-from shampoo3d.planning.shards import Holder, Shard
+from shampoo3d.planning.shards import Holder, Holders, Shard
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.variant import Variant
 
@@ -272,7 +272,7 @@ def test_parts(chance: Random) -> None:
 def shards(ranks: Sequence[int], model: int) -> Sharding:
     """Divide rows among ``model`` ranks that are next to each other."""
     parts = [Shard.of([[(i, i + 1)], [(0, 2)]]) for i in range(model)]
-    return Sharding("w", (model, 2), "float32", tuple(Holder(r, parts[i % model]) for i, r in enumerate(ranks)))
+    return Sharding("w", (model, 2), "float32", Holders(Holder(r, parts[i % model]) for i, r in enumerate(ranks)))
 
 
 @pytest.mark.parametrize(
@@ -314,20 +314,22 @@ def fused_and_sliced() -> Sharding:
     """Shard fused query, key and value with tensor-parallel size 2 (every second range), sliced by ZeRO over 2."""
     shards = [Shard.of([[(a, a + 2), (a + 4, a + 6), (a + 8, a + 10)], [(0, 3)]]) for a in (0, 2)]
     sliced = [part.range(a, b) for a, b in ((0, 11), (11, 22)) for part in shards]
-    return Sharding("w", (12, 3), "float32", tuple(Holder(i, part) for i, part in enumerate(sliced)), sharded=True)
+    return Sharding("w", (12, 3), "float32", Holders(Holder(i, part) for i, part in enumerate(sliced)), sharded=True)
 
 
 def rows_on_too_many() -> Sharding:
     """Shard as FSDP does: 5 rows on 4 ranks are 2, 2, 1 and none."""
     rows = [[(0, 2)], [(2, 4)], [(4, 5)], [(0, 0)]]
-    return Sharding("w", (5, 3), "float32", tuple(Holder(i, Shard.of([r, [(0, 3)]])) for i, r in enumerate(rows)), True)
+    return Sharding(
+        "w", (5, 3), "float32", Holders(Holder(i, Shard.of([r, [(0, 3)]])) for i, r in enumerate(rows)), True
+    )
 
 
 def whole_twice() -> Sharding:
     """Store a matrix that tensor-parallel size 2 does not divide once among the data ranks of each model rank."""
     whole = Shard.whole((3, 5))
     slices = [whole.range(0, 8), whole.range(0, 8), whole.range(8, 99), whole.range(8, 99)]
-    return Sharding("w", (3, 5), "float32", tuple(Holder(i, part, i % 2) for i, part in enumerate(slices)), True)
+    return Sharding("w", (3, 5), "float32", Holders(Holder(i, part, i % 2) for i, part in enumerate(slices)), True)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +347,7 @@ def test_gaps_are_found(chance: Random, sharding: Sharding) -> None:
     first = part.first + chance.randint(0, 1)
     last = max(first, min(part.last + chance.randint(-1, 1), math.prod(part.shape)))
     holders[place] = replace(holders[place], shard=Shard(part.spans, first, last))
-    other = replace(sharding, holders=tuple(holders))
+    other = replace(sharding, holders=Holders(holders))
     assert (describe(other, ShampooHyperParams(), WORLD).gaps() == "") == is_sound(other)
 
 
@@ -364,7 +366,7 @@ def changed(sharding: Sharding, *parts: Shard) -> str:
     """Return the gaps with other shards on the first ranks."""
     holders = [replace(holder, shard=part) for holder, part in zip(sharding.holders, parts, strict=False)]
     holders += sharding.holders[len(parts) :]
-    return describe(replace(sharding, holders=tuple(holders)), ShampooHyperParams(), 4).gaps()
+    return describe(replace(sharding, holders=Holders(holders)), ShampooHyperParams(), 4).gaps()
 
 
 def test_gaps_tell_what_is_wrong() -> None:
@@ -379,11 +381,11 @@ def test_gaps_tell_what_is_wrong() -> None:
     assert changed(whole_twice(), whole, whole.range(0, 8), whole.range(15, 15)) == ""
     assert changed(rows_on_too_many(), *[whole.range(0, 0)] * 4) == "its holders store 0 elements of 15"
     twice = [*whole_twice().holders, Holder(4, whole.range(0, 8), 0)]
-    sharded = describe(replace(whole_twice(), holders=tuple(twice)), ShampooHyperParams(), 4)
+    sharded = describe(replace(whole_twice(), holders=Holders(twice)), ShampooHyperParams(), 4)
     assert sharded.gaps() == "elements that should be stored once are stored by several ranks"
 
 
 def test_parts_beyond_the_matrix_are_gaps() -> None:
     parts = [Shard.of([[(0, 5)], [(0, 2)]]), Shard.of([[(6, 11)], [(0, 2)]])]
-    sharding = Sharding("w", (10, 2), "float32", tuple(Holder(i, part) for i, part in enumerate(parts)))
+    sharding = Sharding("w", (10, 2), "float32", Holders(Holder(i, part) for i, part in enumerate(parts)))
     assert describe(sharding, ShampooHyperParams(block_size=2), 2).gaps() != ""

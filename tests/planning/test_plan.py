@@ -28,7 +28,7 @@ from common import (
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Matrix, Sharding
 from shampoo3d.planning.plan import Plan, PlannedBlock, make_plan, make_plans
-from shampoo3d.planning.shards import Holder, Shard
+from shampoo3d.planning.shards import Holder, Holders, Shard
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 HP = ShampooHyperParams(block_size=256)
@@ -159,7 +159,7 @@ def sliced(shapes: list[Shape], ranks: int, hp: ShampooHyperParams) -> list[Matr
     found = []
     for i, (shape, start) in enumerate(zip(shapes, ends, strict=False)):
         holders = [Holder(r, Shard.whole(shape).range(r * size - start, (r + 1) * size - start)) for r in range(ranks)]
-        found.append(describe(Sharding(f"w{i}", shape, "float32", tuple(holders), sharded=True), hp, ranks))
+        found.append(describe(Sharding(f"w{i}", shape, "float32", Holders(holders), sharded=True), hp, ranks))
     return found
 
 
@@ -222,7 +222,7 @@ def test_blocks_of_equal_cost_are_with_the_rank_that_stores_most(
 def halves(name: str, holders: Sequence[int]) -> Sharding:
     """Store the upper eight rows on some ranks, the lower eight on the others."""
     rows = [Shard.of([[(0, 8)], [(0, 4)]]), Shard.of([[(8, 16)], [(0, 4)]])]
-    return Sharding(name, (16, 4), "float32", tuple(Holder(i, rows[row]) for i, row in enumerate(holders)), divided=0)
+    return Sharding(name, (16, 4), "float32", Holders(Holder(i, rows[row]) for i, row in enumerate(holders)), divided=0)
 
 
 def test_blocks_that_lie_on_one_rank_stay_there() -> None:
@@ -234,7 +234,7 @@ def test_blocks_that_lie_on_one_rank_stay_there() -> None:
     assert [block.owner % 2 for block in make_plan([divided], range(4), hp).blocks] == [0, 0, 1, 1]
     cut = [[(0, 1), (1, 4)], [(0, 3), (3, 4)]]  # all ranks store some of each block: first 1 has most, then 0
     parts = [[Shard.of([[rows], [(0, 4)]]) for rows in edges] for edges in cut]
-    both = [Sharding(f"w{i}", (4, 4), "float32", tuple(map(Holder, (0, 1), of)), True) for i, of in enumerate(parts)]
+    both = [Sharding(f"w{i}", (4, 4), "float32", Holders(map(Holder, (0, 1), of)), True) for i, of in enumerate(parts)]
     assert [block.owner for block in make_plan([describe(s, hp, 2) for s in both], (0, 1), hp).blocks] == [1, 0]
 
 
@@ -329,7 +329,9 @@ def test_the_memory_bound_holds_for_all_keepers() -> None:
 def test_what_stays_where_it_is_counts() -> None:
     hp = ShampooHyperParams()
     parts = [Shard.whole((8,)).range(0, 6), Shard.whole((8,)).range(6, 8)]
-    sharded = Sharding("v", (8,), "float32", tuple(Holder(rank, part) for rank, part in enumerate(parts)), sharded=True)
+    sharded = Sharding(
+        "v", (8,), "float32", Holders(Holder(rank, part) for rank, part in enumerate(parts)), sharded=True
+    )
     held = [describe(sharded, hp, 2), *matrices([(3, 3)], range(2), hp)]  # 24 and 8 bytes, and a block of 180
     assert [block.owner for block in make_plan(held, (0, 1), hp).blocks] == [1]
     assert make_plan(held, (0, 1), hp, memory_bound=188).bytes() == {0: 24, 1: 188}

@@ -23,7 +23,7 @@ from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import ITEM_BYTES, Matrix, Sharding
 from shampoo3d.planning.plan import Plan, make_plan
 from shampoo3d.planning.routes import Transfer, buckets, rounds, transfers_of, travels, width
-from shampoo3d.planning.shards import Holder, Shard
+from shampoo3d.planning.shards import Holder, Holders, Shard
 from shampoo3d.planning.share import RankShare, traffic
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
@@ -115,7 +115,7 @@ def test_every_element_is_gathered_once_by_each_keeper(case: Case) -> None:
 def test_an_owner_that_stores_nothing_gathers_from_its_own_cover() -> None:
     whole = Shard.whole((2, 2))
     parts = [(0, 4), (4, 4), (0, 4), (4, 4)]  # two shard groups: ranks 0 and 1, 2 and 3
-    holders = tuple(Holder(rank, whole.range(*ends), rank // 2) for rank, ends in enumerate(parts))
+    holders = Holders(Holder(rank, whole.range(*ends), rank // 2) for rank, ends in enumerate(parts))
     hp = ShampooHyperParams()
     matrix = describe(Sharding("w", (2, 2), "float32", holders, sharded=True), hp, 4)
     for owner in range(4):
@@ -229,7 +229,7 @@ def test_other_keepers_are_told_the_second_moments_in_an_eigenbasis() -> None:
 def replicas_of_two_shards(blocks: int) -> tuple[list[Matrix], Plan]:
     """Divide rows in two, each half stored by four replicas; single blocks are stored in part by both halves."""
     halves = [Shard.of([[(0, 3)], [(0, 4)]]), Shard.of([[(3, 6)], [(0, 4)]])]
-    holders = tuple(Holder(rank, halves[rank % 2]) for rank in range(8))
+    holders = Holders(Holder(rank, halves[rank % 2]) for rank in range(8))
     found = [Sharding(f"w{i}", (6, 4), "float32", holders, divided=0) for i in range(blocks)]
     matrices = [describe(sharding, ShampooHyperParams(), 8) for sharding in found]
     return matrices, make_plan(matrices, range(8), ShampooHyperParams())
@@ -256,7 +256,7 @@ PLANNING = """
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Sharding
-from shampoo3d.planning.shards import Holder, Shard
+from shampoo3d.planning.shards import Holder, Holders, Shard
 from shampoo3d.planning.plan import make_plans
 from shampoo3d.planning.routes import transfers_of, rounds
 
@@ -264,7 +264,7 @@ hp = ShampooHyperParams(block_size=4)
 def matrix(name, shape, ranks, kind):
     whole, n, count = Shard.whole(shape), shape[0] * shape[1], len(ranks)
     slices = [whole.range(n * i // count, n * (i + 1) // count) for i in range(count)]
-    holders = tuple(Holder(rank, shard if kind == "sharded" else whole) for rank, shard in zip(ranks, slices))
+    holders = Holders(Holder(rank, shard if kind == "sharded" else whole) for rank, shard in zip(ranks, slices))
     sharding = Sharding(name, shape, "float32", holders, kind == "sharded")
     return describe(sharding.with_shard_groups(2 if kind == "copies" else 1), hp, count)
 

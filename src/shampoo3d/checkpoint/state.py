@@ -21,7 +21,7 @@ from shampoo3d.planning.blocks import Block
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Matrix
 from shampoo3d.planning.routes import BUCKET_ELEMENTS, transfers_of
-from shampoo3d.planning.shards import Holder, Piece, Shard
+from shampoo3d.planning.shards import Holder, Holders, Piece, Shard
 from shampoo3d.runtime.bindings import Binding, state_dtype
 from shampoo3d.runtime.team import Team
 from shampoo3d.settings.hyperparams import ShampooHyperParams
@@ -100,10 +100,9 @@ def factors_of(team: Team) -> Iterator[tuple[Binding, Block, dict[str, Tensor], 
 
 def logical(matrix: Matrix, hp: ShampooHyperParams) -> Matrix:
     """Return the same matrix as one process would store it: its blocks are those of a checkpoint."""
-    whole = Holder(0, Shard.whole(matrix.shape))
-    return describe(
-        replace(matrix.sharding, holders=(whole,), sharded=False, divided=None), replace(hp, fair_blocks=False), 1
-    )
+    whole = Holders([Holder(0, Shard.whole(matrix.shape))])
+    alone = replace(matrix.sharding, holders=whole, sharded=False, divided=None)
+    return describe(alone, replace(hp, fair_blocks=False), 1)
 
 
 def complete_state(team: Team, steps: Mapping[Tensor, int]) -> dict[Tensor, ParamState]:
@@ -121,7 +120,7 @@ def complete_state(team: Team, steps: Mapping[Tensor, int]) -> dict[Tensor, Para
     return whole
 
 
-def canonical_blocks(matrix: Matrix, hp: ShampooHyperParams) -> tuple[Block, ...]:
+def canonical_blocks(matrix: Matrix, hp: ShampooHyperParams) -> Sequence[Block]:
     """Return the blocks in a checkpoint: a preconditioned matrix's own, else those that one process would have."""
     return matrix.blocks if matrix.axes else logical(matrix, hp).blocks
 

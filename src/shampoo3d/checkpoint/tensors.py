@@ -21,7 +21,7 @@ from shampoo3d.checkpoint.state import factors_of
 from shampoo3d.engines.reading import engine
 from shampoo3d.numerics.state_names import owned_names
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.blocks import Block, Cuts, grid
+from shampoo3d.planning.blocks import Block, Cuts, Grid
 from shampoo3d.planning.shards import Piece
 from shampoo3d.runtime.bindings import Binding, GroupTensor
 from shampoo3d.runtime.team import Team
@@ -267,7 +267,7 @@ def stacked(block: Block, kind: str, values: Tensor, index: int, count: int) -> 
 @lru_cache(maxsize=64)
 def among_equals_of(cuts: tuple[Cuts, ...]) -> Mapping[Block, tuple[int, int]]:
     """Apply :func:`among_equals` to the blocks of a grid."""
-    return among_equals(grid(cuts))
+    return among_equals(Grid(cuts))
 
 
 def among_equals(blocks: Sequence[Block]) -> dict[Block, tuple[int, int]]:

@@ -4,6 +4,8 @@ import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import overload
 
 from shampoo3d.numerics.tiles import Shape
 
@@ -126,12 +128,51 @@ def parts_at_most(length: int, block_size: int) -> int:
     return max(1, -(-length // block_size)) if block_size > 0 else 1
 
 
-def grid(cuts: Sequence[Cuts]) -> tuple[Block, ...]:
-    """Return all blocks between the boundaries of each axis, in row-major order."""
-    sides = [list(itertools.pairwise(axis)) for axis in cuts]
-    return tuple(
-        Block(tuple(a for a, _ in corner), tuple(b - a for a, b in corner)) for corner in itertools.product(*sides)
-    )
+@dataclass(frozen=True)
+class Grid(Sequence[Block]):
+    """All blocks between the boundaries of each axis, in row-major order: made when they are asked for."""
+
+    cuts: tuple[Cuts, ...]
+
+    @cached_property
+    def counts(self) -> Shape:
+        """The number of blocks along each axis."""
+        return tuple(len(axis) - 1 for axis in self.cuts)
+
+    def __len__(self) -> int:
+        return math.prod(self.counts)
+
+    def __iter__(self) -> Iterator[Block]:
+        return map(self.at, itertools.product(*map(range, self.counts)))
+
+    @overload
+    def __getitem__(self, number: int) -> Block: ...
+    @overload
+    def __getitem__(self, number: slice) -> tuple[Block, ...]: ...
+    def __getitem__(self, number: int | slice) -> Block | tuple[Block, ...]:
+        if isinstance(number, slice):
+            return tuple(self.at(self.index_of(i)) for i in range(*number.indices(len(self))))
+        return self.at(self.index_of(range(len(self))[number]))
+
+    def at(self, index: Shape) -> Block:
+        """Return the block at this index along each axis."""
+        ends = [axis[i : i + 2] for axis, i in zip(self.cuts, index, strict=True)]
+        return Block(tuple(a for a, _ in ends), tuple(b - a for a, b in ends))
+
+    def index_of(self, number: int) -> Shape:
+        """Return the index along each axis of the block of this number."""
+        index = []
+        for count in reversed(self.counts):
+            number, i = divmod(number, count)
+            index.append(i)
+        return tuple(reversed(index))
+
+    def number_of(self, index: Shape) -> int:
+        """Return the number of the block at this index along each axis."""
+        number = 0
+        for i, count in zip(index, self.counts, strict=True):
+            number = number * count + i
+        return number
 
 
 def rectangles(shape: Sequence[int], first: int, last: int) -> Iterator[Block]:
@@ -192,11 +233,11 @@ def located(spans: Sequence[Span], low: int, high: int) -> list[tuple[int, int, 
     return runs
 
 
-def overlap(boxes: Sequence[Block]) -> bool:
-    """Return True if any two of these rectangles, sorted by their first corner, have an element in common."""
+def overlap(boxes: Sequence[Block], along: int = 0) -> bool:
+    """Return True if any two of these rectangles, sorted by their start along an axis, have elements in common."""
     for i, box in enumerate(boxes):
         for other in itertools.islice(boxes, i + 1, None):
-            if other.start and other.start[0] >= box.stop[0]:
+            if other.start and other.start[along] >= box.stop[along]:
                 break
             if box.intersect(other):
                 return True

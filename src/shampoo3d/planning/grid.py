@@ -9,10 +9,10 @@ from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import (
     Block,
     Cuts,
+    Grid,
     auto_block_size,
     concatenate_cuts,
     cut,
-    grid,
     merge_dims,
     parts_at_most,
 )
@@ -54,7 +54,7 @@ def describe(sharding: Sharding, hp: ShampooHyperParams, world_size: int) -> Mat
     if not axes:
         return _without_factors(sharding, "grafted only", reason)
     axes, diagonal = (tuple(axis + stacked for axis in some) for some in (axes, diagonal))
-    return Matrix(sharding, groups, cuts, grid(cuts), axes, "preconditioned", reason, diagonal)
+    return Matrix(sharding, groups, cuts, Grid(cuts), axes, "preconditioned", reason, diagonal)
 
 
 def _merged_axes(

@@ -7,24 +7,20 @@ Blocks are cut from the *logical* matrix, so they depend neither on the number o
 import bisect
 import itertools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import (
     Block,
     Cuts,
+    Grid,
     Split,
     lengths_of,
-    located,
-    merged_spans,
-    overlap,
-    rectangles,
-    strides_of,
 )
-from shampoo3d.planning.shards import Holder, Piece, Shard
+from shampoo3d.planning.shards import Holders, Piece, Shard
+from shampoo3d.planning.storage import Storage, Stored, pieces, storage_of
 from shampoo3d.settings.variant import LONGEST_KERNEL
 
 
@@ -59,7 +55,7 @@ class Sharding:
     name: str
     shape: Shape
     dtype: str
-    holders: tuple[Holder, ...]
+    holders: Holders
     sharded: bool = False
     divided: int | None = None
     excluded: str = ""
@@ -95,18 +91,19 @@ class Sharding:
         """Return the dtype in which directions travel home."""
         return self.model_dtype if precision == "parameter" else self.state_dtype
 
-    @cached_property
+    @property
     def shard_groups(self) -> dict[int, tuple[int, ...]]:
         """Ranks of each shard group."""
-        numbers = sorted({holder.shard_group for holder in self.holders})
-        return {number: tuple(h.rank for h in self.holders if h.shard_group == number) for number in numbers}
+        return self.holders.shard_groups
+
+    @property
+    def replica_groups(self) -> dict[tuple[int, Shard], tuple[int, ...]]:
+        """Ranks that store the same shard, for each shard group and shard that is not empty."""
+        return self.holders.replica_groups
 
     def counterparts(self, rank: int) -> tuple[int, ...]:
         """Return the ranks at the same index of each shard group of replicas; for sharded matrices the rank itself."""
-        if self.sharded:
-            return (rank,)
-        index = next(ranks.index(rank) for ranks in self.shard_groups.values() if rank in ranks)
-        return tuple(ranks[index] for ranks in self.shard_groups.values())
+        return (rank,) if self.sharded else self.holders.counterparts[rank]
 
     def with_shard_groups(self, count: int) -> "Sharding":
         """Divide the replicas of every shard among ``count`` shard groups, neighbours together.
@@ -121,27 +118,10 @@ class Sharding:
                 f"root_copies={count} needs replicas, but each element of {self.name!r} is stored and updated on one "
                 "rank only (ZeRO, FSDP): its gradient must travel to the one owner of the block; take root_copies=1"
             )
-        by_shard: dict[Shard, list[int]] = {}
-        for holder in self.holders:
-            by_shard.setdefault(holder.shard, []).append(holder.rank)
-        shard_groups: dict[int, int] = {}
-        for ranks in by_shard.values():
-            if len(ranks) % count:
-                raise ValueError(
-                    f"root_copies={count} does not divide the {len(ranks)} replicas {ranks} of {self.name!r}"
-                )
-            shard_groups |= {rank: index * count // len(ranks) for index, rank in enumerate(ranks)}
-        return replace(self, holders=tuple(replace(h, shard_group=shard_groups[h.rank]) for h in self.holders))
-
-    @cached_property
-    def replica_groups(self) -> dict[tuple[int, Shard], tuple[int, ...]]:
-        """Ranks that store the same shard, for each shard group and shard that is not empty."""
-        groups: dict[tuple[int, Shard], tuple[int, ...]] = {}
-        for holder in self.holders:
-            if holder.shard.elements:
-                key = holder.shard_group, holder.shard
-                groups[key] = (*groups.get(key, ()), holder.rank)
-        return groups
+        try:
+            return replace(self, holders=self.holders.with_shard_groups(count))
+        except ValueError as error:
+            raise ValueError(f"{error} of {self.name!r}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +169,7 @@ class Matrix:
     sharding: Sharding
     groups: tuple[tuple[int, ...], ...]
     cuts: tuple[Cuts, ...]
-    blocks: tuple[Block, ...]
+    blocks: Sequence[Block]
     axes: tuple[int, ...]
     path: str
     reason: str
@@ -204,7 +184,7 @@ class Matrix:
         return self.sharding.shape
 
     @property
-    def holders(self) -> tuple[Holder, ...]:
+    def holders(self) -> Holders:
         return self.sharding.holders
 
     @property
@@ -226,58 +206,48 @@ class Matrix:
         """Shape of the merged matrix."""
         return tuple(math.prod(self.shape[axis] for axis in group) for group in self.groups)
 
+    @property
+    def storage(self) -> Storage:
+        """Where its elements are stored."""
+        return storage_of(self.holders, self.shape, self.groups)
+
     def pieces(self, shard: Shard) -> Iterator[Piece]:
         """Yield the rectangles of the merged matrix that a shard consists of."""
-        spans = [merged_spans(shard.spans, self.shape, group) for group in self.groups]
-        lengths = tuple(sum(b - a for a, b in axis) for axis in spans)
-        strides = strides_of(lengths)
-        for stored in rectangles(lengths, shard.first, shard.last):
-            sides = (located(axis, a, a + n) for axis, a, n in zip(spans, stored.start, stored.shape, strict=True))
-            for corner in itertools.product(*sides):
-                box = Block(tuple(a for _, a, _ in corner), tuple(n for _, _, n in corner))
-                offset = sum(position * stride for (position, _, _), stride in zip(corner, strides, strict=True))
-                yield Piece(box, offset - shard.first, strides)
+        return pieces(shard, self.shape, self.groups)
 
-    def fragments(self, rank: int | None = None, blocks: Collection[int] = ()) -> Iterator[Fragment]:
+    def fragments(self, rank: int | None = None, blocks: Iterable[int] = ()) -> Iterator[Fragment]:
         """Yield the fragments of all blocks and replica groups.
 
         If ``rank`` is given, only those that it stores, and all of ``blocks``.
         """
-        for (shard_group, shard), ranks in self.sharding.replica_groups.items():
-            everything = rank is None or rank in ranks
-            for piece in self.pieces(shard) if everything or blocks else ():
-                for number in self._blocks_at(piece.box):
-                    if everything or number in blocks:
-                        inside = piece.cut_to(self.blocks[number])
-                        if inside is not None:
-                            yield Fragment(number, shard_group, ranks, inside)
+        own = self.storage.all if rank is None else self.storage.on(rank)
+        for stored in own:
+            yield from (self._fragment(number, stored) for number in self._blocks_at(stored.piece.box))
+        mine = set(map(id, own))
+        for number in blocks:
+            others = (stored for stored in self.storage.meeting(self.blocks[number]) if id(stored) not in mine)
+            yield from (self._fragment(number, stored) for stored in others)
+
+    def _fragment(self, number: int, stored: Stored) -> Fragment:
+        inside = stored.piece.cut_to(self.blocks[number])
+        assert inside is not None
+        return Fragment(number, stored.shard_group, stored.ranks, inside)
 
     def _blocks_at(self, box: Block) -> Iterator[int]:
-        """Yield the numbers of the blocks that may intersect the rectangle."""
-        if not self.cuts:
-            yield from range(len(self.blocks))
+        """Yield the numbers of the blocks that intersect the rectangle."""
+        if not isinstance(self.blocks, Grid):
+            yield from (number for number, block in enumerate(self.blocks) if block.intersect(box))
             return
         sides = (
             range(bisect.bisect_right(edges, a) - 1, bisect.bisect_left(edges, a + n))
             for edges, a, n in zip(self.cuts, box.start, box.shape, strict=True)
         )
-        counts = [len(edges) - 1 for edges in self.cuts]
-        for indices in itertools.product(*sides):
-            yield sum(i * stride for i, stride in zip(indices, strides_of(counts), strict=True))
+        yield from map(self.blocks.number_of, itertools.product(*sides))
 
     def gaps(self) -> str:
         """Return an error if the holders of a shard group don't store every element exactly once; empty if they do."""
-        total = math.prod(self.shape)
-        for shard_group in {holder.shard_group for holder in self.sharding.holders}:
-            shards = [shard for (number, shard) in self.sharding.replica_groups if number == shard_group]
-            for shard in shards:
-                for axis, (spans, n) in enumerate(zip(shard.spans, self.shape, strict=True)):
-                    if any(not 0 <= a <= b <= n for a, b in spans):
-                        return f"ranges {spans} of axis {axis}, which is {n} long"
-            stored = sum(shard.elements for shard in shards)
-            boxes = sorted((piece.box for shard in shards for piece in self.pieces(shard)), key=lambda box: box.start)
-            if stored != total or overlap(boxes):
-                return f"its holders store {stored} elements of {total}" + ", some twice" * (stored >= total)
+        if gaps := self.storage.gaps:
+            return gaps
         if self.sharding.sharded and any(len(ranks) > 1 for ranks in self.sharding.replica_groups.values()):
             return "elements that should be stored once are stored by several ranks"
         return ""

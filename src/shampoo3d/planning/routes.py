@@ -84,7 +84,7 @@ def _transfers(plan: Plan, matrices: Sequence[Matrix], rank: int | None) -> Iter
                 )
             )
         slot += len(matrix.blocks)
-        yield sorted(transfers, key=lambda transfer: transfer.slot)
+        yield sorted(transfers, key=lambda t: (t.slot, t.shard_group, t.box.start))
 
 
 def local_blocks(

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import Block, Span
@@ -70,3 +72,72 @@ class Holder:
     rank: int
     shard: Shard
     shard_group: int = 0
+
+
+class Holders(tuple[Holder, ...]):
+    """The ranks that store a matrix: one object for all matrices that are stored alike, so that they share all this."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Holders, (tuple(self),)
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    @cached_property
+    def of_rank(self) -> dict[int, Holder]:
+        """The holder of each rank."""
+        return {holder.rank: holder for holder in self}
+
+    @cached_property
+    def shard_groups(self) -> dict[int, tuple[int, ...]]:
+        """Ranks of each shard group."""
+        groups: dict[int, list[int]] = {number: [] for number in sorted({holder.shard_group for holder in self})}
+        for holder in self:
+            groups[holder.shard_group].append(holder.rank)
+        return {number: tuple(ranks) for number, ranks in groups.items()}
+
+    @cached_property
+    def replica_groups(self) -> dict[tuple[int, Shard], tuple[int, ...]]:
+        """Ranks that store the same shard, for each shard group and shard that is not empty."""
+        groups: dict[tuple[int, Shard], list[int]] = {}
+        for holder in self:
+            if holder.shard.elements:
+                groups.setdefault((holder.shard_group, holder.shard), []).append(holder.rank)
+        return {key: tuple(ranks) for key, ranks in groups.items()}
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """The index of each rank in its replica group."""
+        return {rank: index for ranks in self.replica_groups.values() for index, rank in enumerate(ranks)}
+
+    @cached_property
+    def counterparts(self) -> dict[int, tuple[int, ...]]:
+        """For each rank, those at the same index of each shard group, itself included."""
+        across = zip(*self.shard_groups.values(), strict=True)
+        return {rank: ranks for ranks in across for rank in ranks}
+
+    def with_shard_groups(self, count: int) -> "Holders":
+        """Divide the replicas of every shard among ``count`` shard groups, neighbours together.
+
+        Raises:
+            ValueError: if ``count`` does not divide them.
+        """
+        if count not in self._divided:
+            by_shard: dict[Shard, list[int]] = {}
+            for holder in self:
+                by_shard.setdefault(holder.shard, []).append(holder.rank)
+            shard_groups: dict[int, int] = {}
+            for ranks in by_shard.values():
+                if len(ranks) % count:
+                    raise ValueError(f"root_copies={count} does not divide the {len(ranks)} replicas {ranks}")
+                shard_groups |= {rank: index * count // len(ranks) for index, rank in enumerate(ranks)}
+            self._divided[count] = Holders(replace(h, shard_group=shard_groups[h.rank]) for h in self)
+        return self._divided[count]
+
+    @cached_property
+    def _divided(self) -> dict[int, "Holders"]:
+        return {}

@@ -22,7 +22,7 @@ from shampoo3d.numerics.schedule import BlockId
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Matrix, Sharding
 from shampoo3d.planning.plan import Plan, in_order, make_plans
-from shampoo3d.planning.shards import Holder, Shard
+from shampoo3d.planning.shards import Holder, Holders, Shard
 from shampoo3d.planning.stagger import factored_blocks, refresh_offsets
 from shampoo3d.runtime.bindings import Binding, GroupTensor
 from shampoo3d.runtime.buckets import flat_buckets
@@ -242,7 +242,7 @@ def _record(
         dtype, model_dtype = (str(tensor.dtype).removeprefix("torch.") for tensor in (s.tensor, s.original))
         name, split = registry.names[s.original], registry.split.get(s.original, ())
         kernel = s.original in registry.roles.kernels
-        sharding = Sharding(name, s.shape, dtype, (), s.sharded, s.divided, excluded, model_dtype, split, kernel)
+        sharding = Sharding(name, s.shape, dtype, Holders(), s.sharded, s.divided, excluded, model_dtype, split, kernel)
         record.shardings.append(sharding)
         record.shards.append((shard_group, s.shard))
         record.steps.append(0 if in_slices else known.get(s.tensor, 0))
@@ -270,7 +270,7 @@ def _matrices(
         shards = [row.shards[number] for row in table]
         holders = (Holder(rank, shard, group) for rank, (group, shard) in zip(ranks, shards, strict=True))
         try:
-            stored = replace(sharding, holders=tuple(holders)).with_shard_groups(distribution.root_copies)
+            stored = replace(sharding, holders=Holders(holders)).with_shard_groups(distribution.root_copies)
             matrix = describe(stored, registry.roles.hp, parallel.world.size)
         except ValueError as raised:
             return matrices, str(raised)

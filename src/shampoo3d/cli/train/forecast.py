@@ -18,7 +18,7 @@ from shampoo3d.engines.tensor_parallel import shard_of
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Matrix, Sharding
 from shampoo3d.planning.plan import Plan, make_plans
-from shampoo3d.planning.shards import Holder, Shard
+from shampoo3d.planning.shards import Holder, Holders, Shard
 from shampoo3d.planning.share import RankShare, traffic
 from shampoo3d.runtime.memory import Memory, memory
 from shampoo3d.settings.distribution import Distribution
@@ -121,7 +121,7 @@ def _storages(settings: Settings, stages: list[list[_Parameter]]) -> list[Shardi
     shardings = []
     for name, (param, shape, divided) in logical.items():
         dtype = str(param.tensor.dtype).removeprefix("torch.")
-        shardings.append(Sharding(name, shape, dtype, tuple(holders[name]), sharded, divided, param.excluded, dtype))
+        shardings.append(Sharding(name, shape, dtype, Holders(holders[name]), sharded, divided, param.excluded, dtype))
     return shardings
 
 
