@@ -15,10 +15,10 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from shampoo3d import ShampooHyperParams
 from shampoo3d.cli.draw import FAINT, INK, PALETTE
+from shampoo3d.planning.assignment import make_plan
 from shampoo3d.planning.blocks import Block
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Sharding
-from shampoo3d.planning.plan import make_plan
 from shampoo3d.planning.routes import transfers_of
 from shampoo3d.planning.shards import Holder, Holders, Shard
 

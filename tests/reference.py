@@ -7,6 +7,7 @@ only the estimated cost of roots from the optimizer, by which blocks take turns.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
@@ -141,6 +142,17 @@ def inverse_diagonal_root(L: Array, p: int, eps: float, pseudo: bool = False) ->
     entries = np.diag(L)
     scale = (entries + eps * entries.max()) ** (-1 / p)
     return np.diag(np.where(entries == 0, 0.0, scale) if pseudo else scale)
+
+
+def by_rectangles(blocks: Sequence[Block]) -> list[Block]:
+    """Put blocks of a matrix in order: rectangles of blocks of one shape, those of each in row-major order."""
+    runs = []
+    for axis in zip(*(block.where for block in blocks), strict=True):
+        lengths = {side.start: side.stop - side.start for side in axis}
+        starts = sorted(lengths)
+        changes = [lengths[a] != lengths[b] for a, b in itertools.pairwise(starts)]
+        runs.append(dict(zip(starts, np.cumsum([0, *changes]), strict=True)))
+    return sorted(blocks, key=lambda block: [run[side.start] for run, side in zip(runs, block.where, strict=True)])
 
 
 def deal_turns(blocks: Sequence[Block], every: int) -> None:
@@ -306,7 +318,10 @@ class Reference:
         self.largest = [np.abs(p.W).max(initial=0.0) for p in self.parameters]
         for s in self.settings[:1]:  # the intervals are common to all
             if s.refresh == "staggered":
-                deal_turns([block for p in self.parameters for block in p.blocks], s.preconditioning_compute_steps)
+                deal_turns(
+                    [block for p in self.parameters for block in by_rectangles(p.blocks)],
+                    s.preconditioning_compute_steps,
+                )
 
     def step(self, gradients: Sequence[Array | None]) -> None:
         """One step; a parameter without a gradient (None) is left alone altogether."""

@@ -341,11 +341,20 @@ def test_damaged_plans() -> None:
     refused(lambda: Plan.from_json("[]"), "text is not a plan", "got '[]'")
     for name in data:
         refused(lambda n=name: Plan.from_json(json.dumps({k: v for k, v in data.items() if k != n})), f"no '{name}'")
-    for name, value in (("ranks", ["0"]), ("ranks", 0), ("every", 0), ("every", NAN), ("blocks", 3), ("blocks", [3])):
+    for name, value in (
+        ("ranks", ["0"]),
+        ("ranks", 0),
+        ("every", 0),
+        ("every", NAN),
+        ("runs", 3),
+        ("runs", [3]),
+        ("runs", []),
+    ):
         refused(lambda n=name, v=value: Plan.from_json(json.dumps(data | {n: v})), "text is not a plan", "got '{")
-    for name, value, why in (("owner", 7, "is assigned to rank 7, which is not one of (0,)"), ("colour", 1, "colour")):
-        block = {**data["blocks"][0], name: value}
-        refused(lambda b=block: Plan.from_json(json.dumps(data | {"blocks": [b]})), "text is not a plan", why)
+    damage = (("owned", [[0, 7]], "are assigned to rank 7, which is not one of (0,)"), ("colour", 1, "colour"))
+    for name, value, why in damage:
+        runs = [{**data["runs"][0], name: value}, *data["runs"][1:]]
+        refused(lambda r=runs: Plan.from_json(json.dumps(data | {"runs": r})), "text is not a plan", why)
 
 
 # ---- the rest ----

@@ -328,7 +328,8 @@ class Shampoo(Checkpointed):
 
         Raises ValueError if ranks differ or the saved state does not fit; then nothing has changed.
         """
-        fixed = {b.id: b.owner for team in self._teams for b in team.plan.blocks} if owned else {}
+        plans = [team.plan for team in self._teams] if owned else []
+        fixed = {matrix.name: plan.owners(number) for plan in plans for number, matrix in enumerate(plan.matrices)}
         join_background_roots(self._teams)
         known = {tensor: int(state["step"]) for tensor, state in owned.items()}
         teams = assemble(self._registry.groups, self._registry, parallel, self.distribution, known, fixed)

@@ -13,10 +13,10 @@ from common import replicated
 from shampoo3d import Plan, ShampooHyperParams
 from shampoo3d.cli.draw import _matrix, loss_figure, memory_table, ownership_figure, ownership_table, traffic_table
 from shampoo3d.cli.train.results import Curve, Run
+from shampoo3d.planning.assignment import make_plan
 from shampoo3d.planning.blocks import cut
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Sharding
-from shampoo3d.planning.plan import make_plan
 from shampoo3d.planning.shards import Holder, Holders, Shard
 from shampoo3d.runtime.memory import Memory
 

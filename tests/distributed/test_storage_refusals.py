@@ -1,6 +1,7 @@
 """Storage that can't be explained, or plans that differ, are refused by name on all ranks, before anything changed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -14,7 +15,8 @@ from torch.distributed.tensor import DTensor, Partial
 
 import shampoo3d.runtime.assemble
 from shampoo3d import Distribution, Shampoo, ShampooHyperParams, StepRefusedError
-from shampoo3d.planning.plan import Plan, PlannedBlock, make_plans
+from shampoo3d.planning.assignment import make_plans
+from shampoo3d.planning.plan import Plan
 
 from .harness import RankFailedError, needs_deepspeed, run
 from .models import Shape
@@ -133,11 +135,11 @@ def test_a_memory_bound_that_cannot_be_met_is_refused_with_its_numbers() -> None
 
 
 def _another_plan(*arguments: Any, **named: Any) -> list[Plan]:
-    """Make a plan like the right one, but for the owner of the first block."""
+    """Make a plan like the right one, but for the owners of the first run of blocks."""
     first, *others = make_plans(*arguments, **named)
-    block = first.blocks[0]
-    swapped = PlannedBlock(**vars(block) | {"owner": 1 - block.owner})
-    return [Plan(first.ranks, (swapped, *first.blocks[1:])), *others]
+    run = first.runs[0]
+    swapped = replace(run, owned=tuple((number, 1 - owner) for number, owner in run.owned))
+    return [replace(first, runs=(swapped, *first.runs[1:])), *others]
 
 
 def _other_plan_on_rank_1() -> tuple[str, bool]:

@@ -14,8 +14,8 @@ from shampoo3d.numerics.momenta import ALL, Momenta, Rows
 from shampoo3d.numerics.preconditioner import Stack, factor_shapes, squared_norms, state_shapes, unfold
 from shampoo3d.numerics.roots import choice
 from shampoo3d.numerics.soap import EigenStack
+from shampoo3d.planning.assignment import make_plan
 from shampoo3d.planning.grid import describe
-from shampoo3d.planning.plan import make_plan
 from shampoo3d.settings.computation import Computation
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.variant import Variant

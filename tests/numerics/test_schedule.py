@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import MODELS, RANDOM, a_storage, replicated
-from shampoo3d.numerics.schedule import equivalent_step, offsets, phase
+from shampoo3d.numerics.schedule import equivalent_step, phase
+from shampoo3d.planning.assignment import make_plan, make_plans
 from shampoo3d.planning.cost import root_cost
 from shampoo3d.planning.grid import describe
-from shampoo3d.planning.plan import Plan, make_plan, make_plans
-from shampoo3d.planning.stagger import factored_blocks, refresh_offsets
+from shampoo3d.planning.plan import Plan
+from shampoo3d.planning.stagger import Turns, factored_blocks, refresh_turns
 from shampoo3d.settings.computation import Computation
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.variant import Variant
@@ -45,8 +46,14 @@ def refreshes(hp: ShampooHyperParams, offset: int, last: int = 100) -> list[int]
     return [t for t in range(1, last + 1) if phase(t, hp, offset).refresh]
 
 
-def named(costs: list[float]) -> list[tuple[tuple[str, str], float]]:
-    return [((f"layers.{i // 4}.weight", f"{i % 4}:{i % 4 + 1},0:1"), cost) for i, cost in enumerate(costs)]
+def named(costs: list[float]) -> dict[str, float]:
+    return {f"layers.{i // 4}.{i % 4}": cost for i, cost in enumerate(costs)}
+
+
+def offsets(blocks: dict[str, float], every: int) -> dict[str, int]:
+    """Return the turns of matrices of one block each, given their costs."""
+    turns = refresh_turns({name: [(1, cost)] for name, cost in blocks.items()}, hyperparams(every))
+    return {name: parts[0].of(0) for name, parts in turns.items()}
 
 
 # ---- steps ----
@@ -136,43 +143,64 @@ def test_statistics_are_of_all_blocks_at_once(t: int, every: int, offset: int) -
 # ---- turns ----
 
 
+def greedy(costs: list[float], every: int) -> list[float]:
+    """Return the work of each turn, by Graham's rule: always the dearest block to the turn with least."""
+    loads = [0.0] * min(every, len(costs))
+    for cost in sorted(costs, reverse=True):
+        loads[loads.index(min(loads))] += cost
+    return sorted(loads)
+
+
 @given(costs=COSTS, every=EVERY)
 def test_turns_differ_by_one_block_at_most(costs: list[float], every: int) -> None:
     blocks = named(costs)
     turns = offsets(blocks, every)
-    assert turns.keys() == dict(blocks).keys()
+    assert turns.keys() == blocks.keys()
     loads = [0.0] * every
-    for identity, cost in blocks:
-        loads[turns[identity]] += cost
+    for name, cost in blocks.items():
+        loads[turns[name]] += cost
     assert max(loads) - min(loads) <= max(costs, default=0.0) * (1 + 1e-9)
+
+
+PARTS = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([1.0, 2.0, 3.5, 7.0, 100.0])), min_size=1, max_size=4)
+
+
+@given(matrices=st.lists(PARTS, max_size=6), every=EVERY)
+def test_blocks_that_are_counted_have_the_turns_of_blocks_that_are_listed(
+    matrices: list[list[tuple[int, float]]], every: int
+) -> None:
+    turns = refresh_turns({f"w{i}": parts for i, parts in enumerate(matrices)}, hyperparams(every))
+    loads, costs = [0.0] * every, []
+    for i, parts in enumerate(matrices):
+        for of, (count, cost) in zip(turns[f"w{i}"], parts, strict=True):
+            costs += [cost] * count
+            for number in range(count):
+                loads[of.of(number)] += cost
+    expected = greedy(costs, every)
+    assert sorted(loads) == pytest.approx([0.0] * (every - len(expected)) + expected)
 
 
 @given(count=st.integers(0, 100), cost=st.sampled_from([0.1, 1.0, 1e20]), every=EVERY)
 def test_equal_blocks_take_turns_in_order(count: int, cost: float, every: int) -> None:
     turns = offsets(named([cost] * count), every)
-    assert [turns[identity] for identity, _ in named([cost] * count)] == [i % every for i in range(count)]
+    assert [turns[name] for name in named([cost] * count)] == [i % every for i in range(count)]
 
 
 @given(costs=COSTS, every=EVERY, seed=st.integers(0, 1000))
 def test_turns_do_not_depend_on_the_order_of_blocks(costs: list[float], every: int, seed: int) -> None:
-    alike = [("01", ""), ("1", ""), ("1", "0"), ("", "1"), ("²", "٣")]
-    blocks = [*named(costs), *((identity, 1.0) for identity in alike)]
-    shuffled = Random(seed).sample(blocks, len(blocks))
-    assert offsets(shuffled, every) == offsets(iter(blocks), every)
+    blocks = named(costs) | dict.fromkeys(("01", "1", "10", "", "²"), 1.0)
+    shuffled = dict(Random(seed).sample([*blocks.items()], len(blocks)))
+    assert offsets(shuffled, every) == offsets(blocks, every)
 
 
 def test_numbers_in_names_are_compared_as_numbers() -> None:
     names = ["a", "layers.2.x", "layers.2.y", "layers.10.x", "layers.10.x2", "layers.10.x10", "layersa"]
-    assert list(offsets((((name, ""), 1.0) for name in reversed(names)), 7).items()) == [
-        ((name, ""), turn) for turn, name in enumerate(names)
-    ]
-    keys = ["0:128,0:128", "0:128,128:256", "0:128,1024:1152", "128:256,0:128"]
-    assert [offsets([(("w", key), 1.0) for key in keys[::-1]], 4)["w", key] for key in keys] == [0, 1, 2, 3]
+    turns = offsets(dict.fromkeys(reversed(names), 1.0), 7)
+    assert [turns[name] for name in names] == list(range(7))
 
 
 def test_the_most_expensive_blocks_are_dealt_out_first() -> None:
-    assert list(offsets(named([1, 1, 5, 2, 2]), 2).values()) == [0, 1, 1, 1, 0]
-    assert offsets(named([1, 1, 5, 2, 2]), 2)["layers.0.weight", "2:3,0:1"] == 0
+    assert list(offsets(named([1, 1, 5, 2, 2]), 2).values()) == [1, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("every", [2, 10, 37])
@@ -180,17 +208,17 @@ def test_each_step_refreshes_a_kth_of_the_work(every: int) -> None:
     """Layers of four different blocks: counted step by step after the first refresh."""
     blocks = named([8.0, 27.0, 27.0, 64.0] * 100)
     turns, hp = offsets(blocks, every), hyperparams(every)
-    total = sum(cost for _, cost in blocks)
+    total = sum(blocks.values())
     for t in range(every + 1, 3 * every + 1):
-        work = sum(cost for identity, cost in blocks if phase(t, hp, turns[identity]).refresh)
+        work = sum(cost for name, cost in blocks.items() if phase(t, hp, turns[name]).refresh)
         assert work == pytest.approx(total / every, abs=64.0)
 
 
-def test_a_hundred_thousand_blocks_take_less_than_a_second() -> None:
-    blocks = [((f"layers.{i // 64}.weight", f"{i % 64}:9,0:8"), float(i % 7)) for i in range(100_000)]
+def test_millions_of_blocks_in_thousands_of_matrices_take_less_than_a_second() -> None:
+    blocks = {f"layers.{i}.weight": [(10_000, float(i % 7))] for i in range(5_000)}
     started = time.process_time()
-    assert len(offsets(blocks, 10)) == 100_000
-    assert len(offsets(blocks[:9], 10**12)) == 9
+    assert len(refresh_turns(blocks, hyperparams(10))) == 5_000
+    assert len(offsets(dict.fromkeys("abc", 1.0), 10**12)) == 3
     assert time.process_time() - started < 1.0
 
 
@@ -240,17 +268,19 @@ def test_the_document_says_what_turns_cost_where_ranks_have_few_blocks() -> None
 def test_turns_do_not_depend_on_who_stores_what(chance: Random, every: int) -> None:
     hp = replace(hyperparams(every), block_size=3)
     held = [describe(a_storage(chance, range(4), f"w{i}"), hp, 4) for i in range(5)]
-    turns = refresh_offsets(factored_blocks(held), hp)
+    turns = refresh_turns(factored_blocks(held), hp)
     storages = (replicated(m.name, m.shape, excluded=m.sharding.excluded, split=m.sharding.split) for m in held)
     alone = [describe(sharding, hp, 1) for sharding in storages]
-    assert refresh_offsets(factored_blocks(chance.sample(alone, 5)), hp) == turns
+    assert refresh_turns(factored_blocks(chance.sample(alone, 5)), hp) == turns
     planned = make_plan(held, range(4), hp).blocks
-    assert {block.id: block.offset for block in planned if block.axes} == turns
     assert all(block.offset == 0 for block in planned if not block.axes)
-    costs = {block.id: root_cost(block.factors) for block in planned if block.axes}
-    assert turns == offsets(costs.items(), every)
+    loads = Counter[int]()
+    for block in planned:
+        loads[block.offset] += root_cost(block.factors) if block.axes else 0.0
+    expected = greedy([root_cost(block.factors) for block in planned if block.axes], every)
+    assert sorted(loads[turn] for turn in range(len(expected))) == pytest.approx(expected)
     together = replace(hp, computation=Computation(refresh="together"))
-    assert set(refresh_offsets(factored_blocks(held), together).values()) <= {0}
+    assert {block.offset for block in make_plan(held, range(4), together).blocks} <= {0}
 
 
 def test_turns_are_dealt_out_over_all_teams_or_given() -> None:
@@ -258,13 +288,13 @@ def test_turns_are_dealt_out_over_all_teams_or_given() -> None:
     teams = {(0, 1): ["a", "b"], (2, 3): ["c"], (0, 1, 2, 3): ["d"]}
     held = {ranks: [describe(replicated(name, (3, 3), ranks), hp, 4) for name in teams[ranks]] for ranks in teams}
 
-    def found(given: dict[tuple[str, str], int] | None = None) -> dict[str, int]:
-        return {block.matrix: block.offset for plan in make_plans(held, hp, offsets=given) for block in plan.blocks}
+    def found(given: dict[str, tuple[Turns, ...]] | None = None) -> dict[str, int]:
+        return {block.matrix: block.offset for plan in make_plans(held, hp, turns=given) for block in plan.blocks}
 
     assert found() == {"a": 0, "b": 1, "c": 2, "d": 3}
-    given = {(name, "0:3,0:3"): turn for turn, name in enumerate("dcba")}
+    given = {name: (Turns(turn, ((0, (0, 1, 2, 3)),)),) for turn, name in enumerate("dcba")}
     assert found(given) == {"d": 0, "c": 1, "b": 2, "a": 3}
-    (block,) = make_plan(held[2, 3], (2, 3), hp, offsets=given).blocks
+    (block,) = make_plan(held[2, 3], (2, 3), hp, turns=given).blocks
     assert block.offset == 1
 
 

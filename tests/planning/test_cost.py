@@ -7,9 +7,9 @@ from typing import Any
 
 from common import replicated
 from shampoo3d import ShampooHyperParams, Variant
+from shampoo3d.planning.assignment import make_plan
 from shampoo3d.planning.cost import applied_cost, block_bytes, block_cost, refresh_cost, root_cost
 from shampoo3d.planning.grid import describe
-from shampoo3d.planning.plan import make_plan
 
 HP = ShampooHyperParams(block_size=256)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -13,21 +12,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import WAYS, at_home, kept, listed, random_matrices, sliced
 
 from common import (
     MODELS,
     RANDOM,
-    a_storage,
-    a_team,
     numbers_of,
     replicated,
-    some_hyperparams,
     stored,
     transformer,
 )
+from shampoo3d.planning.assignment import make_plan, make_plans
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Matrix, Sharding
-from shampoo3d.planning.plan import Plan, PlannedBlock, make_plan, make_plans
+from shampoo3d.planning.plan import Plan, PlannedBlock
 from shampoo3d.planning.shards import Holder, Holders, Shard
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
@@ -37,13 +35,6 @@ Shape = tuple[int, ...]
 
 def matrices(shapes: list[Shape], ranks: Sequence[int] = (0,), hp: ShampooHyperParams = HP) -> list[Matrix]:
     return [describe(replicated(f"w{i}", shape, ranks), hp, 1) for i, shape in enumerate(shapes)]
-
-
-def random_matrices(chance: Random) -> tuple[list[int], list[Matrix], ShampooHyperParams]:
-    ranks, hp = a_team(chance), replace(some_hyperparams(chance), preconditioning_compute_steps=chance.randint(1, 3))
-    copies = chance.choice([k for k in (1, 1, 2, 3) if len(ranks) % k == 0])
-    found = [a_storage(chance, ranks, f"w{i}", copies).with_shard_groups(copies) for i in range(chance.randint(1, 4))]
-    return ranks, [describe(sharding, hp, len(ranks)) for sharding in found], hp
 
 
 # ---- balance ----
@@ -119,14 +110,14 @@ def test_of_ranks_with_equal_work_the_one_with_less_state_is_next() -> None:
 def test_planned_owners_stay_and_new_blocks_even_out_the_load() -> None:
     held = matrices([(256, 256)] * 4, range(2))
     first = make_plan(held[:3], (0, 1), HP)
-    fixed = {block.id: block.owner for block in first.blocks}
+    fixed = {matrix.name: first.owners(number) for number, matrix in enumerate(first.matrices)}
     second = make_plan(held, (0, 1), HP, fixed)
-    assert second.blocks[:3] == first.blocks
+    assert [block.owner for block in second.blocks[:3]] == [block.owner for block in first.blocks]
     assert sorted(len(second.owned_by(rank)) for rank in (0, 1)) == [2, 2]
-    third = make_plan(held, (0, 1), HP, dict.fromkeys(fixed, 1))
+    third = make_plan(held, (0, 1), HP, {name: [1] for name in fixed})
     assert [block.owner for block in third.blocks] == [1, 1, 1, 0]
     cheap, costly = matrices([(8, 8), (9, 9)], range(2))
-    assert [block.owner for block in make_plan([cheap, costly], (0, 1), HP, {("w0", "0:8,0:8"): 0}).blocks] == [0, 1]
+    assert [block.owner for block in make_plan([cheap, costly], (0, 1), HP, {"w0": [0]}).blocks] == [0, 1]
 
 
 def test_those_that_keep_copies_of_roots_have_less_to_do_than_owners() -> None:
@@ -150,36 +141,6 @@ def test_sets_of_ranks_are_balanced_on_top_of_those_that_contain_them() -> None:
 
 
 # ---- where blocks are stored ----
-
-
-def sliced(shapes: list[Shape], ranks: int, hp: ShampooHyperParams) -> list[Matrix]:
-    """Shard as ZeRO does: one after the other in a buffer that is cut into equal partitions."""
-    ends = list(itertools.accumulate((int(np.prod(shape)) for shape in shapes), initial=0))
-    size = -(-ends[-1] // ranks)
-    found = []
-    for i, (shape, start) in enumerate(zip(shapes, ends, strict=False)):
-        holders = [Holder(r, Shard.whole(shape).range(r * size - start, (r + 1) * size - start)) for r in range(ranks)]
-        found.append(describe(Sharding(f"w{i}", shape, "float32", Holders(holders), sharded=True), hp, ranks))
-    return found
-
-
-def kept(plan: Plan, held: list[Matrix]) -> dict[tuple[str, str], dict[int, int]]:
-    """Count the elements of each block that each rank stores."""
-    found: dict[tuple[str, str], dict[int, int]] = {}
-    for matrix in held:
-        for block in matrix.blocks:
-            counts = {}
-            for holder in matrix.sharding.holders:
-                here = np.isin(numbers_of(matrix)[block.slices], stored(holder.shard, matrix.shape))
-                counts[holder.rank] = int(here.sum())
-            found[matrix.name, block.key] = counts
-    return {block.id: found[block.id] for block in plan.blocks}
-
-
-def at_home(plan: Plan, held: list[Matrix]) -> int:
-    """Count the elements that need not travel to the owners of their blocks."""
-    counts = kept(plan, held)
-    return sum(counts[block.id][block.owner] for block in plan.blocks)
 
 
 def greedy(plan: Plan, held: list[Matrix]) -> int:
@@ -210,7 +171,7 @@ def test_blocks_of_equal_cost_are_with_the_rank_that_stores_most(
     hp = ShampooHyperParams(block_size=16)
     held = sliced(shapes, ranks, hp)
     near = make_plan(held, range(ranks), hp)
-    monkeypatch.setattr("shampoo3d.planning.plan._nearest", lambda *_: {})
+    monkeypatch.setattr("shampoo3d.planning.assignment.nearest", lambda owners, *_: owners)
     far = make_plan(held, range(ranks), hp)
     assert near.load() == pytest.approx(far.load(), rel=1e-12)
     assert near.bytes() == far.bytes()
@@ -243,16 +204,21 @@ def test_exchanged_owners_leave_the_keepers_of_copies_balanced(monkeypatch: pyte
     orders = [(0, 1) * 4, (0, 0, 0, 0, 1, 1, 1, 1), (1, 0) * 4]
     held = [describe(halves(f"w{i}", order).with_shard_groups(2), hp, 8) for i, order in enumerate(orders)]
     near = make_plan(held, range(8), hp)
-    monkeypatch.setattr("shampoo3d.planning.plan._nearest", lambda *_: {})
+    monkeypatch.setattr("shampoo3d.planning.assignment.nearest", lambda owners, *_: owners)
     far = make_plan(held, range(8), hp)
     assert near.load() == pytest.approx(far.load(), rel=1e-12)
     assert near.bytes() == far.bytes()
     assert at_home(near, held) > at_home(far, held)
 
 
-@given(chance=RANDOM)
-def test_owners_and_keepers(chance: Random) -> None:
-    ranks, held, hp = random_matrices(chance)
+@given(chance=RANDOM, most=WAYS)
+def test_owners_and_keepers(chance: Random, most: int) -> None:
+    with listed(most):
+        ranks, held, hp = random_matrices(chance)
+        _check_owners_and_keepers(ranks, held, hp)
+
+
+def _check_owners_and_keepers(ranks: list[int], held: list[Matrix], hp: ShampooHyperParams) -> None:
     plan = make_plan(held, ranks, hp)
     slots = [(matrix, block) for matrix in held for block in matrix.blocks]
     counts = kept(plan, held)
@@ -292,9 +258,13 @@ def bounded(held: list[Matrix], ranks: Sequence[int], hp: ShampooHyperParams, bo
         return str(error)
 
 
-@given(chance=RANDOM)
-def test_no_rank_exceeds_the_memory_bound(chance: Random) -> None:
-    ranks, held, hp = random_matrices(chance)
+@given(chance=RANDOM, most=WAYS)
+def test_no_rank_exceeds_the_memory_bound(chance: Random, most: int) -> None:
+    with listed(most):
+        _check_memory_bound(chance, *random_matrices(chance))
+
+
+def _check_memory_bound(chance: Random, ranks: list[int], held: list[Matrix], hp: ShampooHyperParams) -> None:
     free = make_plan(held, ranks, hp)
     most = max(free.bytes().values())
     assert bounded(held, ranks, hp, most) == free
@@ -373,17 +343,19 @@ def test_the_memory_bound_holds_over_all_plans_of_a_rank() -> None:
 # ---- plain data ----
 
 
-@given(chance=RANDOM)
-def test_json_and_digest(chance: Random) -> None:
+@given(chance=RANDOM, most=WAYS)
+def test_json_and_digest(chance: Random, most: int) -> None:
     ranks, held, hp = random_matrices(chance)
-    plan = make_plan(held, ranks, hp)
+    with listed(most):
+        plan = make_plan(held, ranks, hp)
+        again = make_plan(held, ranks, hp)
     assert Plan.from_json(plan.to_json()) == plan
-    assert Plan.from_json(plan.to_json()).digest() == plan.digest() == make_plan(held, ranks, hp).digest()
-    if plan.blocks:
-        place = chance.randrange(len(plan.blocks))
-        block = plan.blocks[place]
-        for change in ({"owner": 21}, {"keepers": (*block.keepers, 21)}, {"key": ""}, {"offset": 21}, {"axes": (7,)}):
-            other = replace(block, **change)  # type: ignore[arg-type]
-            changed = (*plan.blocks[:place], other, *plan.blocks[place + 1 :])
-            assert replace(plan, blocks=changed).digest() != plan.digest()
+    assert Plan.from_json(plan.to_json()).digest() == plan.digest() == again.digest()
+    if plan.runs:
+        place = chance.randrange(len(plan.runs))
+        run = plan.runs[place]
+        for change in ({"owned": ((0, 21),)}, {"copies": ((21,),)}, {"kind": replace(run.kind, axes=(7,))}):
+            changed = (*plan.runs[:place], replace(run, **change), *plan.runs[place + 1 :])  # type: ignore[arg-type]
+            assert replace(plan, runs=changed).digest() != plan.digest()
+        assert replace(plan, matrices=plan.matrices[::-1]).digest() != plan.digest() or len(plan.matrices) == 1
     assert replace(plan, ranks=(*ranks, 21)).digest() != plan.digest()

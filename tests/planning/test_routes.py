@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 import shampoo3d
 from common import RANDOM, Numbers, a_storage, a_team, replicated, some_hyperparams, stored
+from shampoo3d.planning.assignment import make_plan
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import ITEM_BYTES, Matrix, Sharding
-from shampoo3d.planning.plan import Plan, make_plan
-from shampoo3d.planning.routes import Transfer, buckets, rounds, transfers_of, travels, width
+from shampoo3d.planning.plan import Plan
+from shampoo3d.planning.routes import Rounds, Transfer, buckets, transfers_of, travels, width
 from shampoo3d.planning.shards import Holder, Holders, Shard
 from shampoo3d.planning.share import RankShare, traffic
 from shampoo3d.settings.distribution import Distribution
@@ -56,7 +57,7 @@ def a_case(chance: Random) -> Case:
     matrices = [describe(sharding, hp, len(ranks)) for sharding in found]
     plan = make_plan(matrices, ranks, hp)
     if chance.random() < 0.5:
-        fixed = {block.id: chance.choice(ranks) for block in plan.blocks if block.axes}
+        fixed = {matrix.name: [chance.choice(ranks) for _ in matrix.blocks] for matrix in matrices if matrix.axes}
         plan = make_plan(matrices, ranks, hp, fixed)
     return Case(ranks, matrices, plan)
 
@@ -119,7 +120,7 @@ def test_an_owner_that_stores_nothing_gathers_from_its_own_cover() -> None:
     hp = ShampooHyperParams()
     matrix = describe(Sharding("w", (2, 2), "float32", holders, sharded=True), hp, 4)
     for owner in range(4):
-        plan = make_plan([matrix], range(4), hp, {("w", "0:2,0:2"): owner})
+        plan = make_plan([matrix], range(4), hp, {"w": [owner]})
         gathered = {transfer.home: transfer.gathered for transfer in transfers_of(plan, [matrix])}
         assert gathered == {0: owner < 2, 2: owner >= 2}
 
@@ -257,8 +258,9 @@ from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Sharding
 from shampoo3d.planning.shards import Holder, Holders, Shard
-from shampoo3d.planning.plan import make_plans
-from shampoo3d.planning.routes import transfers_of, rounds
+from shampoo3d.planning.assignment import make_plans
+from shampoo3d.planning.assignment import make_plans
+from shampoo3d.planning.routes import Rounds, transfers_of
 
 hp = ShampooHyperParams(block_size=4)
 def matrix(name, shape, ranks, kind):
@@ -276,7 +278,7 @@ teams = {
 for plan in make_plans(teams, hp):
     transfers = transfers_of(plan, teams[plan.ranks])
     routes = [(t.slot, t.home, t.keeper, t.gathered) for t in transfers]
-    print(plan.digest(), routes, rounds(plan, 50))
+    print(plan.digest(), routes, [Rounds(plan, 50).of(rank) for rank in plan.ranks])
 """
 WITHOUT_TORCH = """
 import sys, types
@@ -305,6 +307,16 @@ def test_every_process_has_the_same_plan(capsys: pytest.CaptureFixture[str]) -> 
 # ---- rounds and buckets ----
 
 
+def rounds(plan: Plan, most: float) -> list[list[int]]:
+    """Collect the slots of each round from all owners, those of one in the order in which it has them."""
+    of = Rounds(plan, most)
+    found: list[list[int]] = [[] for _ in of.dtypes]
+    for rank in plan.ranks:
+        for slot, number in of.of(rank).items():
+            found[number].append(slot)
+    return found
+
+
 @given(case=CASES, bucket=st.integers(1, 200))
 def test_rounds(case: Case, bucket: int) -> None:
     blocks = case.plan.blocks
@@ -329,7 +341,9 @@ def test_rounds_are_as_few_as_the_quota_allows() -> None:
     assert [len(slots) for slots in rounds(plan, 48)] == [6]
     assert [len(slots) for slots in rounds(plan, 47)] == [4, 2]
     assert [len(slots) for slots in rounds(plan, 15)] == [2, 2, 2]
-    low = replace(plan, blocks=(replace(plan.blocks[0], dtype="float64"), *plan.blocks[1:]))
+    first, *others = matrices
+    double = replace(first, sharding=replace(first.sharding, dtype="float64"))
+    low = make_plan([double, *others], (3, 5), ShampooHyperParams())
     assert [len(slots) for slots in rounds(low, 48)] == [1, 5]
 
 

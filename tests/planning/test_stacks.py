@@ -15,12 +15,12 @@ STACKS = [(3, 20, 18), (2, 2, 4, 17), (1, 17, 18)]
 
 @pytest.mark.parametrize("shape", STACKS, ids=str)
 def test_a_stack_is_as_good_as_its_matrices(shape: tuple[int, ...]) -> None:
-    """Factors, lengths and all: a gradient of one of them is nothing to the others."""
+    """Factors, lengths and all, but for the turns: a gradient of one of them is nothing to the others."""
     together = nn.Parameter(draw(shape, 0))
     apart = [nn.Parameter(matrix.clone()) for matrix in together.detach().flatten(0, -3)]
     optimizers = [
-        Shampoo([together], 0.01, hyperparams={"block_size": 8}),
-        Shampoo(apart, 0.01, hyperparams={"block_size": 8}),
+        Shampoo([together], 0.01, hyperparams={"block_size": 8, "refresh": "together"}),
+        Shampoo(apart, 0.01, hyperparams={"block_size": 8, "refresh": "together"}),
     ]
     for t in range(25):
         together.grad = draw(shape, 1 + t)

@@ -20,9 +20,10 @@ from common import MODELS, put_gradients, replicated, slow_but
 from shampoo3d import Computation, Shampoo, ShampooHyperParams, Variant
 from shampoo3d.numerics import background, momenta
 from shampoo3d.numerics.roots import choice
+from shampoo3d.planning.assignment import make_plan
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Matrix
-from shampoo3d.planning.plan import Plan, make_plan
+from shampoo3d.planning.plan import Plan
 from shampoo3d.runtime import team
 from shampoo3d.runtime.memory import Memory, Meter, memory
 

@@ -297,7 +297,7 @@ class Loading:
         variant = self.source.hp.variant
         if variant.direction == "adam":
             return "eigenbases and what is kept in them cannot be cut or joined; take the block_size that they had"
-        if any(len(block.keepers) > 1 for team in self.source.teams for block in team.plan.blocks):
+        if any(run.copies for team in self.source.teams for run in team.plan.runs):
             return "reblock=True needs root_copies=1"
         return ""
 

@@ -69,7 +69,7 @@ class Reblocking:
         for team in self.teams:
             for batch in (batch for batch in team.batches if not batch.guests):
                 for row, slot in enumerate(batch.slots):
-                    binding, block = team.slots[slot]
+                    binding, block = team.binding_of(slot), team.block_of(slot)
                     if (name := self.called.get(binding, "")) in self.recut:
                         yield batch, row, binding, block, name
 

@@ -95,7 +95,8 @@ def factors_of(team: Team) -> Iterator[tuple[Binding, Block, dict[str, Tensor], 
     for batch in team.batches:
         tensors = batch.stack.tensors()
         for row, slot in enumerate(batch.slots):
-            yield *team.slots[slot], {name: tensor[row] for name, tensor in tensors.items()}, batch.guests
+            named = {name: tensor[row] for name, tensor in tensors.items()}
+            yield team.binding_of(slot), team.block_of(slot), named, batch.guests
 
 
 def logical(matrix: Matrix, hp: ShampooHyperParams) -> Matrix:
@@ -183,7 +184,7 @@ def _merged_zeros(binding: Binding, hp: ShampooHyperParams) -> dict[str, Tensor]
 def _all_factors(team: Team, communicator: Communicator) -> dict[tuple[int, str], dict[str, Tensor]]:
     """Gather all factors, by matrix and block."""
     local = {(binding.number, block.key): views for binding, block, views, _ in factors_of(team)}
-    planned = [(team.slots[slot][0].number, block) for slot, block in enumerate(team.plan.blocks) if block.axes]
+    planned = [(team.plan.place(slot)[0], block) for slot, block in enumerate(team.plan.blocks) if block.axes]
     shapes = [factor_shapes(block.shape, block.axes, team.hp, block.diagonal) for _, block in planned]
 
     def mine(n: int) -> Tensor:

@@ -1,9 +1,5 @@
 """The schedule of a block: when its roots are refreshed, and what else a step does. Pure: the same on every rank."""
 
-import functools
-import heapq
-import re
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from shampoo3d.settings.hyperparams import ShampooHyperParams
@@ -30,7 +26,7 @@ def phase(t: int, hp: ShampooHyperParams, offset: int = 0) -> Phase:
     other step.
 
     Args:
-        offset: the block's turn among the k steps, see :func:`offsets`; without effect if refreshes are "together".
+        offset: the block's turn among the k steps; without effect if refreshes are "together".
     """
     k, first, fresh = hp.preconditioning_compute_steps, _first_refresh(hp), hp.fresh_steps
     turn = offset if hp.computation.refresh == "staggered" else 0
@@ -67,26 +63,3 @@ def _first_refresh(hp: ShampooHyperParams) -> int:
     if not hp.weight_updates(1):  # the first step does nothing else
         return 1
     return max(k, hp.start_preconditioning_step) // k * k
-
-
-def offsets(blocks: Iterable[tuple[BlockId, float]], every: int) -> dict[BlockId, int]:
-    """Give each block a turn in 0..every-1, so that each step has about the same cost.
-
-    Greedy: the most expensive block first, to the turn with the least work (Graham 1969), ties to the earlier turn. So
-    no two turns differ by more than the cost of one block, and blocks of equal cost are dealt out one after the other.
-    Neither the order of ``blocks`` nor ranks play a part: of equal costs, "layers.2" comes before "layers.10".
-    """
-    natural = functools.cache(_natural)  # thousands of blocks share a few names and keys
-    turns: dict[BlockId, int] = {}
-    ordered = sorted(blocks, key=lambda block: (-block[1], *map(natural, block[0]), block[0]))
-    loads = [(0.0, turn) for turn in range(min(every, len(ordered)))]  # no more turns than blocks are taken
-    for identity, cost in ordered:
-        load, turn = loads[0]
-        turns[identity] = turn
-        heapq.heapreplace(loads, (load + cost, turn))
-    return turns
-
-
-def _natural(name: str) -> list[str | int]:
-    """Split a name into alternating text and numbers, so that numbers compare as numbers."""
-    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]

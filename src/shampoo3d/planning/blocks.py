@@ -5,9 +5,11 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import overload
+from typing import NamedTuple, TypeVar, overload
 
 from shampoo3d.numerics.tiles import Shape
+
+T = TypeVar("T")
 
 Cuts = tuple[int, ...]
 """The boundaries along one axis: 0, ..., length."""
@@ -50,6 +52,21 @@ class Block:
         low = tuple(map(max, self.start, other.start))
         lengths = tuple(b - a for a, b in zip(low, map(min, self.stop, other.stop), strict=True))
         return Block(low, lengths) if all(n > 0 for n in lengths) else None
+
+    def has(self, index: Shape) -> bool:
+        """Return whether it has the element at this index."""
+        return all(a <= i < b for a, i, b in zip(self.start, index, self.stop, strict=True))
+
+    def number_of(self, index: Shape) -> int:
+        """Return the number of the element at this index, in row-major order."""
+        number = 0
+        for a, n, i in zip(self.start, self.shape, index, strict=True):
+            number = number * n + i - a
+        return number
+
+    def __iter__(self) -> Iterator[Shape]:
+        """Yield the indices of its elements in row-major order."""
+        return itertools.product(*(range(a, b) for a, b in zip(self.start, self.stop, strict=True)))
 
     def within(self, other: "Block") -> tuple[slice, ...]:
         """Return the slices of this rectangle in a tensor that holds ``other``."""
@@ -128,6 +145,22 @@ def parts_at_most(length: int, block_size: int) -> int:
     return max(1, -(-length // block_size)) if block_size > 0 else 1
 
 
+class Part(NamedTuple):
+    """Blocks of a matrix that have one shape, by their indices along each axis."""
+
+    indices: Block
+    shape: Shape
+
+
+def equal_in_row(lengths: Iterable[T]) -> Iterator[tuple[int, int, T]]:
+    """Yield the runs of equal items: from, to (exclusive), the item."""
+    start = 0
+    for item, run in itertools.groupby(lengths):
+        stop = start + sum(1 for _ in run)
+        yield start, stop, item
+        start = stop
+
+
 @dataclass(frozen=True)
 class Grid(Sequence[Block]):
     """All blocks between the boundaries of each axis, in row-major order: made when they are asked for."""
@@ -135,15 +168,24 @@ class Grid(Sequence[Block]):
     cuts: tuple[Cuts, ...]
 
     @cached_property
-    def counts(self) -> Shape:
-        """The number of blocks along each axis."""
-        return tuple(len(axis) - 1 for axis in self.cuts)
+    def indices(self) -> Block:
+        """The indices of its blocks along each axis."""
+        return Block((0,) * len(self.cuts), tuple(len(axis) - 1 for axis in self.cuts))
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """Its blocks by shape."""
+        axes = [tuple(equal_in_row(b - a for a, b in itertools.pairwise(axis))) for axis in self.cuts]
+        return tuple(
+            Part(Block(tuple(a for a, *_ in sides), tuple(b - a for a, b, _ in sides)), tuple(n for *_, n in sides))
+            for sides in itertools.product(*axes)
+        )
 
     def __len__(self) -> int:
-        return math.prod(self.counts)
+        return self.indices.elements
 
     def __iter__(self) -> Iterator[Block]:
-        return map(self.at, itertools.product(*map(range, self.counts)))
+        return map(self.at, self.indices)
 
     @overload
     def __getitem__(self, number: int) -> Block: ...
@@ -162,17 +204,10 @@ class Grid(Sequence[Block]):
     def index_of(self, number: int) -> Shape:
         """Return the index along each axis of the block of this number."""
         index = []
-        for count in reversed(self.counts):
+        for count in reversed(self.indices.shape):
             number, i = divmod(number, count)
             index.append(i)
         return tuple(reversed(index))
-
-    def number_of(self, index: Shape) -> int:
-        """Return the number of the block at this index along each axis."""
-        number = 0
-        for i, count in zip(index, self.counts, strict=True):
-            number = number * count + i
-        return number
 
 
 def rectangles(shape: Sequence[int], first: int, last: int) -> Iterator[Block]:

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from shampoo3d.numerics.tiles import Shape
@@ -16,7 +17,9 @@ from shampoo3d.planning.blocks import (
     Block,
     Cuts,
     Grid,
+    Part,
     Split,
+    equal_in_row,
     lengths_of,
 )
 from shampoo3d.planning.shards import Holders, Piece, Shard
@@ -201,6 +204,15 @@ class Matrix:
         """True if its blocks have factors."""
         return bool(self.axes)
 
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """Its blocks by shape; where they are no grid, the index of a block is its number."""
+        if isinstance(self.blocks, Grid):
+            return self.blocks.parts
+        return tuple(
+            Part(Block((a,), (b - a,)), shape) for a, b, shape in equal_in_row(block.shape for block in self.blocks)
+        )
+
     @property
     def merged(self) -> Shape:
         """Shape of the merged matrix."""
@@ -208,7 +220,7 @@ class Matrix:
 
     @property
     def storage(self) -> Storage:
-        """Where its elements are stored."""
+        """Storage of its elements."""
         return storage_of(self.holders, self.shape, self.groups)
 
     def pieces(self, shard: Shard) -> Iterator[Piece]:
@@ -222,7 +234,7 @@ class Matrix:
         """
         own = self.storage.all if rank is None else self.storage.on(rank)
         for stored in own:
-            yield from (self._fragment(number, stored) for number in self._blocks_at(stored.piece.box))
+            yield from (self._fragment(number, stored) for number in self._blocks_at(stored.box))
         mine = set(map(id, own))
         for number in blocks:
             others = (stored for stored in self.storage.meeting(self.blocks[number]) if id(stored) not in mine)
@@ -242,7 +254,7 @@ class Matrix:
             range(bisect.bisect_right(edges, a) - 1, bisect.bisect_left(edges, a + n))
             for edges, a, n in zip(self.cuts, box.start, box.shape, strict=True)
         )
-        yield from map(self.blocks.number_of, itertools.product(*sides))
+        yield from map(self.blocks.indices.number_of, itertools.product(*sides))
 
     def gaps(self) -> str:
         """Return an error if the holders of a shard group don't store every element exactly once; empty if they do."""

@@ -5,13 +5,15 @@ stores it, if only one does; else one of its replicas, the owner of its block if
 """
 
 import itertools
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from shampoo3d.planning.layout import Fragment, Matrix
 from shampoo3d.planning.plan import Plan
+from shampoo3d.planning.runs import Kind
 
 T = TypeVar("T")
 
@@ -51,75 +53,114 @@ def transfers_of(plan: Plan, matrices: Sequence[Matrix], rank: int | None = None
 
 
 def travels(plan: Plan, matrices: Sequence[Matrix]) -> bool:
-    """Return True, on all ranks alike, if gradients may have to travel; sharded matrices need no list of transfers."""
-    if any(matrix.axes and matrix.sharded and len(matrix.sharding.replica_groups) > 1 for matrix in matrices):
+    """Return True, on all ranks alike, if gradients may have to travel."""
+    factored = [(number, matrix) for number, matrix in enumerate(matrices) if matrix.axes]
+    if any(matrix.sharded and len(matrix.holders.replica_groups) > 1 for _, matrix in factored):
         return True
-    return any(t.home != t.keeper and plan.blocks[t.slot].axes for t in transfers_of(plan, matrices))
+    # Of thousands of blocks of which replicas store parts some are not with their owners, and are soon found.
+    apart = (pair for pair in factored if not pair[1].holders.replicated)
+    return any(t.home != t.keeper for number, matrix in apart for t in _of_matrix(plan, number, matrix, None))
 
 
 def _transfers(plan: Plan, matrices: Sequence[Matrix], rank: int | None) -> Iterator[list[Transfer]]:
-    slot = 0
+    kept: defaultdict[int, list[int]] = defaultdict(list)
+    for slot, _ in plan.of_rank(rank, kept=True) if rank is not None else ():
+        number, block = plan.place(slot)
+        kept[number].append(block)
     for number, matrix in enumerate(matrices):
-        planned = plan.blocks[slot : slot + len(matrix.blocks)]
-        kept = {i for i, block in enumerate(planned) if rank in block.keepers}
-        sharding = matrix.sharding
-        shard_groups = list(sharding.shard_groups)
-        position = {rank: i for ranks in sharding.replica_groups.values() for i, rank in enumerate(ranks)}
-        shard_group_of = {holder.rank: holder.shard_group for holder in matrix.holders}
-        transfers = []
-        for fragment in matrix.fragments(rank, kept):
-            block = planned[fragment.block]
-            keeper = block.owner if matrix.sharded else block.keepers[shard_groups.index(fragment.shard_group)]
-            # The keeper, if it stores the fragment; else replicas take turns as keepers do, so that they are balanced.
-            home = fragment.ranks[position.get(keeper, 0) % len(fragment.ranks)]
-            gathered = fragment.shard_group == shard_group_of[keeper]
-            transfers.append(
-                Transfer(
-                    **vars(fragment),
-                    slot=slot + fragment.block,
-                    matrix=number,
-                    home=home,
-                    keeper=keeper,
-                    gathered=gathered,
-                )
-            )
-        slot += len(matrix.blocks)
+        transfers = _of_matrix(plan, number, matrix, rank, kept[number])
         yield sorted(transfers, key=lambda t: (t.slot, t.shard_group, t.box.start))
 
 
-def local_blocks(
-    plan: Plan, matrices: Sequence[Matrix], transfers: Iterable[Transfer], rank: int
-) -> dict[int, Transfer]:
+def _of_matrix(
+    plan: Plan, number: int, matrix: Matrix, rank: int | None, kept: Iterable[int] = ()
+) -> Iterator[Transfer]:
+    holders, first = matrix.holders, plan.firsts[number]
+    shard_groups = list(holders.shard_groups)
+    for fragment in matrix.fragments(rank, kept):
+        keepers = plan.keepers(number, fragment.block)
+        keeper = keepers[0] if matrix.sharded else keepers[shard_groups.index(fragment.shard_group)]
+        # The keeper, if it stores the fragment; else replicas take turns as keepers do, so that they are balanced.
+        home = fragment.ranks[holders.places.get(keeper, 0) % len(fragment.ranks)]
+        gathered = fragment.shard_group == holders.shard_group_of(keeper)
+        yield Transfer(
+            **vars(fragment), slot=first + fragment.block, matrix=number, home=home, keeper=keeper, gathered=gathered
+        )
+
+
+def local_blocks(matrices: Sequence[Matrix], transfers: Iterable[Transfer], rank: int) -> dict[int, Transfer]:
     """Return, by slot, the blocks that a rank preconditions and is the home of completely; they need not travel."""
     mine: defaultdict[int, list[Transfer]] = defaultdict(list)
     for transfer in transfers:
-        if (
-            transfer.keeper == rank
-            and plan.blocks[transfer.slot].axes
-            and not matrices[transfer.matrix].sharding.sharded
-        ):
+        matrix = matrices[transfer.matrix]
+        if transfer.keeper == rank and matrix.axes and not matrix.sharded:
             mine[transfer.slot].append(transfer)
     whole = {
         slot: transfers_[0] for slot, transfers_ in mine.items() if len(transfers_) == 1 and transfers_[0].home == rank
     }
-    return {slot: transfer for slot, transfer in whole.items() if transfer.elements == plan.blocks[slot].elements}
+    return {slot: t for slot, t in whole.items() if t.elements == matrices[t.matrix].blocks[t.block].elements}
 
 
-def rounds(plan: Plan, most: float) -> list[list[int]]:
-    """Divide the slots of preconditioned blocks into the rounds of a step: one collective each way per round.
+Dtypes = tuple[str, str]
+"""Dtypes of a parameter, and of the model's own where the parameter is a master copy."""
 
-    In a round each owner has at most ``most`` elements, or one block, of one dtype; blocks of one kind are together.
+
+class Rounds:
+    """The rounds of a step: one collective each way per round.
+
+    In a round each owner has at most ``most`` elements of preconditioned blocks, or one block, of one dtype; blocks of
+    one kind are together.
+
+    Attributes:
+        dtypes: of each round.
     """
-    by_dtype: defaultdict[tuple[str, str], defaultdict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for slot, block in enumerate(plan.blocks):
-        if block.axes:
-            by_dtype[block.dtype, block.model_dtype][block.owner].append(slot)
-    found: list[list[int]] = []
-    for owned in by_dtype.values():
-        in_order = (sorted(slots, key=lambda slot: plan.blocks[slot].kind) for slots in owned.values())
-        queues = [packed(slots, lambda slot: plan.blocks[slot].elements, most) for slots in in_order]
-        found += ([slot for part in parts for slot in part] for parts in itertools.zip_longest(*queues, fillvalue=()))
-    return found
+
+    def __init__(self, plan: Plan, most: float) -> None:
+        self._plan, self._most = plan, most
+        self._known: dict[int, dict[int, int]] = {}
+        counts: dict[Dtypes, defaultdict[int, Counter[Kind]]] = {}
+        for run in (run for run in plan.runs if run.kind.axes):
+            by_owner = counts.setdefault(_dtypes(run.kind), defaultdict(Counter))
+            for first, last, owner in run.by_owner():
+                by_owner[owner][run.kind] += last - first
+        self.dtypes: list[Dtypes] = []
+        self._firsts: dict[Dtypes, int] = {}
+        for dtypes, by_owner in counts.items():
+            self._firsts[dtypes] = len(self.dtypes)
+            alike = {tuple(sorted(kinds.items(), key=lambda item: item[0].kind)) for kinds in by_owner.values()}
+            self.dtypes += [dtypes] * max(self._number(kinds) for kinds in alike)
+
+    def _number(self, kinds: Iterable[tuple[Kind, int]]) -> int:
+        """Return the number of rounds for so many blocks of each kind, as :func:`packed` makes them."""
+        if self._most == math.inf:
+            return 1
+        rounds, free, most = 0, 0, int(self._most)
+        for kind, count in kinds:
+            size = kind.elements
+            count -= (more := min(count, free // size))
+            free -= more * size
+            if count:
+                each = max(1, most // size)
+                rounds += (needed := -(-count // each))
+                free = max(0, most - size * (count - (needed - 1) * each))
+        return rounds
+
+    def of(self, owner: int) -> dict[int, int]:
+        """Return the round of each slot of an owner."""
+        if owner not in self._known:
+            kinds: defaultdict[Dtypes, list[tuple[Any, int, int]]] = defaultdict(list)
+            for slot, run in self._plan.of_rank(owner):
+                if run.kind.axes:
+                    kinds[_dtypes(run.kind)].append((run.kind.kind, slot, run.kind.elements))
+            found = self._known[owner] = {}
+            for dtypes, blocks in kinds.items():
+                for number, together in enumerate(packed(sorted(blocks), lambda block: block[2], self._most)):
+                    found |= {slot: self._firsts[dtypes] + number for _, slot, _ in together}
+        return self._known[owner]
+
+
+def _dtypes(kind: Kind) -> Dtypes:
+    return kind.dtype, kind.model_dtype
 
 
 def packed(items: Iterable[T], elements: Callable[[T], int], most: float) -> list[list[T]]:

@@ -100,6 +100,10 @@ class Holders(tuple[Holder, ...]):
             groups[holder.shard_group].append(holder.rank)
         return {number: tuple(ranks) for number, ranks in groups.items()}
 
+    def shard_group_of(self, rank: int) -> int:
+        """Return the shard group of a rank, which need not be a holder where there is one group only."""
+        return next(iter(self.shard_groups)) if len(self.shard_groups) == 1 else self.of_rank[rank].shard_group
+
     @cached_property
     def replica_groups(self) -> dict[tuple[int, Shard], tuple[int, ...]]:
         """Ranks that store the same shard, for each shard group and shard that is not empty."""
@@ -108,6 +112,11 @@ class Holders(tuple[Holder, ...]):
             if holder.shard.elements:
                 groups.setdefault((holder.shard_group, holder.shard), []).append(holder.rank)
         return {key: tuple(ranks) for key, ranks in groups.items()}
+
+    @property
+    def replicated(self) -> bool:
+        """True if every rank stores the whole matrix."""
+        return len(self.replica_groups) == len(self.shard_groups) and len(self.places) == len(self)
 
     @cached_property
     def places(self) -> dict[int, int]:

@@ -12,10 +12,10 @@ from shampoo3d.planning.layout import ITEM_BYTES, Matrix, Sharding
 from shampoo3d.planning.plan import Plan
 from shampoo3d.planning.routes import (
     BUCKET_ELEMENTS,
+    Rounds,
     Transfer,
     buckets,
     local_blocks,
-    rounds,
     transfers_of,
     travels,
     width,
@@ -49,12 +49,24 @@ class RankShare:
     @cached_property
     def local_blocks(self) -> dict[int, Transfer]:
         """Blocks, by slot, that the rank both preconditions and stores completely."""
-        return local_blocks(self.plan, self.matrices, self.transfers, self.rank)
+        return local_blocks(self.matrices, self.transfers, self.rank)
+
+    @cached_property
+    def all_rounds(self) -> Rounds:
+        """The rounds of a step of the team."""
+        return Rounds(self.plan, BUCKET_ELEMENTS if self.travels else math.inf)
 
     @cached_property
     def rounds(self) -> list[list[int]]:
-        """Slots of each round, whose blocks are preconditioned together."""
-        return rounds(self.plan, BUCKET_ELEMENTS if self.travels else math.inf)
+        """Slots of the blocks of each round that the rank preconditions, in their order."""
+        found: list[list[int]] = [[] for _ in self.all_rounds.dtypes]
+        for slot in sorted(slot for slot, run in self.plan.of_rank(self.rank, kept=True) if run.kind.axes):
+            found[self.round_of(slot)].append(slot)
+        return found
+
+    def round_of(self, slot: int) -> int:
+        """Return the round of a block with factors."""
+        return self.all_rounds.of(self.plan.blocks[slot].owner)[slot]
 
     @cached_property
     def replica_copies(self) -> dict[tuple[tuple[int, ...], str], list[Transfer]]:
@@ -64,6 +76,12 @@ class RankShare:
             if len(transfer.ranks) > 1 and self.rank in transfer.ranks:
                 copies[transfer.ranks, self.sharding(transfer).dtype].append(transfer)
         return {key: copies[key] for key in sorted(copies)}
+
+    def sharding_of(self, number: int) -> Sharding:
+        """Return the sharding of a matrix of a round; all of them have one dtype."""
+        shardings = (matrix.sharding for matrix in self.matrices if matrix.axes)
+        dtypes = self.all_rounds.dtypes[number]
+        return next(sharding for sharding in shardings if (sharding.dtype, sharding.model_dtype) == dtypes)
 
     def sharding(self, transfer: Transfer) -> Sharding:
         """Return the sharding of the matrix that a fragment belongs to."""
@@ -79,7 +97,7 @@ def traffic(share: RankShare, hp: ShampooHyperParams, distribution: Distribution
     plan, rank = share.plan, share.rank
     received: Counter[str] = Counter({"gradients": 0, "updates": 0, "weights": 0, "roots": 0})
     for transfer in share.transfers:
-        if transfer.home != transfer.keeper and plan.blocks[transfer.slot].axes:
+        if transfer.home != transfer.keeper and share.matrices[transfer.matrix].axes:
             sharding = share.sharding(transfer)
             if transfer.gathered and transfer.keeper == rank:
                 received["gradients"] += transfer.elements * ITEM_BYTES[sharding.dtype]
@@ -90,9 +108,10 @@ def traffic(share: RankShare, hp: ShampooHyperParams, distribution: Distribution
         items = [(transfer.home, transfer.elements) for transfer in transfers]
         padded = sum(width(bucket, items) for bucket in buckets(ranks, items, BUCKET_ELEMENTS))
         received["weights"] += padded * (len(ranks) - 1) * ITEM_BYTES[dtype]
-    for block in plan.blocks:
-        if rank in block.keepers and rank != block.owner:
-            V = block.elements if block.axes and hp.variant.direction == "adam" else 0
+    for slot in (slot for slots in share.rounds for slot in slots):
+        block = plan.blocks[slot]
+        if rank != block.owner:
+            V = block.elements if hp.variant.direction == "adam" else 0
             size = max(bytes_of(name, hp, block.dtype) for name in copied_names(hp))
             received["roots"] += (block.root_numbers + V) * size
     return dict(received)

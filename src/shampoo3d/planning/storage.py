@@ -1,9 +1,11 @@
-"""Where the elements of a matrix are stored: the rectangles of it that shards consist of. Pure."""
+"""Storage of a matrix: the rectangles of it that shards consist of. Pure."""
 
 import bisect
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -28,13 +30,33 @@ def pieces(shard: Shard, shape: Shape, groups: Groups) -> Iterator[Piece]:
             yield Piece(box, offset - shard.first, strides)
 
 
-class Stored(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Stored:
     """A rectangle that the ranks of one replica group store."""
 
     piece: Piece
     shard_group: int
     ranks: tuple[int, ...]
     shard: Shard
+
+    @property
+    def box(self) -> Block:
+        return self.piece.box
+
+
+class Tile(NamedTuple):
+    """Rectangles that lie one after the other along an axis.
+
+    Attributes:
+        spans: what they have of each other axis.
+        width: their elements at each index of the axis.
+        places, ranks: where each starts, in elements from the beginning of the axis, and who stores it.
+    """
+
+    spans: dict[int, Span]
+    width: int
+    places: list[int]
+    ranks: list[tuple[int, ...]]
 
 
 class Storage:
@@ -45,17 +67,19 @@ class Storage:
     """
 
     def __init__(self, holders: Holders, shape: Shape, groups: Groups) -> None:
-        self._holders, self._shape = holders, shape
+        self._holders, self._shape, self._groups = holders, shape, groups
         self._of_shard = {
             key: [Stored(piece, key[0], ranks, key[1]) for piece in pieces(key[1], shape, groups)]
             for key, ranks in holders.replica_groups.items()
         }
         found = [stored for some in self._of_shard.values() for stored in some]
-        starts = [{stored.piece.box.start[axis] for stored in found} for axis in range(len(groups))]
-        self.along = max(range(len(groups)), key=lambda axis: len(starts[axis]), default=0)
-        self.all = sorted(found, key=lambda stored: self._ends(stored.piece.box))
-        self._starts = [self._ends(stored.piece.box)[0] for stored in self.all]
-        self._stops = list(itertools.accumulate((self._ends(stored.piece.box)[1] for stored in self.all), max))
+        shards = {shard for _, shard in self._of_shard}
+        flat = any(shard.elements < math.prod(shard.shape) for shard in shards)  # in row-major order
+        ways = [len({tuple(shard.spans[axis] for axis in group) for shard in shards}) for group in groups]
+        self.along = 0 if flat or not groups else ways.index(max(ways))
+        self.all = sorted(found, key=lambda stored: self._ends(stored.box))
+        self._starts = [self._ends(stored.box)[0] for stored in self.all]
+        self._stops = list(itertools.accumulate((self._ends(stored.box)[1] for stored in self.all), max))
 
     def _ends(self, box: Block) -> Span:
         return (box.start[self.along], box.stop[self.along]) if box.start else (0, 1)
@@ -72,6 +96,30 @@ class Storage:
         yield from (self.all[i] for i in nearby if self.all[i].piece.box.intersect(block))
 
     @cached_property
+    def tiles(self) -> list[Tile]:
+        """The rectangles as they lie along the axis that tells most of them apart; each element is in one tile."""
+        merged = [math.prod(self._shape[axis] for axis in group) for group in self._groups]
+        across = [axis for axis in range(len(merged)) if axis != self.along]
+        spans = {stored: {axis: self._span(stored, axis) for axis in across} for stored in self.all}
+        widths = {tuple(of.items()): math.prod(b - a for a, b in of.values()) for of in spans.values()}
+        if sum(widths.values()) != math.prod(merged[axis] for axis in across):  # other spans at other places
+            spans = {stored: {axis: (0, merged[axis]) for axis in across} for stored in self.all}
+        found: defaultdict[tuple[tuple[int, Span], ...], defaultdict[int, list[int]]]
+        found = defaultdict(lambda: defaultdict(list))
+        for stored, of in spans.items():
+            place = stored.box.start[self.along]
+            for axis, (a, b) in of.items():
+                place = place * (b - a) + stored.box.start[axis] - a
+            found[tuple(of.items())][place] += stored.ranks
+        return [_tile(dict(of), places) for of, places in found.items()]
+
+    def _span(self, stored: Stored, axis: int) -> Span:
+        """Return the span of a shard along an axis that a rectangle of it is from."""
+        start = stored.box.start[axis]
+        spans = merged_spans(stored.shard.spans, self._shape, self._groups[axis])
+        return next((a, b) for a, b in spans if a <= start < b)
+
+    @cached_property
     def gaps(self) -> str:
         """An error if the holders of a shard group don't store every element exactly once; empty if they do."""
         total = math.prod(self._shape)
@@ -82,13 +130,19 @@ class Storage:
                     if any(not 0 <= a <= b <= n for a, b in spans):
                         return f"ranges {spans} of axis {axis}, which is {n} long"
             count = sum(shard.elements for shard in shards)
-            boxes = [stored.piece.box for stored in self.all if stored.shard_group == shard_group]
+            boxes = [stored.box for stored in self.all if stored.shard_group == shard_group]
             if count != total or overlap(boxes, self.along):
                 return f"its holders store {count} elements of {total}" + ", some twice" * (count >= total)
         return ""
 
 
+def _tile(spans: dict[int, Span], places: Mapping[int, Sequence[int]]) -> Tile:
+    in_order = sorted(places)
+    width = math.prod(b - a for a, b in spans.values())
+    return Tile(spans, width, in_order, [tuple(places[place]) for place in in_order])
+
+
 @lru_cache(maxsize=8192)
 def storage_of(holders: Holders, shape: Shape, groups: Groups) -> Storage:
-    """Return where a matrix is stored: once for all that are stored alike."""
+    """Find the storage of a matrix: once for all that are stored alike."""
     return Storage(holders, shape, groups)

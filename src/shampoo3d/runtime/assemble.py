@@ -18,12 +18,12 @@ from shampoo3d.engines.engine import LocalShard
 from shampoo3d.engines.parameters import ParameterRegistry, check_supported, sharing_memory
 from shampoo3d.engines.reading import engine, local, read
 from shampoo3d.engines.roles import Facts
-from shampoo3d.numerics.schedule import BlockId
+from shampoo3d.planning.assignment import in_order, make_plans
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Matrix, Sharding
-from shampoo3d.planning.plan import Plan, in_order, make_plans
+from shampoo3d.planning.plan import Plan
 from shampoo3d.planning.shards import Holder, Holders, Shard
-from shampoo3d.planning.stagger import factored_blocks, refresh_offsets
+from shampoo3d.planning.stagger import factored_blocks, refresh_turns
 from shampoo3d.runtime.bindings import Binding, GroupTensor
 from shampoo3d.runtime.buckets import flat_buckets
 from shampoo3d.runtime.exchange import Exchange
@@ -52,7 +52,7 @@ def assemble(
     parallel: ParallelGroups,
     distribution: Distribution,
     known: Mapping[Tensor, int],
-    fixed: Mapping[BlockId, int],
+    fixed: Mapping[str, Sequence[int]],
 ) -> list[Team]:
     """Bind the trainable parameters and those that are ``known`` already, and plan in each team.
 
@@ -60,7 +60,7 @@ def assemble(
 
     Args:
         known: the steps that they have taken.
-        fixed: the owners of blocks that were planned before, which stay.
+        fixed: the owners of all blocks of matrices that were planned before, which stay.
 
     Raises:
         DisagreementError: naming the parameter whose storage can't be explained, or in which ranks differ, and how.
@@ -149,23 +149,23 @@ def _read(
 def _planned(
     matrices: Mapping[Ranks, Sequence[Matrix]],
     hp: ShampooHyperParams,
-    fixed: Mapping[BlockId, int],
+    fixed: Mapping[str, Sequence[int]],
     memory_bound: int | None,
     parallel: ParallelGroups,
 ) -> list[Plan]:
     """Make a plan for each team, the same on all its ranks."""
     plans: list[Plan] = []
     error = ""
-    # Refreshes are staggered over the blocks of all teams; the first rank of each team sends its blocks.
-    blocks = {
-        id_: block
+    # Refreshes are staggered over the blocks of all teams; the first rank of each team sends their numbers.
+    blocks: dict[str, Sequence[tuple[int, float]]] = {
+        name: counts
         for ranks, team_matrices in matrices.items()
         if ranks[0] == parallel.rank
-        for id_, block in factored_blocks(team_matrices).items()
+        for name, counts in factored_blocks(team_matrices).items()
     }
-    offsets = refresh_offsets(dict(ChainMap(*all_gather_object(parallel.world, blocks))), hp)
+    turns = refresh_turns(dict(ChainMap(*all_gather_object(parallel.world, blocks))), hp)
     try:
-        plans = make_plans(matrices, hp, fixed, memory_bound, offsets)
+        plans = make_plans(matrices, hp, fixed, memory_bound, turns)
     except ValueError as raised:
         error = str(raised)
     _refuse(parallel, error)

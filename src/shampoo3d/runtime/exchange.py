@@ -1,7 +1,7 @@
 """Communication of a step: gradients to owners, directions home, norms, new weights to replicas."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Literal
 
@@ -13,7 +13,6 @@ from shampoo3d.distributed.topology import ParallelGroups
 from shampoo3d.numerics.momenta import kept_dtype
 from shampoo3d.numerics.schedule import Phase, phase
 from shampoo3d.numerics.state_names import copied_names
-from shampoo3d.planning.layout import Sharding
 from shampoo3d.planning.routes import BUCKET_ELEMENTS, Transfer
 from shampoo3d.runtime.bindings import Binding, GroupTensor, StepCounts
 from shampoo3d.runtime.buckets import write
@@ -31,13 +30,10 @@ class Exchange:
         self.communicator = Communicator(parallel.rank, team.group, team.device)
         self._update_precision = update_precision
         share = team.share
-        by_slot: defaultdict[int, list[Transfer]] = defaultdict(list)
+        self._transfers: list[list[Transfer]] = [[] for _ in share.rounds]
         for transfer in share.transfers:
-            by_slot[transfer.slot].append(transfer)
-        self._transfers = [
-            [transfer for slot in slots if slot not in share.local_blocks for transfer in by_slot[slot]]
-            for slots in share.rounds
-        ]
+            if share.matrices[transfer.matrix].axes and transfer.slot not in share.local_blocks:
+                self._transfers[share.round_of(transfer.slot)].append(transfer)
         # One communicator for each replica group, in the same order on all ranks, so that no two wait for each other.
         self._copies = [
             (Communicator(parallel.rank, parallel.group(ranks), self.communicator.device), dtype, transfers)
@@ -111,7 +107,7 @@ class Exchange:
         transfers = [transfer for transfer in due if transfer.gathered]
         pieces = {transfer: view(transfer) for transfer in transfers if transfer.home == self.rank}
         ends = [(transfer, transfer.home, transfer.keeper) for transfer in transfers]
-        return self._travel("gradients", number, self._sharding(number).dtype, pieces, ends, anyone)
+        return self._travel("gradients", number, self.team.share.sharding_of(number).dtype, pieces, ends, anyone)
 
     def _send_home(self, number: int, items: Sequence[WorkItem], steps: StepCounts) -> Travelling:
         """Start to send the directions of a round from the owners to the homes of their elements."""
@@ -127,12 +123,12 @@ class Exchange:
             for transfer in transfers
             if transfer.keeper == self.rank
         }
-        dtype = self._sharding(number).update_dtype(self._update_precision)
+        dtype = self.team.share.sharding_of(number).update_dtype(self._update_precision)
         ends = [(transfer, transfer.keeper, transfer.home) for transfer in transfers]
         return self._travel("updates", number, dtype, pieces, ends, anyone)
 
     def _within_block(self, transfer: Transfer) -> tuple[slice, ...]:
-        return transfer.box.within(self.team.slots[transfer.slot][1])
+        return transfer.box.within(self._binding(transfer).matrix.blocks[transfer.block])
 
     @cached_property
     def _sharing(self) -> Moment:
@@ -153,17 +149,19 @@ class Exchange:
         team, hp, planned = self.team, self.team.hp, self.team.plan.blocks
         late = int(hp.computation.asynchronous)
 
-        def renewed(slot: int) -> bool:
-            t = steps.get(team.slots[slot][0].group_tensor, 0) - late
-            return t > 0 and phase(t, hp, planned[slot].offset).refresh
+        def renewed(group_tensor: GroupTensor, offset: int) -> bool:
+            t = steps.get(group_tensor, 0) - late
+            return t > 0 and phase(t, hp, offset).refresh
 
-        due = [slot for slot in team.share.rounds[number] if len(planned[slot].keepers) > 1 and renewed(slot)]
-        if not due:
+        tensors = {binding.group_tensor for binding in team.bindings if binding.matrix.axes}
+        if not any(renewed(group_tensor, offset) for group_tensor in tensors for offset in self._copied_offsets):
             return
+        slots = team.share.rounds[number]
+        due = [slot for slot in slots if renewed(team.binding_of(slot).group_tensor, planned[slot].offset)]
         out: list[tuple[int, Tensor]] = []
         into: list[tuple[int, int, int]] = []
         roots: list[Tensor] = []
-        for slot in (slot for slot in due if self.rank in planned[slot].keepers):
+        for slot in due:
             stack, row = team.stacked[slot]
             for P in (P[row] for P in stack.shared):
                 if planned[slot].owner == self.rank:
@@ -171,7 +169,7 @@ class Exchange:
                 else:
                     into.append((len(roots), planned[slot].owner, P.numel()))
                     roots.append(P)
-        state = getattr(torch, self._sharding(number).state_dtype)
+        state = getattr(torch, self.team.share.sharding_of(number).state_dtype)
         kept = {kept_dtype(name, team.hp, state) for name in copied_names(team.hp)}
         dtype = kept.pop() if len(kept) == 1 else state
         for index, flat in self.communicator.all_to_all("roots", number, dtype, out, into).wait().items():
@@ -205,12 +203,12 @@ class Exchange:
         team = self.team
         stepping = {group_tensor for group_tensor, t in steps.items() if due(phase(t, team.hp))}
         transfers = [t for t in self._transfers[number] if self._binding(t).group_tensor in stepping]
-        return transfers, any(team.slots[slot][0].group_tensor in stepping for slot in team.share.rounds[number])
+        return transfers, any(binding.group_tensor in stepping for binding in team.bindings if binding.matrix.axes)
 
-    def _sharding(self, number: int) -> Sharding:
-        """Return the sharding of the first matrix of a round; all of them have one dtype."""
-        binding, _ = self.team.slots[self.team.share.rounds[number][0]]
-        return binding.matrix.sharding
+    @cached_property
+    def _copied_offsets(self) -> Collection[int]:
+        """The turns to refresh of all blocks of the team, if their roots are copied."""
+        return self.team.plan.offsets if any(run.copies for run in self.team.plan.runs) else ()
 
     def _fill(self, items: Sequence[WorkItem], arrived: Mapping[Transfer, Tensor]) -> None:
         """Assemble the blocks of the work items from the fragments that arrived."""

@@ -214,7 +214,7 @@ def _bindings(shares: Iterable[tuple[Plan, Sequence[Matrix]]], rank: int) -> lis
 
 
 def _part(sharding: Sharding, rank: int) -> Shard:
-    return next(holder.shard for holder in sharding.holders if holder.rank == rank)
+    return sharding.holders.of_rank[rank].shard
 
 
 def _parameter(shape: Sequence[int], dtype: str) -> Tensor:

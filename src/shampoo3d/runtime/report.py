@@ -36,9 +36,9 @@ class Row:
     owners: tuple[int, ...]
 
     @classmethod
-    def of(cls, matrix: Matrix, plan: Plan, hp: ShampooHyperParams) -> "Row":
-        owners = tuple(sorted({block.owner for block in plan.blocks if block.matrix == matrix.name}))
-        largest = max((block.shape for block in matrix.blocks), key=math.prod, default=())
+    def of(cls, matrix: Matrix, number: int, plan: Plan, hp: ShampooHyperParams) -> "Row":
+        owners = plan.owners_of(number)
+        largest = max((part.shape for part in matrix.parts), key=math.prod, default=())
         factors = tuple(largest[axis] for axis in matrix.axes)
         moved_by, blocks = method_of(hp, matrix.factored), len(matrix.blocks)
         return cls(matrix.name, matrix.shape, matrix.path, moved_by, matrix.reason, blocks, largest, factors, owners)
@@ -74,8 +74,8 @@ class Report:
     ) -> "Report":
         rows_by_name: dict[str, Row] = {}
         for team in teams:
-            matrices = (binding.matrix for binding in team.bindings)
-            rows_by_name |= {matrix.name: Row.of(matrix, team.plan, team.hp) for matrix in matrices}
+            matrices = enumerate(binding.matrix for binding in team.bindings)
+            rows_by_name |= {matrix.name: Row.of(matrix, number, team.plan, team.hp) for number, matrix in matrices}
         idle = "empty or frozen" if teams else "no step yet"
         for param, name in names.items():
             rows_by_name.setdefault(name, Row(name, tuple(param.shape), "not trained", "", idle, 0, (), (), ()))

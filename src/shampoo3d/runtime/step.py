@@ -49,7 +49,7 @@ def join_background_roots(teams: Sequence[Team], steps: StepCounts | None = None
     """Wait for roots computed in the background and use them from now on: those of ``steps``, or all."""
     for team in teams:
         for batch in team.batches:
-            if steps is None or any(team.slots[slot][0].group_tensor in steps for slot in batch.slots):
+            if steps is None or any(team.binding_of(slot).group_tensor in steps for slot in batch.slots):
                 batch.stack.join()
 
 

@@ -65,7 +65,6 @@ class Team:
             other teams may have matrices there, too.
         device_type: that of the device that group tensors without data, on "meta", stand for.
         share: the part of the plan that this rank carries out.
-        slots: the block of each slot of the plan, with the binding of its matrix.
     """
 
     group: Group
@@ -77,12 +76,10 @@ class Team:
     flat_buckets: dict[GroupTensor, FlatBucket]
     device_type: str = ""
     share: RankShare = field(init=False)
-    slots: list[tuple[Binding, Block]] = field(init=False)
     batches: list[Batch] = field(init=False)
     stacked_buckets: list[StackedBucket] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.slots = [(binding, block) for binding in self.bindings for block in binding.matrix.blocks]
         sharded = (binding.group_tensor for binding in self.bindings if binding.matrix.sharded)
         self.flat_buckets = {group_tensor: self.flat_buckets[group_tensor] for group_tensor in sharded}
         self.share = RankShare(self.plan, [binding.matrix for binding in self.bindings], self.rank)
@@ -123,6 +120,15 @@ class Team:
             shards = {holder.rank: holder.shard for holder in binding.matrix.holders}
             ranks &= {rank for rank in ranks if shards.get(rank) == shards[self.rank]}
         return ranks
+
+    def binding_of(self, slot: int) -> Binding:
+        """Return the binding of the matrix that a slot of the plan is of."""
+        return self.bindings[self.plan.place(slot)[0]]
+
+    def block_of(self, slot: int) -> Block:
+        """Return the block of a slot of the plan."""
+        matrix, number = self.plan.place(slot)
+        return self.bindings[matrix].matrix.blocks[number]
 
     def direction(self, transfer: Transfer) -> Tensor:
         """Return the view for the direction of a fragment whose home is here."""
@@ -166,7 +172,7 @@ class Team:
             for batch in batches:
                 same_phase: defaultdict[tuple[int, K], list[int]] = defaultdict(list)
                 for row, slot in enumerate(batch.slots):
-                    now = phases.get(self.slots[slot][0].group_tensor)
+                    now = phases.get(self.binding_of(slot).group_tensor)
                     if now and slot in wanted and takes_part(slot, now[1]):
                         same_phase[now].append(row)
                 for rows in same_phase.values():
@@ -177,19 +183,18 @@ class Team:
     def _item(self, batch: Batch, rows: Sequence[int]) -> WorkItem:
         slots = [batch.slots[row] for row in rows]
         selected = rows_of(rows, batch.stack.n, batch.stack.device)
-        return WorkItem(batch, slots, selected, self.slots[slots[0]][0].group_tensor)
+        return WorkItem(batch, slots, selected, self.binding_of(slots[0]).group_tensor)
 
     def _make_batches(self) -> list[Batch]:
         kinds: defaultdict[Any, list[int]] = defaultdict(list)
         by_round = [
-            (number, self.slots[slot][0].group_tensor.group, slot)
+            (number, self.binding_of(slot).group_tensor.group, slot)
             for number, slots in enumerate(self.share.rounds)
             for slot in slots
-            if self.rank in self.plan.blocks[slot].keepers
         ]
         local_blocks = self.share.local_blocks
         for *_, slot in sorted(by_round):  # so that the rows of a work item are consecutive
-            stored, block = self.slots[slot][0].group_tensor.stored, self.plan.blocks[slot]
+            stored, block = self.binding_of(slot).group_tensor.stored, self.plan.blocks[slot]
             guest = block.owner != self.rank
             kind = (guest, slot in local_blocks, *block.kind, state_dtype(stored.dtype), stored.device)
             kinds[kind].append(slot)
@@ -198,7 +203,7 @@ class Team:
         for (guests, local, shape, axes, diagonal, dtype, device), slots in kinds.items():
             n, type_ = len(slots), self.device_type
             stack = make(shape, axes, n, self.hp, dtype, device, guest=guests, diagonal=diagonal, device_type=type_)
-            members = [(self.slots[slot][0], local_blocks[slot]) for slot in slots if local]
+            members = [(self.binding_of(slot), local_blocks[slot]) for slot in slots if local]
             batches.append(Batch(stack, slots, guests, StackedBucket(members, self.hp) if local else None))
         return sorted(batches, key=lambda batch: batch.guests)
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from shampoo3d.engines.roles import Roles
 from shampoo3d.engines.tensor_parallel import shard_of
+from shampoo3d.planning.assignment import make_plans
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Matrix, Sharding
-from shampoo3d.planning.plan import Plan, make_plans
+from shampoo3d.planning.plan import Plan
 from shampoo3d.planning.shards import Holder, Holders, Shard
 from shampoo3d.planning.share import RankShare, traffic
 from shampoo3d.runtime.memory import Memory, memory

@@ -1,0 +1,182 @@
+"""Runs of equal blocks, which are counted and not listed: what they have in common, and who owns them. Pure."""
+
+import bisect
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.blocks import Block
+from shampoo3d.planning.cost import statistics_bytes
+from shampoo3d.planning.factors import sizes
+
+Ranks = tuple[int, ...]
+Owned = tuple[int, int, int]
+"""Blocks of a run: from number, to number (exclusive), the rank that owns them."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Kind of equal blocks: all that they have in common.
+
+    Attributes:
+        dtype: of the parameter.
+        model_dtype: of the model's own parameter, where ``dtype`` is the one of a master copy.
+        axes: those that have a Kronecker factor; empty for blocks that are grafted only.
+        diagonal: of the axes, those whose factor is diagonal.
+        bytes: of the state of one: statistics, roots and, where its holders are replicas, momenta.
+        cost: estimated work of a step on one, in multiply-adds of a matrix product.
+        kept_cost: the work of a keeper that is not the owner: it only applies the roots.
+    """
+
+    dtype: str
+    model_dtype: str
+    shape: Shape
+    axes: tuple[int, ...]
+    diagonal: tuple[int, ...]
+    bytes: int
+    cost: float
+    kept_cost: float
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def factors(self) -> Shape:
+        """Sizes of the Kronecker factors that are not diagonal."""
+        return sizes(self.shape, self.axes, self.diagonal)[0]
+
+    @property
+    def diagonals(self) -> Shape:
+        """Sizes of the diagonal factors."""
+        return sizes(self.shape, self.axes, self.diagonal)[1]
+
+    @property
+    def root_numbers(self) -> int:
+        """Number of elements of the roots."""
+        return sum(d * d for d in self.factors) + sum(self.diagonals)
+
+    @property
+    def kind(self) -> tuple[Shape, tuple[int, ...], tuple[int, ...]]:
+        """Shape and axes: blocks that have these in common can be in one stack."""
+        return self.shape, self.axes, self.diagonal
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of state on a keeper that is not the owner: no statistics."""
+        return self.bytes - statistics_bytes(self.factors, self.dtype, self.diagonals)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Equal blocks in the same rectangle of the grids of equal matrices, and their owners.
+
+    They are numbered with the index along the axis ``along`` as the slowest, then those along the other axes in order;
+    of blocks at one place that of the first matrix comes first. But the blocks of many matrices at one place may all
+    have the same turn to refresh, so that a rank that owns them would have nothing to do at the other turns. Therefore
+    each ``turns`` places at one index along the axis are rotated, in each matrix by another number.
+
+    Attributes:
+        matrices: their numbers in the plan.
+        indices: the rectangle.
+        copies: shard groups, in each of which one rank keeps the roots of a block; empty if only owners do.
+        turns, first_turns: the number of turns, and for each matrix the turn of its first block; empty for no rotation.
+        owned: number and owner of each block whose owner is not that of the block before it.
+    """
+
+    kind: Kind
+    matrices: tuple[int, ...]
+    indices: Block
+    along: int
+    copies: tuple[Ranks, ...]
+    owned: tuple[tuple[int, int], ...]
+    turns: int = 1
+    first_turns: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.matrices) * self.indices.elements
+
+    @cached_property
+    def _order(self) -> tuple[int, ...]:
+        return tuple(sorted(range(len(self.indices.shape)), key=lambda axis: axis != self.along))
+
+    def owner(self, matrix: int, index: Shape) -> int:
+        """Return the owner of the block of a matrix at this index."""
+        number = 0
+        for axis in self._order:
+            number = number * self.indices.shape[axis] + index[axis] - self.indices.start[axis]
+        of = bisect.bisect_left(self.matrices, matrix)
+        number = self._rotated(number, of, -1) * len(self.matrices) + of
+        return self.owned[bisect.bisect_right(self._starts, number) - 1][1]
+
+    def _rotated(self, place: int, matrix: int, sign: int) -> int:
+        """Return the place to which one is rotated in a matrix: its turn is matrix + place; with -1 the reverse."""
+        if not self.first_turns:
+            return place
+        in_row = self.indices.elements // self.indices.shape[self.along]
+        start = place % in_row // self.turns * self.turns
+        first = place - place % in_row + start
+        return first + (place - first + sign * (matrix - self.first_turns[matrix])) % min(self.turns, in_row - start)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [start for start, _ in self.owned]
+
+    @property
+    def owners(self) -> set[int]:
+        """The ranks that own any of its blocks."""
+        return {owner for _, owner in self.owned}
+
+    def by_owner(self) -> Iterator[Owned]:
+        """Yield the blocks, those in a row that have one owner together."""
+        ends = (*self._starts[1:], len(self))
+        return ((start, end, owner) for (start, owner), end in zip(self.owned, ends, strict=True))
+
+    def keepers(self, owner: int) -> Ranks:
+        """Return the ranks that keep the roots of an owner's blocks, the owner included."""
+        return counterparts(self.copies)[owner] if self.copies else (owner,)
+
+    def of_rank(self, rank: int, *, kept: bool) -> Iterator[tuple[int, Shape]]:
+        """Yield matrix and index of the blocks that a rank owns or, if asked, keeps the roots of."""
+        for owner in self.keepers(rank) if kept and self.copies and rank in counterparts(self.copies) else (rank,):
+            for first, last in self._of_owner.get(owner, ()):
+                yield from map(self._at, range(first, last))
+
+    @cached_property
+    def _of_owner(self) -> dict[int, list[tuple[int, int]]]:
+        found: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+        for first, last, owner in self.by_owner():
+            found[owner].append((first, last))
+        return dict(found)
+
+    def _at(self, number: int) -> tuple[int, Shape]:
+        number, matrix = divmod(number, len(self.matrices))
+        number = self._rotated(number, matrix, 1)
+        index = list(self.indices.start)
+        for axis in reversed(self._order):
+            number, i = divmod(number, self.indices.shape[axis])
+            index[axis] += i
+        return self.matrices[matrix], tuple(index)
+
+
+@lru_cache(maxsize=64)
+def counterparts(copies: tuple[Ranks, ...]) -> dict[int, Ranks]:
+    """Return for each rank those at the same index of each shard group, itself included."""
+    return {rank: ranks for ranks in zip(*copies, strict=True) for rank in ranks}
+
+
+def joined(owned: Iterable[Owned]) -> tuple[tuple[int, int], ...]:
+    """Make :attr:`Run.owned` of all blocks of a run, in any order."""
+    found: list[tuple[int, int]] = []
+    for first, last, owner in sorted(owned):
+        if first < last and not (found and found[-1][1] == owner):
+            found.append((first, owner))
+    return tuple(found)
+
+
+def one_by_one(owners: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Make :attr:`Run.owned` of the owners of its blocks."""
+    return joined((number, number + 1, owner) for number, owner in enumerate(owners))
