@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shampoo3d.numerics.grafting import graft_direction
+from shampoo3d.numerics.masks import add_faded_, kept, number
 from shampoo3d.numerics.state_names import AVERAGED_SQUARES, momenta_names, storage_of
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
@@ -66,7 +67,7 @@ class Momenta:
             return average, graft_direction(average, None, self.hp)
         total, correction = self.graft_accumulator[rows], 1.0
         if self.method in AVERAGED_SQUARES:
-            total = total.mul_(beta2).addcmul_(G, G, value=1.0 - beta2)
+            total = total.mul_(number(beta2, 1.0, total.dtype)).addcmul_(G, G, value=1.0 - beta2)
             correction = self.hp.correction(beta2, age, self.method)
         else:
             total = total.addcmul_(G, G)
@@ -106,16 +107,17 @@ class Momenta:
         decoupled, decay = self.hp.variant.decoupled_weight_decay, group["weight_decay"]
         if decay and not decoupled:
             assert W is not None
-            S.add_(W, alpha=decay)
+            S = kept(S.add_(W, alpha=decay))
             if not started:
                 assert D is not None
-                D.add_(W, alpha=decay)
+                D = kept(D.add_(W, alpha=decay))
         u = self._momentum(S, D, group["momentum"], started, rows)
+        u_is_state = self.momentum is not None and not self.hp.nesterov and self.momentum.dtype == u.dtype
         if decay and decoupled:
             assert W is not None
-            u_is_state = self.momentum is not None and not self.hp.nesterov and self.momentum.dtype == u.dtype
             u = u.add(W, alpha=decay) if u_is_state else u.add_(W, alpha=decay)
-        return u
+            u_is_state = False
+        return kept(u, inplace=not u_is_state)
 
     def _momentum(self, S: Tensor, D: Tensor | None, momentum: float, started: bool, rows: Rows) -> Tensor:
         """Advance the momenta and return u without decoupled decay."""
@@ -136,8 +138,8 @@ class Momenta:
         """Update ``buffer <- momentum buffer + direction``, rounded to its dtype; return the sum before rounding."""
         if isinstance(rows, slice) and buffer.dtype == direction.dtype:
             view = buffer[rows]
-            return torch.add(direction, view, alpha=momentum, out=view)
-        advanced = direction.add(buffer[rows], alpha=momentum)
+            return add_faded_(direction, view, momentum, out=view)
+        advanced = add_faded_(direction, buffer[rows], momentum, out=torch.empty_like(direction))
         buffer[rows] = advanced.to(buffer.dtype)
         return advanced
 
@@ -146,10 +148,10 @@ def average(buffer: Tensor, G: Tensor, rows: Rows, hp: ShampooHyperParams, corre
     """Update ``E <- beta1 E + (1 - beta1) G`` for some rows of a buffer; return E / ``correction`` in a new tensor."""
     beta1 = hp.variant.beta1
     if buffer.dtype != G.dtype:
-        E = G.mul(1.0 - beta1).add_(buffer[rows], alpha=beta1)
+        E = add_faded_(G.mul(1.0 - beta1), buffer[rows], beta1)
         buffer[rows] = E.to(buffer.dtype)
         return E if correction == 1.0 else E.div_(correction)
-    E = buffer[rows].lerp_(G, 1.0 - beta1)
+    E = buffer[rows].lerp_(G, number(1.0 - beta1, 0.0, buffer.dtype))
     if isinstance(rows, slice):  # E is a view of the buffer
         return E.clone() if correction == 1.0 else E / correction
     buffer[rows] = E

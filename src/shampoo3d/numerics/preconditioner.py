@@ -16,6 +16,7 @@ from shampoo3d.numerics.eigenbasis import (
     whitener_of_root,
 )
 from shampoo3d.numerics.grafting import adams_decrease
+from shampoo3d.numerics.masks import Mask, add_faded_, counted, current_mask, only_if, replace
 from shampoo3d.numerics.matmul_precision import reduced_products
 from shampoo3d.numerics.momenta import Rows, average, kept_dtype
 from shampoo3d.numerics.roots import inverse_diagonal_roots, inverse_roots
@@ -81,7 +82,7 @@ class Stack:
         self.squares = [torch.zeros(n, d, dtype=dtype, device=device) for d in borrows]
         self.root_failures = torch.zeros((), dtype=torch.int64, device=device)
         self._enqueued: list[tuple[Rows, int]] = []
-        self._launched: list[Background[list[tuple[int, Rows, tuple[Tensor, ...]]]]] = []
+        self._launched: list[tuple[Mask | None, Background[list[tuple[int, Rows, tuple[Tensor, ...]]]]]] = []
         reduced = hp.computation.products == "bfloat16" and device.type != "meta"  # the switches are the process's
         self._products = reduced_products if reduced else nullcontext
 
@@ -156,7 +157,7 @@ class Stack:
         """Reset ``L <- 0`` where the squares of a gradient overflowed that roots of far smaller ones had whitened."""
         for L in self.statistics:
             L.clear(rows, overflowed)
-        self.root_failures += overflowed.sum()
+        self.root_failures += counted(overflowed).sum()
 
     def _whiteners(self, rows: Rows, axis: int, sample: Sample) -> PerAxis:
         """Return ``W_j`` with ``W_j^T W_j = L_j^-1`` for all axes j but one, or their rows of a sample."""
@@ -180,7 +181,8 @@ class Stack:
 
         Not before all products of the step are done: PyTorch's switches of their precision are those of the process.
         """
-        self._launched += [Background(partial(self._all_new_roots, rows, t), self.device) for rows, t in self._enqueued]
+        works = [Background(partial(self._all_new_roots, rows, t), self.device) for rows, t in self._enqueued]
+        self._launched += [(current_mask(), work) for work in works]
         self._enqueued = []
 
     def _all_new_roots(self, rows: Rows, t: int) -> list[tuple[int, Rows, tuple[Tensor, ...]]]:
@@ -191,8 +193,10 @@ class Stack:
 
         Roots are enqueued and not launched only after a step that was never finished: they are dropped.
         """
-        for index, part, new in (result for work in self._launched for result in work.result()):
-            self._take(index, part, *new)
+        for mask, work in self._launched:
+            with only_if(mask):  # that of the step whose statistics they are of
+                for index, part, new in work.result():
+                    self._take(index, part, *new)
         self._launched, self._enqueued = [], []
 
     def _parts(self, rows: Rows, t: int) -> Iterator[tuple[int, Rows]]:
@@ -235,8 +239,8 @@ class Stack:
         return inverse_roots(L, p, eps, method=method, pseudo_inverse=pseudo, previous=previous, device_type=kind)
 
     def _take(self, index: int, rows: Rows, new: Tensor, failed: Tensor) -> None:
-        self.roots[index][rows] = new.to(self.roots[index].dtype)
-        self.root_failures += failed.sum()
+        replace(self.roots[index], rows, new.to(self.roots[index].dtype))
+        self.root_failures += counted(failed).sum()
 
     @property
     def _computed(self) -> torch.dtype:
@@ -275,7 +279,7 @@ class Stack:
         gamma, squared, corrected = self.hp.variant.graft_beta2, G.square(), []
         for axis, A in enumerate(self.squares):
             mean = squared.mean([i + 1 for i in range(len(self.shape)) if i != axis])
-            A[rows] = mean.mul_(1.0 - gamma).add_(A[rows], alpha=gamma)
+            A[rows] = add_faded_(mean.mul_(1.0 - gamma), A[rows], gamma)
             corrected.append(A[rows] / self.hp.correction(gamma, self.hp.weight_updates(t), self.hp.graft_type))
         return corrected
 
@@ -284,7 +288,7 @@ class Stack:
         overflowed = torch.linalg.vector_norm(S, dim=tuple(range(1, S.dim()))).isfinite().logical_not()
         if not any_or_unknown(overflowed):
             return S
-        self.root_failures += overflowed.sum()
+        self.root_failures += counted(overflowed).sum()
         return S.masked_fill_(overflowed.view(-1, *[1] * len(self.shape)), 0.0)
 
     def _matrices(self, rows: Rows, dtype: torch.dtype) -> PerAxis:

@@ -15,6 +15,7 @@ from shampoo3d.numerics.eigenbasis import (
     whitener_of_basis,
 )
 from shampoo3d.numerics.grafting import least_root
+from shampoo3d.numerics.masks import add_faded_, replace
 from shampoo3d.numerics.momenta import Rows
 from shampoo3d.numerics.preconditioner import Stack
 from shampoo3d.numerics.schedule import unconditional
@@ -46,7 +47,7 @@ class EigenStack(Stack):
         hp, V, Q = self.hp, self.elements["exp_avg_sq"], self._matrices(rows, self._computed)
         transposed = {axis: basis.mT for axis, basis in Q.items()}
         M = self._multiplied(G, transposed)
-        squares = M.square().mul_(1.0 - hp.beta2).add_(V[rows], alpha=hp.beta2)
+        squares = add_faded_(M.square().mul_(1.0 - hp.beta2), V[rows], hp.beta2)
         V[rows] = squares.to(V.dtype)
         if hp.averaged:
             del M  # before there is another
@@ -79,4 +80,4 @@ class EigenStack(Stack):
         order, failed = others
         super()._take(index, rows, new, failed)
         V = self.elements["exp_avg_sq"]
-        V[rows] = reorder(V[rows], order, self.axes[index])
+        replace(V, rows, reorder(V[rows], order, self.axes[index]))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shampoo3d.numerics.masks import add_faded_, faded_
 from shampoo3d.numerics.momenta import Rows
 from shampoo3d.numerics.tiles import tile_shapes, tiles
 
@@ -29,7 +30,8 @@ class Symmetric:
     def accumulate(self, U: Tensor, rows: Rows, beta: float, weight: float) -> None:
         """Update ``A <- beta A + weight U U^T`` for the given rows, U (rows, d, any)."""
         for name, (i, j) in self._spans.items():
-            advanced = self.tiles[name][rows].baddbmm_(U[:, i], U[:, j].mT, beta=beta, alpha=weight)
+            A, rest = faded_(self.tiles[name][rows], beta)
+            advanced = A.baddbmm_(U[:, i], U[:, j].mT, beta=rest, alpha=weight)
             if isinstance(rows, Tensor):  # that was a copy
                 self.tiles[name][rows] = advanced
 
@@ -86,7 +88,7 @@ class Diagonal:
     def accumulate(self, U: Tensor, rows: Rows, beta: float, weight: float) -> None:
         """Update ``A <- beta A + weight diag(U U^T)`` for the given rows, U (rows, d, any)."""
         squares = torch.linalg.vector_norm(U, dim=2).square_()
-        self.tiles[""][rows] = squares.mul_(weight).add_(self.tiles[""][rows], alpha=beta)
+        self.tiles[""][rows] = add_faded_(squares.mul_(weight), self.tiles[""][rows], beta)
 
     def trace(self, rows: Rows) -> Tensor:
         """Return ``trace A`` of the given rows, (rows,)."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from shampoo3d.numerics.masks import kept, overwrite
 from shampoo3d.numerics.momenta import Momenta, Rows
 from shampoo3d.numerics.preconditioner import squared_norms
 from shampoo3d.numerics.schedule import phase
@@ -101,7 +102,7 @@ class FlatBucket:
         gradient = self.group_tensor.gradient
         if gradient is None or not self.steps(steps):
             return False
-        G, t = gradient.to(self.dtype), steps[self.group_tensor]
+        G, t = kept(gradient.to(self.dtype), inplace=False), steps[self.group_tensor]
         self.started, self.age = phase(t, self.hp).started, self.hp.weight_updates(t)
         if not self.age:
             self.D, self.S = G, G.clone()
@@ -290,7 +291,7 @@ class StackedBucket:
         into = [patch.among(G) for run, G in zip(self.runs, stacks, strict=True) for patch in run.patches]
         torch._foreach_copy_(into, _views([patch for run in self.runs for patch in run.patches], gradient=True)[0])
         for run, G in zip(self.runs, stacks, strict=True):
-            D = self._borrow(run, G)
+            D = self._borrow(run, kept(G))
             if isinstance(run.rows, Tensor):
                 self.S[run.rows] = G
             if self.hp.borrows_lengths:
@@ -384,7 +385,7 @@ def write(pieces: Sequence[tuple[Binding, Piece]], values: Sequence[Tensor]) -> 
         group_tensor: group_tensor.flat for group_tensor in dict.fromkeys(binding.group_tensor for binding, _ in pieces)
     }
     views = [binding.view(flats[binding.group_tensor], piece) for binding, piece in pieces]
-    torch._foreach_copy_(views, [value.view(view.shape) for view, value in zip(views, values, strict=True)])
+    overwrite(views, [value.view(view.shape) for view, value in zip(views, values, strict=True)])
     for group_tensor, flat in flats.items():
         group_tensor.store(flat)
 

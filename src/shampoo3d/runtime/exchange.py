@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shampoo3d.distributed.collectives import Communicator, PendingAllToAll
 from shampoo3d.distributed.topology import ParallelGroups
+from shampoo3d.numerics.masks import kept
 from shampoo3d.numerics.momenta import kept_dtype
 from shampoo3d.numerics.schedule import Phase, phase
 from shampoo3d.numerics.state_names import copied_names
@@ -229,6 +230,7 @@ class Exchange:
                     values.append(value.view(into[-1].shape) if value.dim() == 1 else value)
             if into:
                 torch._foreach_copy_(into, values)
+            kept(item.blocks)
 
 
 def _views(bindings: Sequence[Binding], flatten: Callable[[GroupTensor], Tensor]) -> Callable[[Transfer], Tensor]:
