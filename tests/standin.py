@@ -23,17 +23,39 @@ DEVICE = torch.device("gpu:0")
 
 
 class _Stream:
-    """The only one: everything is done when it is launched."""
+    """The only one: everything is done when it is launched, but copies to the host that it need not wait for.
+
+    Whoever does not wait for the stream, or for an event recorded after the copy began, does not find the values there.
+
+    Attributes:
+        copies: their places on the host, and the values that are still to arrive.
+    """
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[Tensor, Tensor]] = []
 
     def wait_stream(self, other: "_Stream") -> None: ...
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        for place, values in self.copies:
+            place.copy_(values)
+        self.copies.clear()
+
+
+class _Event:
+    def record(self, stream: _Stream) -> None:
+        self._before = _Stream()
+        self._before.copies, stream.copies = stream.copies, []
+
+    def synchronize(self) -> None:
+        self._before.synchronize()
 
 
 _STREAM = _Stream()
 _module = torch.get_device_module("gpu")
 _module.current_stream = lambda device=None: _STREAM
 _module.stream = nullcontext
+_module.Event = _Event
 
 
 class AtOnce:
@@ -88,6 +110,12 @@ class OnDevice(Tensor):
         Accelerator.current().reads[_place()] += 1
         return self.raw.tolist()
 
+    def data_ptr(self) -> int:
+        return self.raw.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.raw.untyped_storage()
+
     @classmethod
     def __torch_dispatch__(
         cls, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -100,7 +128,7 @@ class Accelerator(TorchDispatchMode):
 
     Attributes:
         reads: how often the host read from the device, by the function of the package that did.
-        uploads: how often it made a tensor there from numbers of its own.
+        uploads: how often it made a tensor there from numbers of its own, and waited for the copy.
         launches: the kernels that were launched, in order.
     """
 
@@ -161,11 +189,14 @@ class Accelerator(TorchDispatchMode):
         name, to = function.overloadpacket.__name__, kwargs.get("device")
         leaves = tree_leaves((args, kwargs))
         device = [a for a in leaves if isinstance(a, OnDevice)]
-        self._look(function, name, args, leaves, to)
+        self._look(function, name, args, leaves, to, kwargs)
         if name not in VIEWS:
             self.launches.append(name)
         inner = {**kwargs, "device": torch.device("cpu")} if to is not None else kwargs
         out = function(*tree_map(_bare, args), **tree_map(_bare, inner))
+        if self._is_late(name, to, kwargs):
+            _STREAM.copies.append((out, out.clone()))
+            return out.fill_(-(2**30))
         stays = _on_device(to) if to is not None else bool(device)
         if name in ("_local_scalar_dense", "is_nonzero", "equal") or not stays or str(function).startswith("c10d"):
             return out
@@ -176,17 +207,34 @@ class Accelerator(TorchDispatchMode):
 
         return tree_map(told, out)
 
-    def _look(self, function: Any, name: str, args: Sequence[Any], leaves: Sequence[Any], to: Any) -> None:
+    @staticmethod
+    def _is_late(name: str, to: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Return whether this is a copy to the host for which it does not wait."""
+        return name == "_to_copy" and not _on_device(to) and to is not None and bool(kwargs.get("non_blocking"))
+
+    def _look(
+        self,
+        function: Any,
+        name: str,
+        args: Sequence[Any],
+        leaves: Sequence[Any],
+        to: Any,
+        kwargs: Mapping[str, Any],
+    ) -> None:
         """Record what makes the host wait; refuse operands on two devices."""
         device = any(isinstance(a, OnDevice) for a in leaves)
         host = any(isinstance(a, Tensor) and not isinstance(a, OnDevice) and a.dim() > 0 for a in leaves)
         if device and host and name not in MAY_MIX:
             raise RuntimeError(f"operands on two devices in {function} at {_place()}")
+        if self._is_late(name, to, kwargs):
+            return
         leaves_device = name == "_to_copy" and to is not None and torch.device(to).type == "cpu"
         read = name == "copy_" and isinstance(args[1], OnDevice) and not isinstance(args[0], OnDevice)
         if device and (name in READS or leaves_device or read):
             self.reads[_place()] += 1
-        if name == "copy_" and isinstance(args[0], OnDevice) and not isinstance(args[1], OnDevice) and args[1].dim():
+        up = name == "copy_" and isinstance(args[0], OnDevice) and not isinstance(args[1], OnDevice) and args[1].dim()
+        up = up or (name == "_to_copy" and not device and _on_device(to) and not kwargs.get("non_blocking"))
+        if up:
             self.uploads[_place()] += 1
 
 

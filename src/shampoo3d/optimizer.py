@@ -23,12 +23,11 @@ from shampoo3d.engines.reading import engine, locate, place_gradient
 from shampoo3d.engines.roles import Embeddings, Roles, collected
 from shampoo3d.engines.splits import Splits, copied
 from shampoo3d.planning.plan import Plan
-from shampoo3d.runtime.agreement import StepRefusedError, Verdict, agree
+from shampoo3d.runtime.agreement import Agreement, StepRefusedError, Verdict, unusable
 from shampoo3d.runtime.ambient import undisturbed
 from shampoo3d.runtime.assemble import Bound, assemble, check_shapes, is_trainable
-from shampoo3d.runtime.bindings import GroupTensor
 from shampoo3d.runtime.report import Report
-from shampoo3d.runtime.step import join_background_roots, take_step
+from shampoo3d.runtime.step import join_background_roots
 from shampoo3d.runtime.team import state_bytes
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.groups import settings_of
@@ -186,32 +185,32 @@ class Shampoo(Checkpointed):
 
     def _step(self) -> None:
         self._follow()
+        self._raise_refused()
         if self._bound is None and engine().is_trial_step(self._contents()):
             return
         with during(lambda: f"before step {self._steps_taken() + 1}"):
-            verdict, settings = self._verdict()
-        if verdict is Verdict.SKIP:
-            self.skipped_steps += 1
-            return
-        assert self._bound is not None
+            agreement, settings = self._agreement()
+            if agreement.known:
+                if agreement.verdict is Verdict.REFUSE:
+                    raise StepRefusedError(agreement.refusal())
+                if agreement.verdict is Verdict.SKIP:
+                    self._skipped += 1
+                    return
         with during(lambda: f"in step {self._unfinished}"):
-            steps = {tensor: self._count(tensor) for tensor in self._present() if tensor.gradient is not None}
-            self._unfinished = max(steps.values(), default=0)
-            take_step(self._bound.teams, self._bound.exchanges, settings, self.hyperparams, steps)
-            self._unfinished = 0
+            self._launch(agreement, settings)
 
-    def _verdict(self) -> tuple[Verdict, list[dict[str, Any]]]:
+    def _agreement(self) -> tuple[Agreement, list[dict[str, Any]]]:
         """Agree on the next action of all ranks, with the settings of all groups; bind unbound parameters first."""
         parallel = self._located()
         meet(parallel.world, "step()")
         for param in (param for group in self.param_groups for param in group["params"]):
             place_gradient(param)
-        verdict, settings = self._agree(parallel, "", self._has_unbound())
-        if verdict is Verdict.BIND:
-            verdict, settings = self._agree(parallel, self._bind(parallel), unbound=False)
-        return verdict, settings
+        agreement, settings = self._agree(parallel, "", self._has_unbound())
+        if agreement.known and agreement.verdict is Verdict.BIND:
+            agreement, settings = self._agree(parallel, self._bind(parallel), unbound=False)
+        return agreement, settings
 
-    def _agree(self, parallel: ParallelGroups, error: str, unbound: bool) -> tuple[Verdict, list[dict[str, Any]]]:
+    def _agree(self, parallel: ParallelGroups, error: str, unbound: bool) -> tuple[Agreement, list[dict[str, Any]]]:
         settings: list[dict[str, Any]] = []
         for number, group in enumerate(self._registry.groups):
             try:
@@ -220,7 +219,11 @@ class Shampoo(Checkpointed):
                 settings.append({})
                 error = error or f"in group {number} {raised}"
         error = error or self._unusable(settings)
-        return agree(parallel, self._teams, self._present(), self.hyperparams, settings, error, unbound), settings
+        news, present = bool(error) or unbound or not self._calm, self._present()
+        agreement = Agreement(
+            parallel, self._teams, present, self.hyperparams, settings, error=error, unbound=unbound, news=news
+        )
+        return agreement, settings
 
     def _located(self) -> ParallelGroups:
         return self._bound.parallel if self._bound else locate(self._claims, self._contents())
@@ -229,14 +232,6 @@ class Shampoo(Checkpointed):
         if self._bound is None:
             self._registry.take_sharded()
         return self._registry.contents
-
-    def _steps_taken(self) -> int:
-        """Return the largest step count of a parameter."""
-        return max(self._steps.values(), default=0)
-
-    def _count(self, group_tensor: GroupTensor) -> int:
-        self.state[group_tensor.tensor]["step"] += 1
-        return int(self.state[group_tensor.tensor]["step"])
 
     def _unusable(self, settings: Sequence[Mapping[str, Any]]) -> str:
         """Return the error in the input of this step, or about too many failed roots; empty if none."""
@@ -247,33 +242,18 @@ class Shampoo(Checkpointed):
             )
         if any(native.is_joined(model) for model in self._registry.models):
             return "DistributedDataParallel.join() is not supported, since ranks without input do not step"
-        most = self.hyperparams.computation.max_root_failures
-        if most is not None and self.root_failures > most:
-            return (
-                f"{self.root_failures} roots could not be computed or used, more than max_root_failures={most}: take a "
-                "larger matrix_eps or limit"
-            )
-        present = self._present()
-        for team in self._teams:
-            for group_tensor, names in ((tensor, names) for tensor, names in team.names.items() if tensor in present):
-                if (shape := tuple(group_tensor.stored.shape)) != group_tensor.shape:
-                    return (
-                        f"{names[0]!r} has shape {shape} and had {tuple(group_tensor.shape)} at its first step: put a "
-                        "new parameter into the group in its place, which then begins anew"
-                    )
-                if why := group_tensor.misfit:
-                    return f"the gradient of {names[0]!r} {why}"
-                number = group_tensor.group
-                if settings[number]["precondition"] != group_tensor.precondition:
-                    return f"precondition of group {number} was changed after its first step; make a new optimizer"
-        return ""
+        most, last = self.hyperparams.computation.max_root_failures, self._last
+        if most is not None:
+            late = last is not None and not last.agreement.has("host")
+            failures = last.agreement.root_failures if last and late else self.root_failures
+            if failures > most:
+                return (
+                    f"{failures} roots could not be computed or used, more than max_root_failures={most}: take a "
+                    "larger matrix_eps or limit"
+                )
+        return unusable(self._teams, self._present(), settings)
 
     # ---- binding of parameters ---------------------------------------------------------------------------------------
-
-    def _present(self) -> set[GroupTensor]:
-        """Find the bound group tensors that are in ``param_groups`` now."""
-        bound = self._group_tensors
-        return {bound[param] for group in self.param_groups for param in group["params"] if param in bound}
 
     def _has_unbound(self) -> bool:
         """Return whether parameters were added, unfrozen, removed or moved, or state taken away, since binding."""
@@ -345,7 +325,7 @@ class Shampoo(Checkpointed):
             checkpoint.load(teams, live, saved)
         checkpoint.carry(live, owned, self._teams, teams)
         self._put_state(live)
-        self._bound = Bound.of(parallel, teams, self.distribution)
+        self._bound, self._last = Bound.of(parallel, teams, self.distribution), None
         self._pending = Pending({param: state for param, state in saved.items() if param not in live})
 
     @undisturbed()

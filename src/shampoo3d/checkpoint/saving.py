@@ -9,12 +9,10 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
 from shampoo3d.checkpoint import folder, slices
 from shampoo3d.checkpoint import state as checkpoint
 from shampoo3d.checkpoint import state_dict as form
-from shampoo3d.checkpoint.attributes import Shared
 from shampoo3d.checkpoint.state import ParamState
 from shampoo3d.distributed.collectives import meet
 from shampoo3d.distributed.errors import during
@@ -22,12 +20,11 @@ from shampoo3d.distributed.topology import Claims, ParallelGroups
 from shampoo3d.engines.parameters import ParameterRegistry
 from shampoo3d.runtime.agreement import StepRefusedError
 from shampoo3d.runtime.ambient import undisturbed
-from shampoo3d.runtime.assemble import Bound, DisagreementError
-from shampoo3d.runtime.bindings import GroupTensor
+from shampoo3d.runtime.assemble import DisagreementError
+from shampoo3d.runtime.attributes import Shared
 from shampoo3d.runtime.step import UnfinishedStepError, join_background_roots
-from shampoo3d.runtime.team import Team
+from shampoo3d.runtime.stepping import Stepping
 from shampoo3d.settings.distribution import Distribution
-from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.validation import check_bool, check_path
 
 
@@ -51,17 +48,13 @@ def _replace(state: dict[Any, Any], by: Mapping[Any, Any]) -> None:
     state.update(by)
 
 
-class Checkpointed(Optimizer):
+class Checkpointed(Stepping):
     """An optimizer whose state is kept by teams; see :class:`shampoo3d.Shampoo`."""
 
-    hyperparams: ShampooHyperParams
     distribution: Distribution
-    skipped_steps = Shared(0)
     _claims = Shared(Claims())
     _registry: ParameterRegistry
-    _bound = Shared[Bound | None](None)
     _pending = Shared(Pending())
-    _unfinished = Shared(0)  # the step that is running or was interrupted; 0 if none
     elsewhere = Shared("")
     """Name of a folder into which a trainer saves the state on all ranks; then ``state_dict()``, which it calls on one,
     has settings and this name only, and does not communicate."""
@@ -89,20 +82,13 @@ class Checkpointed(Optimizer):
         """Find this process's place among the ranks, unless it is known."""
 
     @property
-    def _teams(self) -> list[Team]:
-        return self._bound.teams if self._bound else []
-
-    @property
-    def _group_tensors(self) -> dict[Tensor, GroupTensor]:
-        return self._bound.group_tensors if self._bound else {}
-
-    @property
     def _flat_tensors(self) -> set[Tensor]:
         """Tensors of the groups that hold shards, the state of whose elements has the shape of the tensor."""
         return {group_tensor.tensor for team in self._teams for group_tensor in team.flat_buckets}
 
     def _follow(self) -> None:
         """Take over the groups as they are now: at the beginning of whatever the user calls."""
+        self._settle()
         self._registry.follow(self.param_groups)
 
     @property
@@ -121,11 +107,6 @@ class Checkpointed(Optimizer):
                 f"step {self._unfinished} was interrupted; parameters and optimizer state are inconsistent: load a "
                 "checkpoint before continuing"
             )
-
-    @property
-    def _steps(self) -> dict[Tensor, int]:
-        """Number of steps that each tensor of the groups has taken; 0 where its state was taken away."""
-        return {tensor: int(self.state.get(tensor, {}).get("step", 0)) for tensor in self._group_tensors}
 
     def _complete_state(self) -> dict[Tensor, ParamState]:
         """Gather the state of every parameter from all ranks; for flat slices, only that on this rank."""
@@ -254,7 +235,7 @@ class Checkpointed(Optimizer):
         form.replace_settings(self.param_groups, groups)
         self._put_foreign(loaded)
         self.skipped_steps = described.get("skipped_steps", self.skipped_steps)
-        self._unfinished = 0
+        self._forget()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -351,7 +332,8 @@ class Checkpointed(Optimizer):
             self.state[tensor]["step"] = step
         form.replace_settings(self._registry.groups, loading.groups)
         self.skipped_steps = loading.manifest.skipped_steps
-        self._unfinished, self._awaited = 0, ""
+        self._forget()
+        self._awaited = ""
         return loading.loaded()
 
     @during("in a copy or pickle of the optimizer, which all ranks must make")

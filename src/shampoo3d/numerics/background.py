@@ -1,9 +1,9 @@
-"""Background work on a side stream of a GPU or a thread of the host, and a test of masks without waiting for a GPU."""
+"""Work of the host and of a device that do not wait for each other: in the background, copies, tests of masks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,31 @@ class Background(Generic[T]):
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).wait_stream(_stream(self._device))
         return self._done.result()
+
+
+def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers of the host as a tensor on the device; the host does not wait for the copy."""
+    pinned = device.type == "cuda"  # from other memory a copy would wait
+    return torch.tensor(numbers, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
+
+
+class Late:
+    """Numbers on their way from an accelerator to the host, which waits for them only when it asks for them.
+
+    By then the device should have come by. Else the host waits until the device has come so far, with all in its queue
+    that was launched since: it is never idle for it.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        module: Any = torch.get_device_module(numbers.device)
+        self._numbers, self._arrived = numbers.to("cpu", non_blocking=True), module.Event()
+        self._arrived.record(module.current_stream(numbers.device))
+
+    def tolist(self) -> list[Any]:
+        """Return the numbers."""
+        self._arrived.synchronize()
+        numbers: list[Any] = self._numbers.tolist()
+        return numbers
 
 
 def any_or_unknown(mask: Tensor) -> bool:

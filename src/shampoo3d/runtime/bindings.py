@@ -19,12 +19,14 @@ class GroupTensor:
     """A tensor of a parameter group: a parameter, this rank's shard of one, or a flat slice of many.
 
     ``precondition`` is the setting of its group at the time it was bound; ``shape`` and ``kind``, its dtype and device,
-    are those of the values on this rank.
+    are those of the values on this rank. ``idle``: it has no gradient that could be used, in a step of the other ranks
+    that will change nothing, but in which this one must send and receive what it would.
     """
 
     tensor: Tensor
     group: int
     precondition: bool
+    idle: bool = field(default=False, init=False)
     shape: torch.Size = field(init=False)
     kind: tuple[torch.dtype, torch.device] = field(init=False)
 
@@ -41,7 +43,10 @@ class GroupTensor:
     @property
     def stored(self) -> Tensor:
         """The values on this rank."""
-        return local(self.tensor).detach()
+        stored = local(self.tensor).detach()
+        if self.idle and (stored.shape, (stored.dtype, stored.device)) != (self.shape, self.kind):
+            return self._zeros
+        return stored
 
     @property
     def flat(self) -> Tensor:
@@ -51,8 +56,15 @@ class GroupTensor:
     @property
     def gradient(self) -> Tensor | None:
         """The gradient of the values on this rank, flat in row-major order; None if there is none."""
+        if self.idle:
+            return self._zeros.view(-1)
         grad = self.tensor.grad
         return None if grad is None else local(grad).contiguous().view(-1)
+
+    @property
+    def _zeros(self) -> Tensor:
+        dtype, device = self.kind
+        return torch.zeros(self.shape, dtype=dtype, device=device)
 
     @property
     def has_dense_gradient(self) -> bool:
