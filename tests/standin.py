@@ -110,6 +110,15 @@ class OnDevice(Tensor):
         Accelerator.current().reads[_place()] += 1
         return self.raw.tolist()
 
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return self.detach()
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
+        self.raw = new.raw  # type: ignore[attr-defined]
+
     def data_ptr(self) -> int:
         return self.raw.data_ptr()
 

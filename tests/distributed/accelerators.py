@@ -6,16 +6,14 @@ Importing it registers the stand-in: only processes of a test of their own may.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common import draw
 from shampoo3d import Distribution, Shampoo, ShampooHyperParams, StepRefusedError
-from shampoo3d.distributed.topology import ParallelGroups
+from shampoo3d.distributed.topology import ParallelGroups, Topology
 from shampoo3d.engines import reading
 from shampoo3d.engines.engine import GroupContent, LocalShard
 from shampoo3d.engines.native import Torch
@@ -23,7 +21,7 @@ from shampoo3d.numerics import background
 from shampoo3d.planning.layout import Shard
 from standin import DEVICE, Accelerator, AtOnce, accelerator
 
-from .standin_settings import PRESETS, SHAPES, gradients, weights
+from .standin_settings import PRESETS, gradients, weights
 
 Span = tuple[int, int]
 
@@ -150,3 +148,125 @@ def trajectory(layout: str, preset: str, expected: Sequence[Tensor]) -> tuple[li
         assert session.optimizer.skipped_steps == 1
         assert {entry["step"] for entry in session.optimizer.state.values()} == {6}
     return reads, len(gpu.launches)
+
+
+# ---- faults of the last rank, each undone afterwards
+
+
+@contextmanager
+def not_a_number(session: Session) -> Iterator[None]:
+    spoil(session)
+    yield
+
+
+@contextmanager
+def not_averaged(session: Session) -> Iterator[None]:
+    for param in session.params if odd() else ():
+        param.grad = None if param.grad is None else param.grad * 2.0
+    yield
+
+
+@contextmanager
+def setting(session: Session, lr: float) -> Iterator[None]:
+    group = session.optimizer.param_groups[0]
+    before, group["lr"] = group["lr"], lr if odd() else group["lr"]
+    yield
+    group["lr"] = before
+
+
+@contextmanager
+def no_gradient(session: Session) -> Iterator[None]:
+    if odd():
+        session.params[0].grad = None
+    yield
+
+
+@contextmanager
+def another_shape(session: Session) -> Iterator[None]:
+    param = session.params[0]
+    before = param.data
+    if odd():
+        param.grad, param.data = None, torch.ones(3, 3, dtype=torch.float64).to(DEVICE)
+    yield
+    param.data = before
+
+
+@contextmanager
+def no_state(session: Session) -> Iterator[None]:
+    state = session.optimizer.state[session.params[0]]
+    before = dict(state)
+    if odd():
+        state.clear()
+    yield
+    state.update(before)
+
+
+FAULTS: dict[str, Callable[[Session], Any]] = {
+    "NaN": not_a_number,
+    "not averaged": not_averaged,
+    "another rate": lambda session: setting(session, 0.5),
+    "no rate": lambda session: setting(session, -1.0),
+    "no gradient": no_gradient,
+    "another shape": another_shape,
+    "no state": no_state,
+}
+
+
+def fault(layout: str, name: str, expected: Sequence[Tensor]) -> tuple[list[str], int, list[int]]:
+    """Try the fourth step with a fault, and go on without.
+
+    Returns:
+        The errors of that step and of the two calls after it, the steps that were skipped, and the host's reads in the
+        faulty step and the last one.
+    """
+    errors, reads = [], []
+    with on_device() as gpu:
+        session = Session(layout, replace(PRESETS["default"], nonfinite_gradient="raise")).train(0, 1, 2)
+        before = session.weights()
+        session.put(3)
+        with FAULTS[name](session):
+            for _ in range(3 if name == "no state" else 2):
+                gpu.clear()
+                errors.append(attempt(session))
+                reads.append(gpu.reads.total())
+        session.put(3)
+        assert all(map(torch.equal, session.weights(), before))
+        session.train(3, 4)
+        gpu.clear()
+        session.train(5)
+        reads.append(gpu.reads.total())
+        session.check(expected)
+    return errors, session.optimizer.skipped_steps, [reads[0], reads[-1]]
+
+
+def attempt(session: Session) -> str:
+    try:
+        session.optimizer.step()
+    except StepRefusedError as error:
+        return str(error)
+    return ""
+
+
+def new_parameters(alone: bool) -> tuple[int, list[int], list[int]]:
+    """Train two stages of a pipeline, and from the third step on another parameter of the last one, or of both.
+
+    Returns:
+        The steps that were skipped, the steps of the first parameter and the most of any, and the host's reads.
+    """
+    reads = []
+    with on_device() as gpu:
+        params = [nn.Parameter(w.to(DEVICE)) for w in weights()[:2]]
+        optimizer = Shampoo(
+            params, lr=0.01, hyperparams=PRESETS["default"], topology=Topology(("pipe",), (dist.get_world_size(),))
+        )
+        for t in range(6):
+            if t == 2 and (odd() or not alone):
+                params.append(nn.Parameter(weights()[2].to(DEVICE)))
+                optimizer.add_param_group({"params": params[2:]})
+            for param, gradient in zip(params, gradients(t), strict=False):
+                param.grad = gradient.to(DEVICE)
+            gpu.clear()
+            optimizer.step()
+            reads.append(gpu.reads.total())
+        skipped, counts = optimizer.skipped_steps, [entry["step"] for entry in optimizer.state.values()]
+    return skipped, [counts[0], max(counts)], reads

@@ -346,7 +346,7 @@ class Checkpointed(Stepping):
         if self._bound is not None and not self._registry.flat:
             meet(self._bound.parallel.world, "copy.deepcopy() or pickle")
         roles = self._registry.roles.without_models(self._registry.names)
-        names = ("skipped_steps", "_claims", "_unfinished", "elsewhere", "_awaited")
+        names = ("_skipped", "_claims", "_unfinished", "elsewhere", "_awaited")
         return {
             **{name: getattr(self, name) for name in ("defaults", "param_groups", "hyperparams", "distribution")},
             "state": defaultdict(dict, self._foreign_state()),

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo3d.distributed.topology import Group, ParallelGroups
+from shampoo3d.numerics.masks import Mask, only_if
 from shampoo3d.numerics.preconditioner import Stack
 from shampoo3d.numerics.schedule import equivalent_step, phase, unconditional
 from shampoo3d.planning.layout import Matrix, Sharding
@@ -96,8 +97,9 @@ def memory(
             for name in ("accumulate", "update_average", "precondition", "_new_roots", "_take"):
                 setattr(stack, name, _Alike(getattr(stack, name), stack, meter))
         exchanges = [Exchange(team, nowhere, distribution.update_precision) for team in made]
-        for t in _steps([plan for plan, _ in shares], rank, hp):
-            take_step(made, exchanges, [group], hp, dict.fromkeys(group_tensors, t))
+        with only_if(None if device == "cpu" else Mask(torch.zeros((), dtype=torch.bool, device="meta"))):
+            for t in _steps([plan for plan, _ in shares], rank, hp):
+                take_step(made, exchanges, [group], hp, dict.fromkeys(group_tensors, t))
     statistics, roots = _factor_bytes(stacks)
     state, buffers = state_bytes(made), sum(exchange.buffer_bytes for exchange in exchanges)
     return Memory(statistics, roots, state - statistics - roots, buffers, meter.peak - state - buffers)

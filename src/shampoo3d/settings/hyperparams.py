@@ -66,8 +66,8 @@ class ShampooHyperParams:
         fair_blocks: cut each tensor-parallel matrix along its partitioned axis into as many blocks as the run has
             ranks, so that blocks are the same for every topology with that many ranks.
         nonfinite_gradient: the reaction to a gradient, on any rank, that is NaN, infinite, or so large that sums of its
-            squares may be infinite: "skip" the step on all ranks, or "raise"; "ignore" does not check, so that the host
-            need not wait for the GPU.
+            squares may be infinite: "skip" the step on all ranks, or "raise", on an accelerator at the next step;
+            "ignore" does not check.
         pseudo_inverse: leave out the directions in which L is zero up to rounding, instead of giving them the ridge.
         variant: the variant of Shampoo: choices beyond the thesis.
         computation: settings of how all this is computed.
