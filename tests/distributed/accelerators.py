@@ -6,11 +6,13 @@ Importing it registers the stand-in: only processes of a test of their own may.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from shampoo3d import Distribution, Shampoo, ShampooHyperParams, StepRefusedError
 from shampoo3d.distributed.topology import ParallelGroups, Topology
@@ -148,6 +150,31 @@ def trajectory(layout: str, preset: str, expected: Sequence[Tensor]) -> tuple[li
         assert session.optimizer.skipped_steps == 1
         assert {entry["step"] for entry in session.optimizer.state.values()} == {6}
     return reads, len(gpu.launches)
+
+
+def checkpoints(layout: str, preset: str, folder: Path, expected: Sequence[Tensor]) -> None:
+    """Save right after a step that was skipped, and go on from a folder and from a dictionary."""
+    with on_device():
+        session = Session(layout, PRESETS[preset]).train(0, 1, 2).put(3)
+        spoil(session)
+        session.optimizer.step()
+        session.optimizer.save_checkpoint(folder)
+        # That of slices is the state itself, not a copy, as with any optimizer of PyTorch.
+        state = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, session.optimizer.state_dict())
+        before = session.weights()
+        session.train(3, 4, 5).check(expected)
+        after = session.weights()
+        for load in ("folder", "dictionary"):
+            resumed = Session(layout, PRESETS[preset])
+            if load == "folder":
+                resumed.optimizer.load_checkpoint(folder)
+            else:
+                resumed.optimizer.load_state_dict(state)
+                for param, weight in zip(resumed.params, before, strict=True):
+                    param.data.copy_(weight)
+            assert all(map(torch.equal, resumed.weights(), before))
+            assert resumed.optimizer.skipped_steps == 1
+            assert all(map(torch.equal, resumed.train(3, 4, 5).weights(), after)), (layout, load)
 
 
 # ---- faults of the last rank, each undone afterwards

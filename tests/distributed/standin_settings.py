@@ -13,7 +13,7 @@ PRESETS = {
     "soap": ShampooHyperParams.soap(block_size=8),
     "classic": ShampooHyperParams.classic(block_size=8, matrix_eps=1e-4),
 }
-for _name in ("default", "classic"):
+for _name in ("default", "soap", "classic"):
     _hp = PRESETS[_name]
     PRESETS[f"{_name}, asynchronous"] = replace(_hp, computation=replace(_hp.computation, asynchronous=True))
 

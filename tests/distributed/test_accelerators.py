@@ -1,12 +1,25 @@
 """Replicas, root copies and shards on several ranks of the stand-in for an accelerator."""
 
 import importlib
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from .harness import started, wait
 from .standin_settings import PRESETS, expected
 
-LAYOUTS = ("replicas", "root copies", "pieces", "one slice")
+SHARDED = ("pieces", "one slice")
+LAYOUTS = ("replicas", "root copies", *SHARDED)
+
+
+def some_or_all(some: Iterable[tuple[str, str]], all_: Iterable[tuple[str, str]]) -> Any:
+    """Parametrize a test by cases that the same processes go through; all of them are slow."""
+    return pytest.mark.parametrize(
+        "cases", [[*some], pytest.param([*all_], marks=pytest.mark.slow)], ids=["some", "all"]
+    )
 
 
 def _case(name: str, calls: list[tuple[Any, ...]]) -> list[Any]:
@@ -17,16 +30,26 @@ def _case(name: str, calls: list[tuple[Any, ...]]) -> list[Any]:
 def on_ranks(world: int, name: str, calls: list[tuple[Any, ...]]) -> list[list[Any]]:
     """Call a case on all ranks, for each of these arguments; return for each the results of all ranks."""
     with started(_case, world, name, calls) as ranks:
-        wait(ranks, 60.0)
+        wait(ranks, 120.0)
         assert not any(rank.error for rank in ranks), "\n".join(rank.error for rank in ranks)
         return [*map(list, zip(*(rank.result for rank in ranks), strict=True))]
 
 
-def test_steps_are_those_of_one_process_and_the_host_reads_nothing() -> None:
-    calls = [(layout, preset, expected(preset, 6)) for layout in LAYOUTS for preset in PRESETS]
+SOME = [("replicas", preset) for preset in PRESETS] + [(layout, "default, asynchronous") for layout in LAYOUTS[1:]]
+
+
+@some_or_all(SOME, itertools.product(LAYOUTS, PRESETS))
+def test_steps_are_those_of_one_process_and_the_host_reads_nothing(cases: list[tuple[str, str]]) -> None:
+    calls = [(layout, preset, expected(preset, 6)) for layout, preset in cases]
     for (layout, preset, _), results in zip(calls, on_ranks(2, "trajectory", calls), strict=True):
         for reads, _ in results:
             assert reads[1:] == [0] * 6, (layout, preset, reads)
+
+
+@some_or_all([("root copies", "default"), ("one slice", "soap, asynchronous")], itertools.product(LAYOUTS, PRESETS))
+def test_checkpoints_go_out_and_in(cases: list[tuple[str, str]], tmp_path: Path) -> None:
+    calls = [(*case, tmp_path / "-".join(case), expected(case[1], 6)) for case in cases]
+    on_ranks(2, "checkpoints", calls)
 
 
 REFUSED = {
@@ -39,9 +62,12 @@ REFUSED = {
 }
 
 
-def test_what_a_step_cannot_use_is_refused_by_all_at_the_next_one() -> None:
-    calls = [(layout, name, expected("default", 6)) for layout in LAYOUTS for name in REFUSED]
-    calls = [call for call in calls if call[0] in ("replicas", "root copies") or call[1] != "not averaged"]
+@some_or_all(
+    [*(("replicas", name) for name in REFUSED), ("one slice", "no gradient"), ("pieces", "another shape")],
+    [pair for pair in itertools.product(LAYOUTS, REFUSED) if pair not in itertools.product(SHARDED, ["not averaged"])],
+)
+def test_what_a_step_cannot_use_is_refused_by_all_at_the_next_one(cases: list[tuple[str, str]]) -> None:
+    calls = [(layout, name, expected("default", 6)) for layout, name in cases]
     for (layout, name, _), results in zip(calls, on_ranks(2, "fault", calls), strict=True):
         for rank, (errors, skipped, reads) in enumerate(results):
             assert errors[0] == "", (layout, name, errors)

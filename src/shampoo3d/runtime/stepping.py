@@ -83,11 +83,12 @@ class Stepping(Optimizer):
 
         Of one that will not count, as this rank knows already but the others do not, it only launches what is awaited.
         """
-        bound, last, idle, mask = self._bound, self._last, False, None
+        bound, last, idle = self._bound, self._last, False
         assert bound is not None
+        # Also of a step that is known to count, so that a run that goes on from a checkpoint rounds as before.
+        mask = None if agreement.known and agreement.has("host") else agreement.mask
         if not agreement.known:
             idle = agreement.news and agreement.verdict not in (Verdict.STEP, Verdict.SKIP)
-            mask = agreement.mask
             agreement.send()
         if idle:
             assert last is not None  # others are calm, and so there was a step like theirs
