@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from shampoo3d import Distribution, Shampoo, ShampooHyperParams, StepRefusedError
+from shampoo3d import Computation, Distribution, Shampoo, ShampooHyperParams, StepRefusedError
 from shampoo3d.distributed.topology import ParallelGroups, Topology
 from shampoo3d.engines import reading
 from shampoo3d.engines.engine import GroupContent, LocalShard
@@ -23,6 +24,7 @@ from shampoo3d.numerics import background
 from shampoo3d.planning.layout import Shard
 from standin import DEVICE, Accelerator, AtOnce, accelerator
 
+from . import standin_settings
 from .standin_settings import PRESETS, gradients, weights
 
 Span = tuple[int, int]
@@ -175,6 +177,23 @@ def checkpoints(layout: str, preset: str, folder: Path, expected: Sequence[Tenso
             assert all(map(torch.equal, resumed.weights(), before))
             assert resumed.optimizer.skipped_steps == 1
             assert all(map(torch.equal, resumed.train(3, 4, 5).weights(), after)), (layout, load)
+
+
+def launches(layout: str, layers: int) -> list[list[str]]:
+    """Return the launches of two steps of one phase, with a refresh, of a model of so many layers."""
+    layer = [(24, 8), (24,), (8, 8), (8,), (32, 8), (32,), (8, 32), (8,)]
+    with on_device() as gpu, mock.patch.object(standin_settings, "SHAPES", layer * layers):
+        often = Computation(root_storage="bfloat16", momentum_storage="bfloat16", refresh="together")
+        hp = ShampooHyperParams.default(block_size=8, preconditioning_compute_steps=1, computation=often)
+        session = Session(layout, hp)
+        session.train(0, 1)
+        found = []
+        for t in (2, 3):
+            session.put(t)
+            gpu.clear()
+            session.optimizer.step()
+            found.append(list(gpu.launches))
+    return found
 
 
 # ---- faults of the last rank, each undone afterwards

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,17 @@ def test_steps_are_those_of_one_process_and_the_host_reads_nothing(cases: list[t
 def test_checkpoints_go_out_and_in(cases: list[tuple[str, str]], tmp_path: Path) -> None:
     calls = [(*case, tmp_path / "-".join(case), expected(case[1], 6)) for case in cases]
     on_ranks(2, "checkpoints", calls)
+
+
+def test_depth_and_blocks_add_no_launches() -> None:
+    """But where each parameter is a slice of its own, as under FSDP2, each costs some."""
+    layouts = ("replicas", "root copies", "one slice")
+    calls = [(layout, layers) for layout in layouts for layers in (2, 4)]
+    results = on_ranks(2, "launches", calls)
+    for layout, few, many in zip(layouts, results[::2], results[1::2], strict=True):
+        for (first, second), (_, deep) in zip(few, many, strict=True):
+            assert first == second
+            assert Counter(deep) == Counter(first), layout
 
 
 REFUSED = {

@@ -130,9 +130,10 @@ class Communicator:
             wide = width(bucket, items)
             send = self._buffer((kind, "out"), wide, dtype)
             receive = self._buffer((kind, "in"), wide * self.group.size, dtype)
-            own = bucket[self.rank]
-            for number, target in zip(own, _split(send, [items[n][1] for n in own]), strict=True):
-                target.copy_(mine(number).reshape(-1))
+            if own := bucket[self.rank]:
+                pieces = [mine(number) for number in own]
+                targets = _split(send, [items[number][1] for number in own])
+                torch._foreach_copy_([x.view(p.shape) for x, p in zip(targets, pieces, strict=True)], pieces)
             with _exchanging(kind, self.group):
                 if not receive.is_meta:
                     all_gather(receive.view(torch.uint8), send.view(torch.uint8), group=self.group.handle)

@@ -173,8 +173,9 @@ class Exchange:
         state = getattr(torch, self.team.share.sharding_of(number).state_dtype)
         kept = {kept_dtype(name, team.hp, state) for name in copied_names(team.hp)}
         dtype = kept.pop() if len(kept) == 1 else state
-        for index, flat in self.communicator.all_to_all("roots", number, dtype, out, into).wait().items():
-            roots[index].copy_(flat.view(roots[index].shape))
+        if arrived := self.communicator.all_to_all("roots", number, dtype, out, into).wait():
+            new = [flat.view(roots[index].shape) for index, flat in arrived.items()]
+            torch._foreach_copy_([roots[index] for index in arrived], new)
 
     def _take_home(self, travelling: Travelling) -> None:
         if arrived := travelling.wait():
