@@ -102,7 +102,8 @@ class FlatBucket:
         gradient = self.group_tensor.gradient
         if gradient is None or not self.steps(steps):
             return False
-        G, t = kept(gradient.to(self.dtype), inplace=False), steps[self.group_tensor]
+        G, t = gradient.to(self.dtype), steps[self.group_tensor]
+        G = kept(G, inplace=G is not gradient)
         self.started, self.age = phase(t, self.hp).started, self.hp.weight_updates(t)
         if not self.age:
             self.D, self.S = G, G.clone()
