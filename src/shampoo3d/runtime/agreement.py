@@ -102,8 +102,8 @@ class Agreement:
         return all(here == device and here.type != "cpu" for _, here in kinds)
 
     def _failed_roots(self) -> list[Tensor]:
-        """Return the numbers of roots that failed on this rank before, if they are limited."""
-        if self._hp.computation.max_root_failures is None:
+        """Return the numbers of roots that failed on this rank before, if they are limited and not on the host."""
+        if self._hp.computation.max_root_failures is None or not self._on_device:
             return []
         return [batch.stack.root_failures for share in self._shares for batch in share.team.batches]
 
