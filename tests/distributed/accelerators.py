@@ -13,15 +13,20 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Rows
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.utils._pytree import tree_map
 
 from shampoo3d import Computation, Distribution, Shampoo, ShampooHyperParams, StepRefusedError
 from shampoo3d.distributed.topology import ParallelGroups, Topology
 from shampoo3d.engines import reading
+from shampoo3d.engines.dtensor import local
 from shampoo3d.engines.engine import GroupContent, LocalShard
 from shampoo3d.engines.native import Torch
 from shampoo3d.numerics import background
-from shampoo3d.planning.layout import Shard
+from shampoo3d.planning.shards import Shard
 from standin import DEVICE, Accelerator, AtOnce, accelerator
 
 from . import standin_settings
@@ -74,14 +79,20 @@ class Pieces(Torch):
         return shards
 
 
+def _rows(tensors: Sequence[Tensor]) -> list[Tensor]:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    return [x.detach().tensor_split(world)[rank].contiguous() for x in tensors]
+
+
 class Session:
     """An optimizer of parameters in some layout on the device."""
 
     def __init__(self, layout: str, hp: ShampooHyperParams) -> None:
         copies = Distribution(root_copies=dist.get_world_size() if layout == "root copies" else 1)
-        if layout in ("replicas", "root copies"):
-            self.cut: Callable[[Sequence[Tensor]], list[Tensor]] = list
-            self.params = [nn.Parameter(w.to(DEVICE)) for w in weights()]
+        self.layout = layout
+        if layout in ("replicas", "root copies", "fsdp2"):
+            self.cut: Callable[[Sequence[Tensor]], list[Tensor]] = _rows if layout == "fsdp2" else list
+            self.params = [nn.Parameter(x) for x in self.placed(weights())]
             self.optimizer = Shampoo(self.params, lr=0.01, hyperparams=hp, distribution=copies)
         else:
             engine = Pieces(one=layout == "one slice")
@@ -90,9 +101,19 @@ class Session:
             self.optimizer = Shampoo(engine.params, lr=0.01, hyperparams=hp, distribution=copies)
             self.optimizer.param_groups[0]["params"] = [*self.params]
 
+    def placed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What this rank stores of the tensors, on the device."""
+        here = [piece.to(DEVICE) for piece in self.cut(tensors)]
+        if self.layout != "fsdp2":
+            return here
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
+        kinds = (TensorMeta(x.shape, x.stride(), x.dtype) for x in tensors)
+        specs = (DTensorSpec(mesh, (Rows(0),), tensor_meta=kind) for kind in kinds)
+        return [DTensor(x, spec, requires_grad=False) for x, spec in zip(here, specs, strict=True)]  # type: ignore[call-arg]
+
     def put(self, t: int) -> "Session":
-        for param, gradient in zip(self.params, self.cut(gradients(t)), strict=True):
-            param.grad = gradient.to(DEVICE)
+        for param, gradient in zip(self.params, self.placed(gradients(t)), strict=True):
+            param.grad = gradient
         return self
 
     def train(self, *steps: int) -> "Session":
@@ -101,7 +122,7 @@ class Session:
         return self
 
     def weights(self) -> list[Tensor]:
-        return [param.detach().cpu().clone() for param in self.params]
+        return [local(param).detach().cpu().clone() for param in self.params]
 
     def check(self, expected: Sequence[Tensor], tolerance: float = 1e-9) -> None:
         for a, b in zip(self.weights(), self.cut(expected), strict=True):
@@ -126,7 +147,7 @@ def spoil(session: Session) -> None:
     if odd():
         grad = session.params[-1].grad
         assert grad is not None
-        grad.view(-1)[-1] = float("nan")
+        local(grad).view(-1)[-1] = float("nan")
 
 
 # ---- steps that count and steps that do not
@@ -173,7 +194,7 @@ def checkpoints(layout: str, preset: str, folder: Path, expected: Sequence[Tenso
             else:
                 resumed.optimizer.load_state_dict(state)
                 for param, weight in zip(resumed.params, before, strict=True):
-                    param.data.copy_(weight)
+                    local(param).detach().copy_(weight)
             assert all(map(torch.equal, resumed.weights(), before))
             assert resumed.optimizer.skipped_steps == 1
             assert all(map(torch.equal, resumed.train(3, 4, 5).weights(), after)), (layout, load)
