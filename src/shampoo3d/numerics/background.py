@@ -51,7 +51,7 @@ class Background(Generic[T]):
 def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return numbers of the host as a tensor on the device; the host does not wait for the copy."""
     pinned = device.type == "cuda"  # from other memory a copy would wait
-    return torch.tensor(numbers, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=pinned).to(device, non_blocking=True)
 
 
 class Late:
