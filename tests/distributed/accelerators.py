@@ -102,7 +102,7 @@ class Session:
             self.optimizer.param_groups[0]["params"] = [*self.params]
 
     def placed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What this rank stores of the tensors, on the device."""
+        """Return the part of each tensor that this rank stores, on the device."""
         here = [piece.to(DEVICE) for piece in self.cut(tensors)]
         if self.layout != "fsdp2":
             return here

@@ -82,7 +82,7 @@ REFUSED = {
 
 
 ELSEWHERE = {("fsdp2", "another shape"), *itertools.product(SHARDED, ["not averaged"])}
-"""That ``.data`` of a ``DTensor`` is another one is nobody's mistake; shards have no replicas to differ from."""
+"""Faults that do not occur: nobody exchanges ``.data`` of a ``DTensor``, and shards have no replicas to differ from."""
 
 
 @some_or_all(
