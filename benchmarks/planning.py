@@ -2,9 +2,9 @@
 
 python benchmarks/planning.py [--models 7B 70B] [--blocks auto 128] [--output benchmarks/results/planning.json]
 
-A stage of the pipeline is planned, as each of its ranks does it: matrices are described and checked, blocks get owners.
-Each case is a process of its own, so that its memory is its own. Nothing is allocated and no ranks are started. One rank
-then lists what it has to do in a step: that takes as long as it has blocks and stores parts of others.
+A stage of the pipeline is planned, as each of its ranks does it: matrices are described and checked, blocks owned.
+Each case is a process of its own, so that its memory is its own. Nothing is allocated and no ranks are started. Then
+one rank lists what it has to do in a step: that takes as long as it has blocks and stores parts of others.
 """
 
 import argparse

@@ -60,7 +60,7 @@ def fsdp(shapes: list[Shape], ranks: int, hp: ShampooHyperParams) -> list[Matrix
 def test_blocks_that_are_counted_travel_hardly_more_and_have_all_turns(layout: Any, ranks: int) -> None:
     """Layers of equal matrices: blocks listed and counted, at home and by turns."""
     hp = ShampooHyperParams(block_size=16, preconditioning_compute_steps=5)
-    shapes = [(96, 64), (64, 96), (64, 64), (7,)] * 15
+    shapes = [(80, 64), (64, 80), (80, 80), (7,)] * 15  # 65 blocks in a layer: each has the turns of the last
     held = (sliced if layout == "sliced" else layout)(shapes, ranks, hp)
     one_by_one, counted = every_way(held, range(ranks), hp)
     total = sum(block.elements for block in counted.blocks)

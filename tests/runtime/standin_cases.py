@@ -17,7 +17,7 @@ from standin import DEVICE, Accelerator, AtOnce, accelerator
 
 SHAPES = [(16, 8), (16,), (12, 12), (8, 4, 3, 3)]
 READS = {
-    "runtime/assemble.py:checksum": "at binding: replicas are compared",
+    "runtime/records.py:checksum": "at binding: replicas are compared",
     "runtime/agreement.py:_read_votes": "after binding, and where the host has news: other gradients, an error",
 }
 PRESETS = {

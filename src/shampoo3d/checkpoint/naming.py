@@ -12,8 +12,8 @@ import torch
 from shampoo3d.distributed.collectives import all_gather_object
 from shampoo3d.distributed.topology import ParallelGroups
 from shampoo3d.planning.shards import Shard
-from shampoo3d.runtime.assemble import checksum
 from shampoo3d.runtime.bindings import Binding
+from shampoo3d.runtime.records import checksum
 from shampoo3d.runtime.team import Team
 
 Ranks = tuple[int, ...]
@@ -76,7 +76,7 @@ def _different(parallel: ParallelGroups, teams: Sequence[Team], shared: Mapping[
         for binding in team.bindings:
             if binding.matrix.name in shared:
                 here = binding.group_tensor.flat[binding.offset : binding.offset + binding.elements]
-                part = next(h.shard for h in binding.matrix.holders if h.rank == team.rank)
+                part = binding.matrix.shard_of(team.rank)
                 mine[binding.matrix.name, team.plan.ranks] = {part: checksum(here)}
     everywhere: dict[tuple[str, Ranks], dict[Shard, Sums]] = {}
     for on_rank in all_gather_object(parallel.world, mine):

@@ -35,14 +35,16 @@ def own_state(teams: Sequence[Team], numbers: Mapping[Tensor, int]) -> dict[str,
 
 def parts_of(team: Team, binding: Binding, *, everything: bool) -> Iterator[Shard]:
     """Yield this rank's shard of a matrix: always with ``everything``, else only in the first shard group."""
-    for holder in binding.matrix.holders:
-        if holder.rank == team.rank and (everything or holder.shard_group == first_shard_group(binding)):
-            yield holder.shard
+    holders = binding.matrix.holders
+    holder = holders.of_rank.get(team.rank)
+    if holder and (everything or holder.shard_group == first_shard_group(binding)):
+        yield holder.shard
 
 
 def first_shard_group(binding: Binding) -> int:
     """Return the number of the first shard group."""
-    return min(holder.shard_group for holder in binding.matrix.holders)
+    holders = binding.matrix.holders
+    return min(holders.shard_groups)
 
 
 def layout_of(teams: Sequence[Team]) -> list[str]:

@@ -99,6 +99,11 @@ class Sharding:
         """Ranks of each shard group."""
         return self.holders.shard_groups
 
+    def shard_of(self, rank: int) -> Shard:
+        """Return the shard on a rank, which is empty on ranks that are no holders."""
+        holder = self.holders.of_rank.get(rank)
+        return holder.shard if holder else Shard.whole(self.shape).range(0, 0)
+
     @property
     def replica_groups(self) -> dict[tuple[int, Shard], tuple[int, ...]]:
         """Ranks that store the same shard, for each shard group and shard that is not empty."""
@@ -212,6 +217,10 @@ class Matrix:
         return tuple(
             Part(Block((a,), (b - a,)), shape) for a, b, shape in equal_in_row(block.shape for block in self.blocks)
         )
+
+    def shard_of(self, rank: int) -> Shard:
+        """Return the shard on a rank, which is empty on ranks that are no holders."""
+        return self.sharding.shard_of(rank)
 
     @property
     def merged(self) -> Shape:

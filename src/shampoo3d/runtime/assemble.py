@@ -3,37 +3,35 @@
 import math
 from collections import ChainMap, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from shampoo3d.distributed.collectives import all_gather_object, first_error
+from shampoo3d.distributed.collectives import all_gather_distinct, all_gather_object, first_error
 from shampoo3d.distributed.errors import during
 from shampoo3d.distributed.topology import ParallelGroups
 from shampoo3d.engines.engine import LocalShard
 from shampoo3d.engines.parameters import ParameterRegistry, check_supported, sharing_memory
-from shampoo3d.engines.reading import engine, local, read
+from shampoo3d.engines.reading import engine, read
 from shampoo3d.engines.roles import Facts
 from shampoo3d.planning.assignment import in_order, make_plans
 from shampoo3d.planning.grid import describe
-from shampoo3d.planning.layout import Matrix, Sharding
+from shampoo3d.planning.layout import Matrix
 from shampoo3d.planning.plan import Plan
-from shampoo3d.planning.shards import Holder, Holders, Shard
 from shampoo3d.planning.stagger import factored_blocks, refresh_turns
 from shampoo3d.runtime.bindings import Binding, GroupTensor
 from shampoo3d.runtime.buckets import flat_buckets
 from shampoo3d.runtime.exchange import Exchange
+from shampoo3d.runtime.records import Record, exchanged
 from shampoo3d.runtime.team import Team
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.validation import short
 
 Ranks = tuple[int, ...]
-Checksum = tuple[float, float]
 
 
 def is_trainable(param: Tensor) -> bool:
@@ -68,7 +66,7 @@ def assemble(
     stored, tied = _read(groups, registry, parallel, distribution, known)
     if registry.roles.ignored:  # of a pipeline one rank has the embedding, another one the output layer
         facts = registry.roles.facts({s.original: s.shape for s in stored})
-        registry.roles.find(Facts.joined(all_gather_object(parallel.world, facts)))
+        registry.roles.find(Facts.joined(all_gather_distinct(parallel.world, facts)))
     by_team = _teams(stored, registry, parallel)
     matrices: dict[Ranks, list[Matrix]] = {}
     error = ""
@@ -213,44 +211,6 @@ def _teams(
     return dict(by_team)
 
 
-class RankRecord(NamedTuple):
-    """Record that one rank sends to its team: settings and, for each matrix, its sharding, local shard and checksum.
-
-    Each of ``shards`` has the number of its shard group; ``steps`` are those taken with the state that there is.
-    """
-
-    settings: dict[str, Any]
-    shardings: list[Sharding]
-    shards: list[tuple[int, Shard]]
-    checksums: list[Checksum]
-    steps: list[int]
-
-
-def _record(
-    members: Sequence[tuple[LocalShard, int]],
-    groups: Sequence[Mapping[str, Any]],
-    registry: ParameterRegistry,
-    distribution: Distribution,
-    known: Mapping[Tensor, int],
-) -> RankRecord:
-    settings = {field.name: getattr(of, field.name) for of in (registry.roles.hp, distribution) for field in fields(of)}
-    record, in_slices = RankRecord(settings, [], [], [], []), registry.flat
-    for s, shard_group in members:
-        excluded = registry.roles.of(s.original)
-        if not groups[s.group]["precondition"]:
-            excluded = "its parameter group has precondition=False"
-        dtype, model_dtype = (str(tensor.dtype).removeprefix("torch.") for tensor in (s.tensor, s.original))
-        name, split = registry.names[s.original], registry.split.get(s.original, ())
-        kernel = s.original in registry.roles.kernels
-        sharding = Sharding(name, s.shape, dtype, Holders(), s.sharded, s.divided, excluded, model_dtype, split, kernel)
-        record.shardings.append(sharding)
-        record.shards.append((shard_group, s.shard))
-        record.steps.append(0 if in_slices else known.get(s.tensor, 0))
-        flat = local(s.tensor).reshape(-1)
-        record.checksums.append(checksum(flat[s.offset : s.offset + s.shard.elements]))
-    return record
-
-
 def _matrices(
     ranks: Ranks,
     members: Sequence[tuple[LocalShard, int]],
@@ -261,79 +221,19 @@ def _matrices(
     known: Mapping[Tensor, int],
 ) -> tuple[list[Matrix], str]:
     """Describe the matrices of a team by the shards on its ranks, or return how the ranks differ. Collective."""
-    record = _record(members, groups, registry, distribution, known)
-    table = all_gather_object(parallel.group(ranks), record)
+    record = Record(members, groups, registry, distribution, known)
+    stored, error = exchanged(parallel.group(ranks), record)
     matrices: list[Matrix] = []
-    if error := _differences(ranks, table):
-        return matrices, error
-    for number, sharding in enumerate(record.shardings):
-        shards = [row.shards[number] for row in table]
-        holders = (Holder(rank, shard, group) for rank, (group, shard) in zip(ranks, shards, strict=True))
+    for sharding, holders in zip(record.common.shardings, stored, strict=not error):
         try:
-            stored = replace(sharding, holders=Holders(holders)).with_shard_groups(distribution.root_copies)
-            matrix = describe(stored, registry.roles.hp, parallel.world.size)
+            sharding = replace(sharding, holders=holders).with_shard_groups(distribution.root_copies)
+            matrix = describe(sharding, registry.roles.hp, parallel.world.size)
         except ValueError as raised:
             return matrices, str(raised)
         if gaps := matrix.gaps():
             return matrices, f"the storage of {matrix.name!r} of shape {matrix.shape} can't be explained: {gaps}"
         matrices.append(matrix)
-    return matrices, ""
-
-
-def _differences(ranks: Ranks, table: Sequence[RankRecord]) -> str:
-    """Describe how ranks of a team differ: in settings, in parameters, or in the values of replicas."""
-    first = table[0]
-    for rank, row in zip(ranks, table, strict=True):
-        pairs: list[tuple[str, Any, Any]] = [(name, first.settings[name], row.settings[name]) for name in row.settings]
-        shardings = enumerate(zip(first.shardings, row.shardings, strict=False))
-        pairs += ((f"parameter {number}", one, other) for number, (one, other) in shardings)
-        pairs += (
-            (f"the step of {sharding.name}", one, other)
-            for sharding, one, other in zip(first.shardings, first.steps, row.steps, strict=False)
-        )
-        pairs.append(("number of parameters", len(first.shardings), len(row.shardings)))
-        for subject, one, other in pairs:
-            if one != other:
-                return _differ(subject, ranks[0], one, rank, other)
-    differing = (_other_values(ranks, table, number) for number in range(len(first.shardings)))
-    return next(filter(None, differing), "")
-
-
-def _other_values(ranks: Ranks, table: Sequence[RankRecord], number: int) -> str:
-    """Describe which ranks store different values of the same elements of a matrix."""
-    sharding = table[0].shardings[number]
-    subject = f"sum and magnitude of {sharding.name}"
-    first_of: dict[Any, tuple[int, Checksum]] = {}
-    totals: dict[int, tuple[int, Checksum]] = {}
-    for rank, row in zip(ranks, table, strict=True):
-        own, shard = row.checksums[number], row.shards[number]
-        first_rank, first = first_of.setdefault(shard, (rank, own))
-        if repr(own) != repr(first):  # also where they are NaN
-            return _differ(subject, first_rank, first, rank, own)
-        group, _ = shard
-        start, (total, magnitude) = totals.get(group, (rank, (0.0, 0.0)))
-        totals[group] = start, (total + own[0], magnitude + own[1])
-    # Every shard group of a sharded matrix has all elements; sums in another order differ by rounding.
-    first_rank, first = next(iter(totals.values()))
-    for rank, total_ in totals.values():
-        if sharding.sharded and abs(total_[1] - first[1]) > 1e-9 * first[1]:
-            return _differ(subject, first_rank, first, rank, total_)
-    return ""
-
-
-def _differ(subject: str, first_rank: int, first: Any, rank: int, other: Any) -> str:
-    return (
-        f"ranks of one data-parallel group must hold the same parameters, but {subject} is {_shown(first)} on rank "
-        f"{first_rank} and {_shown(other)} on rank {rank}; if these ranks are not replicas of each other, pass "
-        "topology= or, for shards of one matrix, set tensor_model_parallel and partition_dim on the parameter"
-    )
-
-
-def _shown(value: Any) -> str:
-    if not isinstance(value, Sharding):
-        return str(value)
-    split = f" splits {dict(value.split)}" if value.split else ""
-    return f"{value.name} {value.shape} {value.dtype}{split}"
+    return matrices, error
 
 
 def _different_plans(plans: Sequence[Plan], parallel: ParallelGroups) -> str:
@@ -364,9 +264,3 @@ def check_shapes(shapes: Sequence[Sequence[int]] | None, params: Sequence[Tensor
         index = next((i for i, (a, b) in enumerate(zip(claimed, actual, strict=False)) if a != b), None)
         detail = "" if index is None else f": number {index} is {claimed[index]}, the parameter's is {actual[index]}"
         raise ValueError(f"shapes has {len(claimed)} entries for {len(actual)} trainable parameters{detail}")
-
-
-def checksum(tensor: Tensor) -> tuple[float, float]:
-    """Compute the sum and the sum of magnitudes in float64: equal on replicas."""
-    values = tensor.detach().to(torch.float64)
-    return values.sum().item(), values.abs().sum().item()

@@ -216,7 +216,7 @@ def _bindings(shares: Iterable[tuple[Plan, Sequence[Matrix]]], rank: int) -> lis
 
 
 def _part(sharding: Sharding, rank: int) -> Shard:
-    return sharding.holders.of_rank[rank].shard
+    return sharding.shard_of(rank)
 
 
 def _parameter(shape: Sequence[int], dtype: str) -> Tensor:

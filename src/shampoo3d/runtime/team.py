@@ -116,9 +116,10 @@ class Team:
         if any(binding.matrix.sharded for binding in self.bindings):
             return set()
         ranks = set(self.group.ranks)
-        for binding in self.bindings:
-            shards = {holder.rank: holder.shard for holder in binding.matrix.holders}
-            ranks &= {rank for rank in ranks if shards.get(rank) == shards[self.rank]}
+        for holders in {binding.matrix.holders for binding in self.bindings}:
+            own = holders.of_rank.get(self.rank)
+            stored = {holder.rank for holder in holders if own and holder.shard == own.shard}
+            ranks &= stored if own else ranks - holders.of_rank.keys()
         return ranks
 
     def binding_of(self, slot: int) -> Binding:
