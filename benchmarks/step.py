@@ -32,6 +32,7 @@ from shampoo3d.planning.blocks import Grid, cut, parts_at_most
 
 LAYERS = {256: 4, 512: 2, 768: 1, 1024: 1}
 VOCABULARY = CONTEXT = 128
+PLAIN = Computation()
 NEVER = 10_000  # steps between refreshes, where none is to be seen
 
 
@@ -103,12 +104,14 @@ class Clock:
 
 
 def gradient(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Random, its singular values falling about as 1/i."""
+    """Random, on the generator's device, its singular values falling about as 1/i."""
+    device = generator.device
     if len(shape) == 1:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device=device)
     rank = min(shape)
-    left, right = (torch.randn(size, generator=generator) for size in ((shape[0], rank), (rank, shape[1])))
-    G: Tensor = (left / torch.arange(1, rank + 1)) @ right / math.prod(shape) ** 0.5
+    sizes = (shape[0], rank), (rank, shape[1])
+    left, right = (torch.randn(size, generator=generator, device=device) for size in sizes)
+    G: Tensor = (left / torch.arange(1, rank + 1, device=device)) @ right / math.prod(shape) ** 0.5
     return G
 
 
@@ -200,10 +203,12 @@ def _row(case: Case, contender: Contender, seconds: list[float], process: list[f
 # ---- the bound of matrix products ------------------------------------------------------------------------------------
 
 
-def products(case: Case, repeats: int, exponent: int, device: torch.device) -> dict[str, Any]:
+def products(
+    case: Case, repeats: int, exponent: int, device: torch.device, computation: Computation = PLAIN
+) -> dict[str, Any]:
     """Time the products of a plain step with ``torch.bmm`` alone, in our stacks and in the whole of our step."""
     clock = Clock(device)
-    optimizer = shampoo(with_gradients(case.shapes, device), case.block, NEVER, exponent, Computation())
+    optimizer = shampoo(with_gradients(case.shapes, device), case.block, NEVER, exponent, computation)
     optimizer.step()
     bare = [work for shape, count in case.stacks.items() for work in _bare_products(shape, count, device)]
     stacks = list(_stack_products(optimizer))
