@@ -45,7 +45,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is: that of a GPU, or a toy.
+    """Sizes of everything, for a GPU or a toy.
 
     Args:
         models: measured in ``steps``; blocks, refreshes: with each of these, the main ones first.

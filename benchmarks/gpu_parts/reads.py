@@ -28,7 +28,7 @@ EXPECTED = {
 }
 """Reasons why the host waits there."""
 QUIET = {"runtime/assemble.py:checksum", "runtime/bindings.py:_index"}
-"""Those that are over after the first cycle of turns."""
+"""Places where it no longer waits after the first cycle of turns."""
 
 
 def place() -> str:

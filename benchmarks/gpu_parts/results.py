@@ -6,7 +6,7 @@ four times further away, and more than half a percent, is at fault.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
@@ -32,15 +32,16 @@ SHAPES = [
     (32, 8, 2, 2),
 ]  # in square blocks, so that all statistics have full rank
 STEPS, SAVED, RATE, BLOCK = 8, 5, 0.01, 32
-WITHIN, SAME, CROSSED = 5e-3, 1e-3, 5e-2
+WITHIN, SAME, CROSSED = 5e-3, 3e-3, 2e-2
 """Errors and differences of layouts that are no fault; the last after other roundings and methods of roots."""
+FLOAT32 = {"root_storage": "state", "momentum_storage": "state"}
 CHANGES: dict[str, dict[str, Any]] = {
     "": {},
     "asynchronous": {"asynchronous": True},
     "together": {"refresh": "together"},
     "bfloat16 products": {"products": "bfloat16"},
     "bfloat16 state": {"root_storage": "bfloat16", "momentum_storage": "bfloat16"},
-    "float32 state": {"root_storage": "state", "momentum_storage": "state"},
+    "float32 state": FLOAT32,
     "eigh": {"root_method": "eigh"},
 }
 
@@ -121,32 +122,29 @@ def against_float64(bench: Bench) -> Found:
 def process_group(device: torch.device) -> Iterator[None]:
     """Join a process group of one rank, as a script that was written for many does on one GPU."""
     if device.type == "cuda":
-        torch.cuda.set_device(0)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+        torch.cuda.set_device(device)
+    with tempfile.TemporaryDirectory() as place:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{place}/store", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
 
 
-def grouped(hp: ShampooHyperParams, device: torch.device) -> list[Tensor]:
-    with process_group(device):
-        return trained(hp, device, torch.float32)
+def plain(hp: ShampooHyperParams, device: torch.device) -> list[Tensor]:
+    return trained(hp, device, torch.float32)
 
 
 def replicated(hp: ShampooHyperParams, device: torch.device) -> list[Tensor]:
-    with process_group(device):
-        model = nn.parallel.DistributedDataParallel(Bag(device, torch.float32))
-        params = list(model.parameters())
-        return advance(Shampoo(model, RATE, hyperparams=hp), params, range(STEPS))
+    model = nn.parallel.DistributedDataParallel(Bag(device, torch.float32))
+    return advance(Shampoo(model, RATE, hyperparams=hp), list(model.parameters()), range(STEPS))
 
 
 def sharded(hp: ShampooHyperParams, device: torch.device) -> list[Tensor]:
-    with process_group(device):
-        model = Bag(device, torch.float32)
-        fully_shard(model, mesh=init_device_mesh(device.type, (1,)))
-        params = list(model.parameters())
-        return advance(Shampoo(model, RATE, hyperparams=hp), params, range(STEPS))
+    model = Bag(device, torch.float32)
+    fully_shard(model, mesh=init_device_mesh(device.type, (1,)))
+    return advance(Shampoo(model, RATE, hyperparams=hp), list(model.parameters()), range(STEPS))
 
 
 def resumed(hp: ShampooHyperParams, first: torch.device, then: torch.device, folder: bool) -> list[Tensor]:
@@ -167,32 +165,53 @@ def resumed(hp: ShampooHyperParams, first: torch.device, then: torch.device, fol
 
 
 Layout = Callable[[ShampooHyperParams, torch.device], list[Tensor]]
-LAYOUTS: dict[str, tuple[Layout, float]] = {
-    "a process group of one rank": (grouped, SAME),
-    "DistributedDataParallel": (replicated, SAME),
-    "FSDP2": (sharded, SAME),
+ALONE: dict[str, tuple[Layout, float]] = {
     "state dictionary saved and loaded": (lambda hp, device: resumed(hp, device, device, False), SAME),
     "folder saved and loaded": (lambda hp, device: resumed(hp, device, device, True), SAME),
+}
+CROSSING: dict[str, tuple[Layout, float]] = {
     "saved on the device, loaded on the CPU": (lambda hp, device: resumed(hp, device, CPU, True), CROSSED),
     "saved on the CPU, loaded on the device": (lambda hp, device: resumed(hp, CPU, device, True), CROSSED),
+}
+GROUPED: dict[str, tuple[Layout, float]] = {
+    "process group of one rank": (plain, SAME),
+    "DistributedDataParallel": (replicated, SAME),
+    "FSDP2": (sharded, SAME),
 }
 
 
 def in_layouts(bench: Bench) -> Found:
     """Run the layouts; a CPU leaves out asynchronous roots and other devices, which tests run there."""
+    ways: list[dict[str, Any]] = [{}, {"asynchronous": True}] if bench.cuda else [{}]
+    settings = {
+        (name, "asynchronous" if way else "in the step"): preset(name, **way) for name in PRESETS for way in ways
+    }
+    alike = {names: plain(hp, bench.device) for names, hp in settings.items()}
+    for names, hp in settings.items():
+        yield from against(names, hp, alike[names], ALONE, bench.device)
+    for name in PRESETS if bench.cuda else ():
+        hp = preset(name, **FLOAT32)  # with bfloat16, SOAP feels the roundings of another device
+        yield from against((name, "in the step"), hp, plain(hp, bench.device), CROSSING, bench.device)
+    with process_group(bench.device):
+        for names, hp in settings.items():
+            yield from against(names, hp, alike[names], GROUPED, bench.device)
+
+
+def against(
+    names: tuple[str, str],
+    hp: ShampooHyperParams,
+    expected: Sequence[Tensor],
+    layouts: Mapping[str, tuple[Layout, float]],
+    device: torch.device,
+) -> Found:
     start = list(Bag(CPU, torch.float64).weights)
-    for name, changes in product(PRESETS, ({}, {"asynchronous": True}) if bench.cuda else ({},)):
-        hp = preset(name, **changes)
-        plain = trained(hp, bench.device, torch.float32)
-        for layout, (run, most) in LAYOUTS.items():
-            if most == CROSSED and not bench.cuda:
-                continue
-            row = {"preset": name, "roots": "asynchronous" if changes else "in the step", "layout": layout}
-            try:
-                apart = relative(run(hp, bench.device), plain, start)
-            except Exception as error:  # the other layouts are still to be tried
-                yield "layouts", {**row, "difference": None, "verdict": f"{FAULT}: {first_line(error)}"}
-                continue
+    for layout, (run, most) in layouts.items():
+        row = {"preset": names[0], "roots": names[1], "layout": layout}
+        try:
+            apart = relative(run(hp, device), expected, start)
+        except Exception as error:  # the other layouts are still to be tried
+            yield "layouts", {**row, "difference": None, "verdict": f"{FAULT}: {first_line(error)}"}
+        else:
             yield "layouts", {**row, "difference": apart, "verdict": judged(apart, most, "difference")}
 
 

@@ -33,7 +33,7 @@ DEFAULT = "3D-Shampoo default"
 AUTO, BESIDE, SOAP = f"{DEFAULT}, block auto", f"{DEFAULT}, asynchronous", "3D-Shampoo soap"
 ADAMW = "torch AdamW"
 WHOLE = (ADAMW, DEFAULT, AUTO, BESIDE, SOAP)
-"""Those with which training steps of whole models are measured: they know what to do with embeddings."""
+"""Optimizers that know what to do with embeddings: training steps of whole models are measured with them."""
 
 
 def preset(
@@ -65,8 +65,7 @@ def own(bench: Bench) -> list[Contender]:
 
 
 def foreign(bench: Bench) -> list[Contender]:
-    """Return other people's; some of them take long for wide matrices."""
-    return [replace(other, widest=1024) for other in (*map(peer, bench.peers), *optional_contenders())]
+    return [*map(peer, bench.peers), *optional_contenders()]
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
@@ -139,7 +138,7 @@ def steps(bench: Bench) -> Found:
         yield "left out", {"optimizer": "those of pytorch_optimizer", "why": "it is not installed"}
     for model in models:
         yield from compared([Case(model, contender, block, refresh) for contender in own(bench)], prices, adamw)
-        yield from if_it_fits(training(model, prices), model)
+        yield from whatever_happens(training(model, prices), model)
     places = [(b, r) for r in bench.size.refreshes for b in bench.size.blocks if (b, r) != (block, refresh)]
     ours_everywhere = [c for c in own(bench) if c.everywhere and c.refreshes]
     for contender in ours_everywhere[:1]:
@@ -152,12 +151,14 @@ def steps(bench: Bench) -> Found:
         yield from compared([Case(model, contender, block, refresh) for contender in foreign(bench)], prices, adamw)
 
 
-def if_it_fits(found: Found, model: Shape) -> Found:
-    """Go on without the rest where the device has too little memory."""
+def whatever_happens(found: Found, model: Shape) -> Found:
+    """Go on with what comes after; too little memory is no fault."""
     try:
         yield from found
-    except torch.OutOfMemoryError as error:
-        yield "left out", {"model": model.name, "optimizer": "training", "why": first_line(error)}
+    except Exception as error:  # the steps alone are still to be measured
+        verdict = "not measured" if isinstance(error, torch.OutOfMemoryError) else FAULT
+        row = {"model": model.name, "optimizer": "training", "why": first_line(error), "verdict": verdict}
+        yield "left out", row
 
 
 def compared(cases: Sequence[Case], prices: Prices, adamw: dict[str, float]) -> Found:

@@ -151,6 +151,6 @@ def _row(name: str, lr: float, curve: dict[str, Any], target: float, baseline: d
     at, final, seconds = reached(curve, target), curve["losses"][-1], curve["seconds"]["wall"][-1]
     sound = math.isfinite(final) and final < curve["losses"][0]
     row: Row = {"optimizer": name, "rate": lr, "steps": curve["steps"][-1], "loss": final, "seconds": seconds}
-    row |= {"AdamW's loss after steps": at and at["steps"], "after seconds": at and at["wall"]}
-    row |= {"part of AdamW's seconds": at and at["wall"] / baseline["seconds"]["wall"][-1]}
+    told = (at["steps"], at["wall"], at["wall"] / baseline["seconds"]["wall"][-1]) if at else ("not reached",) * 3
+    row |= dict(zip(("AdamW's loss after steps", "after seconds", "part of AdamW's seconds"), told, strict=True))
     return row | {"curve": curve, "verdict": OK if sound else f"{FAULT}: loss {final:.3g}"}
