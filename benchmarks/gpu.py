@@ -20,6 +20,7 @@ from gpu_parts import allocated, graph, rates, reads, results, steps, training
 from gpu_parts.bench import FULL, TOY
 from gpu_parts.page import page
 from gpu_parts.running import Part, failures, run
+from peers import peer
 
 PARTS = {
     "results": Part(results.results, 40, results),
@@ -36,7 +37,9 @@ HERE = Path(__file__).resolve()
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=420.0, help="in which it ought to be done")
-    parser.add_argument("--toy", action="store_true", help="toy sizes on the CPU")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--toy", action="store_true", help="toy sizes on the CPU")
+    sizes.add_argument("--full", action="store_true", help="refuse to run without CUDA, rather than at toy sizes")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--peer", action="append", default=[], help="NAME=MODULE:CALLABLE, see meta_shampoo.py")
     parser.add_argument("--path", action="append", default=[], help="a folder to import peers from")
@@ -45,6 +48,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--from-json", type=Path, help="measure nothing: make the page of these results")
     options = parser.parse_args()
     options.toy = options.toy or not torch.cuda.is_available()
+    if options.full and options.toy:
+        parser.error("--full: there is no CUDA")
     options.device = torch.device("cpu" if options.toy else "cuda:0")
     options.size = TOY if options.toy else FULL
     if options.output is None:
@@ -62,8 +67,12 @@ def main() -> None:
         if options.toy:
             torch.set_num_threads(1)
         sys.path[:0] = options.path
+        for named in options.peer:  # a wrong one is to be told at once
+            peer(named)
         lists = (("--peer", options.peer), ("--path", options.path))
-        passed_on = ["--toy"] * options.toy + [f"{name}={value}" for name, values in lists for value in values]
+        passed_on = ["--toy" if options.toy else "--full"] + [
+            f"{name}={value}" for name, values in lists for value in values
+        ]
         result = run(PARTS, HERE, options, passed_on)
         print(f"{options.output} written")
     if options.page:

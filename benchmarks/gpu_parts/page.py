@@ -7,6 +7,8 @@ from typing import Any
 from gpu_parts.running import Part, cell
 from step_report import markdown
 
+VERSIONS = {"PyTorch": "torch", "Python": "python", "commit": "commit"}
+
 
 def page(result: Mapping[str, Any], parts: Mapping[str, Part]) -> str:
     """Return the whole page in Markdown."""
@@ -14,13 +16,11 @@ def page(result: Mapping[str, Any], parts: Mapping[str, Part]) -> str:
 
 
 def _sections(result: Mapping[str, Any], parts: Mapping[str, Part]) -> Iterator[str]:
-    what = result["setting"]
+    what = {"device": "a GPU that no part could use", "cuda": None, "size": "full"} | result["setting"]
+    circumstances = [what["device"], what["cuda"] and f"CUDA {what['cuda']}", what.get("machine")]
+    circumstances += [f"{name} {what[key]}" for name, key in VERSIONS.items() if key in what]
     yield "# On one GPU"
-    yield (
-        f"Made by `python benchmarks/gpu.py --page docs/gpu.md`: {what['device']}"
-        + (f", CUDA {what['cuda']}" if what["cuda"] else "")
-        + f", {what['machine']}, PyTorch {what['torch']}, Python {what['python']}, commit {what['commit']}."
-    )
+    yield f"Made by `python benchmarks/gpu.py --page docs/gpu.md`: {', '.join(filter(None, circumstances))}."
     if what["size"] != "full":
         yield "**Toy sizes: this page shows that everything runs. Its seconds mean nothing.**"
     yield markdown(

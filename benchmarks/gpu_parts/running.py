@@ -61,8 +61,8 @@ def here(part: Part, bench: Bench, keep: Callable[[Outcome], None]) -> None:
     keep(outcome)
 
 
-def apart(script: Path, name: str, seconds: float, passed_on: Sequence[str]) -> Outcome:
-    """Run a part in another process; return what it wrote, with a status whatever became of it."""
+def apart(script: Path, name: str, seconds: float, passed_on: Sequence[str]) -> tuple[Outcome, dict[str, Any]]:
+    """Run a part in another process; return its outcome, whatever became of it, and what it says of its machine."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "part.json"
@@ -72,17 +72,18 @@ def apart(script: Path, name: str, seconds: float, passed_on: Sequence[str]) -> 
             ended = f"its process ended with exit status {code}"
         except subprocess.TimeoutExpired:
             ended = f"its process was ended after {seconds + GRACE:.0f} s"
-        written = json.loads(output.read_text())["parts"] if output.exists() else {}
-    outcome: Outcome = written.get(name, {"status": RUNNING, "tables": {}})
+        written = json.loads(output.read_text()) if output.exists() else {"parts": {}, "setting": {}}
+    outcome: Outcome = written["parts"].get(name, {"status": RUNNING, "tables": {}})
     if outcome["status"] == RUNNING:
         outcome |= {"status": FAILED, "error": ended}
-    return outcome | {"seconds": round(time.perf_counter() - began, 1)}
+    return outcome | {"seconds": round(time.perf_counter() - began, 1)}, written["setting"]
 
 
 def run(parts: Mapping[str, Part], script: Path, options: Any, passed_on: Sequence[str]) -> dict[str, Any]:
     """Run parts; what is there is written again and again. One alone, and those of a CPU, share this process."""
-    result: dict[str, Any] = {"setting": about(options), "parts": {}}
-    on_gpu = options.device.type == "cuda"
+    # Some GPUs take one process at a time: where parts have their own, this one must not touch it.
+    separate = options.device.type == "cuda" and len(options.only) > 1
+    result: dict[str, Any] = {"setting": {} if separate else about(options), "parts": {}}
     end = time.perf_counter() + options.seconds
 
     def keep(name: str, outcome: Outcome) -> None:
@@ -94,8 +95,10 @@ def run(parts: Mapping[str, Part], script: Path, options: Any, passed_on: Sequen
         share = part.weight / sum(parts[other].weight for other in options.only[number:])
         seconds = max(LEAST, share * (end - time.perf_counter()))
         print(f"== {name}, in {seconds:.0f} s", flush=True)
-        if on_gpu and len(options.only) > 1:
-            keep(name, apart(script, name, seconds, passed_on))
+        if separate:
+            outcome, told = apart(script, name, seconds, passed_on)
+            result["setting"] |= told | {"seconds": options.seconds}
+            keep(name, outcome)
         else:
             bench = Bench(options.device, options.size, seconds, options.peer)
             here(part, bench, partial(keep, name))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,16 +87,39 @@ def test_a_process_that_dies_or_hangs_is_told(
     script = tmp_path / "script.py"
     script.write_text(program)
     monkeypatch.setattr(running, "GRACE", 1.0)
-    outcome = running.apart(script, "part", 0.0, [])
+    outcome, _ = running.apart(script, "part", 0.0, [])
     assert outcome["status"] == running.FAILED
     assert error in outcome["error"]
 
 
 def test_a_part_has_a_process_of_its_own() -> None:
-    outcome = running.apart(HERE, "graph, soap", 30.0, ["--toy"])
+    outcome, told = running.apart(HERE, "graph, soap", 30.0, ["--toy"])
+    assert told["torch"] == torch.__version__
     assert outcome["status"] == NEEDS_CUDA
     assert outcome["error"] == ""
     assert outcome["tables"] == {"replays": [{"preset": "soap", "verdict": NEEDS_CUDA}]}
+
+
+def test_parts_on_a_gpu_are_run_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without touching it here; what they say of the machine is kept, and each gets its share of what time is left."""
+    given: list[tuple[str, float]] = []
+
+    def apart(script: Path, name: str, seconds: float, passed_on: list[str]) -> Any:
+        given.append((name, seconds))
+        return {"status": "finished", "error": "", "seconds": 1.0, "tables": {}}, {
+            "device": "a GPU",
+            "seconds": seconds,
+        }
+
+    monkeypatch.setattr(running, "apart", apart)
+    output = tmp_path / "gpu.json"
+    options = Namespace(only=list(PARTS), device=torch.device("cuda:0"), seconds=420.0, output=output)
+    result = running.run(PARTS, HERE, options, [])
+    assert result == json.loads(output.read_text())
+    assert result["setting"] == {"device": "a GPU", "seconds": 420.0}
+    assert [name for name, _ in given] == list(PARTS)
+    assert given[0][1] == pytest.approx(420 * 40 / sum(part.weight for part in PARTS.values()), rel=0.01)
+    assert given[-1][1] == pytest.approx(420, rel=0.01)  # no time has passed
 
 
 def test_one_dear_case_is_not_tried_with_more_parameters() -> None:
