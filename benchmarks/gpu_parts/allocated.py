@@ -11,9 +11,10 @@ from gpu_parts.bench import FAULT, OK, PRESETS, Bench, Found, Row, put_gradients
 from tasks.models import GPT
 
 from shampoo3d import Shampoo, ShampooHyperParams
+from shampoo3d.planning.assignment import make_plan
 from shampoo3d.planning.grid import describe
-from shampoo3d.planning.layout import Holder, Shard, Sharding
-from shampoo3d.planning.plan import make_plan
+from shampoo3d.planning.layout import Sharding
+from shampoo3d.planning.shards import Holder, Holders, Shard
 from shampoo3d.runtime.memory import Memory, Meter, memory
 
 LAYERS, EVERY = 3, 2
@@ -29,7 +30,7 @@ def foreseen(model: GPT, hp: ShampooHyperParams, device: str) -> Memory:
             name,
             tuple(param.shape),
             str(param.dtype).removeprefix("torch."),
-            (Holder(0, Shard.whole(tuple(param.shape))),),
+            Holders([Holder(0, Shard.whole(tuple(param.shape)))]),
             excluded="embedding" if param in tables and hp.ignore_embedding_layer else "",
         )
         for name, param in model.named_parameters()

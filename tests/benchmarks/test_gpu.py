@@ -146,7 +146,7 @@ def test_the_place_of_a_warning_is_the_function_of_the_package(monkeypatch: pyte
 
     monkeypatch.setattr(torch.Tensor, "tolist", waiting)
     early, late = reads.observed(PRESETS["classic"](block_size=32), CPU)
-    assert set(late) == {"runtime/agreement.py:gradient_norms"}
+    assert set(late) == {"runtime/agreement.py:_read_votes"}
     assert set(early) <= set(reads.EXPECTED)
     assert modes == ["warn", "default"] * reads.STEPS
 

@@ -36,9 +36,8 @@ def own_state(teams: Sequence[Team], numbers: Mapping[Tensor, int]) -> dict[str,
 def parts_of(team: Team, binding: Binding, *, everything: bool) -> Iterator[Shard]:
     """Yield this rank's shard of a matrix: always with ``everything``, else only in the first shard group."""
     holders = binding.matrix.holders
-    holder = holders.of_rank.get(team.rank)
-    if holder and (everything or holder.shard_group == first_shard_group(binding)):
-        yield holder.shard
+    if everything or holders.shard_group_of(team.rank) == first_shard_group(binding):
+        yield binding.matrix.shard_of(team.rank)
 
 
 def first_shard_group(binding: Binding) -> int:

@@ -141,19 +141,21 @@ class Fragment:
         shard_group: that of these ranks.
         ranks: the replica group; each of them stores these elements at the same place.
         piece: the elements, and that place.
+        within: where they are in the block.
     """
 
     block: int
     shard_group: int
     ranks: tuple[int, ...]
     piece: Piece
+    within: tuple[slice, ...]
 
     @property
     def box(self) -> Block:
         """The rectangle of the merged matrix."""
         return self.piece.box
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return self.piece.box.elements
 
@@ -250,9 +252,10 @@ class Matrix:
             yield from (self._fragment(number, stored) for stored in others)
 
     def _fragment(self, number: int, stored: Stored) -> Fragment:
-        inside = stored.piece.cut_to(self.blocks[number])
+        block = self.blocks[number]
+        inside = stored.piece.cut_to(block)
         assert inside is not None
-        return Fragment(number, stored.shard_group, stored.ranks, inside)
+        return Fragment(number, stored.shard_group, stored.ranks, inside, inside.box.within(block))
 
     def _blocks_at(self, box: Block) -> Iterator[int]:
         """Yield the numbers of the blocks that intersect the rectangle."""

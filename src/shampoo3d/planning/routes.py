@@ -58,7 +58,7 @@ def travels(plan: Plan, matrices: Sequence[Matrix]) -> bool:
     if any(matrix.sharded and len(matrix.holders.replica_groups) > 1 for _, matrix in factored):
         return True
     # Of thousands of blocks of which replicas store parts some are not with their owners, and are soon found.
-    apart = (pair for pair in factored if not pair[1].holders.replicated)
+    apart = (pair for pair in factored if pair[1].sharded or not pair[1].holders.replicated)
     return any(t.home != t.keeper for number, matrix in apart for t in _of_matrix(plan, number, matrix, None))
 
 

@@ -120,16 +120,11 @@ class Exchange:
         }
         transfers, anyone = self._due(number, steps, lambda now: now.started)
         pieces = {
-            transfer: blocks[transfer.slot][self._within_block(transfer)]
-            for transfer in transfers
-            if transfer.keeper == self.rank
+            transfer: blocks[transfer.slot][transfer.within] for transfer in transfers if transfer.keeper == self.rank
         }
         dtype = self.team.share.sharding_of(number).update_dtype(self._update_precision)
         ends = [(transfer, transfer.keeper, transfer.home) for transfer in transfers]
         return self._travel("updates", number, dtype, pieces, ends, anyone)
-
-    def _within_block(self, transfer: Transfer) -> tuple[slice, ...]:
-        return transfer.box.within(self._binding(transfer).matrix.blocks[transfer.block])
 
     @cached_property
     def _sharing(self) -> Moment:
@@ -204,7 +199,9 @@ class Exchange:
         """Return the transfers of a round that are due and, the same on all ranks, whether any rank may have one."""
         team = self.team
         stepping = {group_tensor for group_tensor, t in steps.items() if due(phase(t, team.hp))}
-        transfers = [t for t in self._transfers[number] if self._binding(t).group_tensor in stepping]
+        transfers = self._transfers[number]
+        if len(stepping) < len(team.names):
+            transfers = [t for t in transfers if self._binding(t).group_tensor in stepping]
         return transfers, any(binding.group_tensor in stepping for binding in team.bindings if binding.matrix.axes)
 
     @cached_property
@@ -227,7 +224,7 @@ class Exchange:
             for block, slot in zip(item.blocks.unbind(), item.slots, strict=True):
                 for transfer in by_slot[slot]:
                     value = arrived[transfer]
-                    into.append(block[self._within_block(transfer)])
+                    into.append(block[transfer.within])
                     values.append(value.view(into[-1].shape) if value.dim() == 1 else value)
             if into:
                 torch._foreach_copy_(into, values)
