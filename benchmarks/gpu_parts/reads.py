@@ -106,6 +106,7 @@ def forbidden(hp: ShampooHyperParams, device: torch.device) -> str:
                 optimizer.step()
         except RuntimeError as error:
             frames = [f for f in traceback.extract_tb(error.__traceback__) if "/shampoo3d/" in f.filename]
+            frames = [frame for frame in frames if not frame.name.startswith("<")]
             where = f"{frames[-1].filename.rsplit('/shampoo3d/')[-1]}:{frames[-1].name}" if frames else "elsewhere"
             return f"{where}: {first_line(error)}"
     return ""
