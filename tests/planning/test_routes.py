@@ -134,6 +134,14 @@ def test_an_owner_that_stores_nothing_gathers_from_its_own_cover() -> None:
         assert gathered == {0: owner < 2, 2: owner >= 2}
 
 
+def test_gradients_travel_to_an_owner_that_stores_nothing() -> None:
+    holders = Holders([Holder(1, Shard.whole((2, 2)))])
+    matrix = describe(Sharding("w", (2, 2), "float32", holders, sharded=True), ShampooHyperParams(), 2)
+    for owner in (0, 1):
+        plan = make_plan([matrix], range(2), ShampooHyperParams(), {"w": [owner]})
+        assert travels(plan, [matrix]) == (owner == 0)
+
+
 @given(case=CASES)
 def test_every_element_has_one_home_in_each_cover_the_keeper_where_it_stores_it(case: Case) -> None:
     for number, matrix in enumerate(case.matrices):
