@@ -9,6 +9,7 @@ from torch import nn
 from common import replicated
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Fragment, Matrix
+from shampoo3d.planning.shards import Shard
 from shampoo3d.runtime.bindings import Binding, GroupTensor, PhaseIndex
 from shampoo3d.runtime.buckets import patches
 from shampoo3d.settings.hyperparams import ShampooHyperParams
@@ -18,7 +19,7 @@ Rows = list[list[tuple[Binding, Fragment]]]
 
 def bound(matrix: Matrix, number: int) -> Binding:
     param = nn.Parameter(torch.arange(1.0 * matrix.sharding.shape[0] * torch.Size(matrix.sharding.shape[1:]).numel()))
-    return Binding(number, matrix, GroupTensor(param, 0, True), 0, param.numel())
+    return Binding(number, matrix, GroupTensor(param, 0, True), 0, Shard.whole(matrix.shape))
 
 
 def members_by_shape(shapes: list[tuple[int, ...]], block_size: int) -> Rows:

@@ -76,7 +76,7 @@ def _different(parallel: ParallelGroups, teams: Sequence[Team], shared: Mapping[
         for binding in team.bindings:
             if binding.matrix.name in shared:
                 here = binding.group_tensor.flat[binding.offset : binding.offset + binding.elements]
-                part = binding.matrix.shard_of(team.rank)
+                part = binding.shard
                 mine[binding.matrix.name, team.plan.ranks] = {part: checksum(here)}
     everywhere: dict[tuple[str, Ranks], dict[Shard, Sums]] = {}
     for on_rank in all_gather_object(parallel.world, mine):

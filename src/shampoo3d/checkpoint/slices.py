@@ -37,7 +37,7 @@ def parts_of(team: Team, binding: Binding, *, everything: bool) -> Iterator[Shar
     """Yield this rank's shard of a matrix: always with ``everything``, else only in the first shard group."""
     holders = binding.matrix.holders
     if everything or holders.shard_group_of(team.rank) == first_shard_group(binding):
-        yield binding.matrix.shard_of(team.rank)
+        yield binding.shard
 
 
 def first_shard_group(binding: Binding) -> int:

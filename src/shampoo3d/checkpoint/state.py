@@ -313,8 +313,7 @@ def _load_momenta(team: Team, saved: Mapping[Tensor, ParamState]) -> None:
     for binding in team.bindings:
         if binding.number in whole and binding.matrix.sharded:
             flat = team.flat_buckets[binding.group_tensor]
-            shard = binding.matrix.shard_of(team.rank)
-            for piece in binding.matrix.pieces(shard):
+            for piece in binding.matrix.pieces(binding.shard):
                 for name, values in flat.state(binding, piece).items():
                     values.copy_(whole[binding.number][name][piece.box.slices])
 

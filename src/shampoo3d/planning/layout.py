@@ -220,10 +220,6 @@ class Matrix:
             Part(Block((a,), (b - a,)), shape) for a, b, shape in equal_in_row(block.shape for block in self.blocks)
         )
 
-    def shard_of(self, rank: int) -> Shard:
-        """Return the shard on a rank, which is empty on ranks that are no holders."""
-        return self.sharding.shard_of(rank)
-
     @property
     def merged(self) -> Shape:
         """Shape of the merged matrix."""

@@ -79,7 +79,7 @@ def assemble(
     group_tensors = {s.tensor: GroupTensor(s.tensor, s.group, groups[s.group]["precondition"]) for s in stored}
     bindings = [
         [
-            Binding(i, matrix, group_tensors[s.tensor], s.offset, s.shard.elements)
+            Binding(i, matrix, group_tensors[s.tensor], s.offset, s.shard)
             for i, (matrix, (s, _)) in enumerate(zip(matrices[plan.ranks], by_team[plan.ranks], strict=True))
         ]
         for plan in plans

@@ -11,7 +11,7 @@ from torch import Tensor
 from shampoo3d.engines.reading import local
 from shampoo3d.numerics.momenta import ALL, Rows
 from shampoo3d.planning.layout import Matrix
-from shampoo3d.planning.shards import Piece
+from shampoo3d.planning.shards import Piece, Shard
 
 
 @dataclass(eq=False)
@@ -97,7 +97,11 @@ class Binding:
     matrix: Matrix
     group_tensor: GroupTensor
     offset: int
-    elements: int
+    shard: Shard
+
+    @property
+    def elements(self) -> int:
+        return self.shard.elements
 
     def view(self, flat: Tensor, piece: Piece) -> Tensor:
         """Return the view of a piece in the flat storage of the group tensor, or in a buffer of the same layout."""

@@ -208,7 +208,7 @@ def _bindings(shares: Iterable[tuple[Plan, Sequence[Matrix]]], rank: int) -> lis
                 sizes[sharding.dtype] += part.elements
             else:
                 group_tensor, offset = GroupTensor(_parameter(part.shape, sharding.dtype), 0, True), 0
-            held.append(Binding(number, matrix, group_tensor, offset, part.elements))
+            held.append(Binding(number, matrix, group_tensor, offset, part))
         bound.append(held)
     for dtype, group_tensor in slices.items():
         group_tensor.tensor = _parameter((sizes[dtype],), dtype)
