@@ -101,11 +101,15 @@ BOTH = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("stage", slow_but([1], range(4)))
-@pytest.mark.parametrize("batch", [12, pytest.param(10, marks=pytest.mark.slow)], ids=["accumulated", "at-once"])
+RUNS = [(1, 12), (0, 10), (2, 12), (3, 10)]
+"""Stages and batches, of which 12 are accumulated and 10 are taken at once."""
+
+
+@pytest.mark.parametrize("run", slow_but(RUNS[:1], RUNS), ids=str)
 @BOTH
-def test_clipping_accumulation_and_a_schedule(stage: int, batch: int, make: Any, steps: int) -> None:
+def test_clipping_accumulation_and_a_schedule(run: tuple[int, int], make: Any, steps: int) -> None:
     """DeepSpeed takes the norm of the accumulated gradient, in single precision."""
+    stage, batch = run
     recipe, shape = Recipe(make, clip=0.2, halve_rate_after=2), replace(ODD, batch=batch)
     assert distance_from_one_process(Zero(stage), recipe, steps, shape) < TOLERANCE["float32"]
 
@@ -120,9 +124,6 @@ def test_clipping_and_the_schedule_do_something(make: Any, steps: int) -> None:
 
 
 @pytest.mark.parametrize("way", slow_but(GROUPED[1:2], GROUPED), ids=str)
-@pytest.mark.parametrize(
-    "make",
-    [pytest.param(sgd, id="sgd", marks=pytest.mark.slow), pytest.param(shampoo("uneven-blocks"), id="shampoo")],
-)
+@pytest.mark.parametrize("make", [pytest.param(shampoo("uneven-blocks"), id="shampoo")])
 def test_groups_with_settings_of_their_own(way: Zero, make: Any, steps: int) -> None:
     assert distance_from_one_process(way, Recipe(partial(in_groups, make)), steps) < TOLERANCE["float64"]
