@@ -167,18 +167,17 @@ class Team:
         together: Callable[[Stack], int],
     ) -> list[list[WorkItem]]:
         """Divide for each round the rows of batches whose slots take part, by phase, so many ``together`` at most."""
-        rounds: list[list[WorkItem]] = []
-        for wanted in map(set, self.share.rounds):
-            rounds.append([])
-            for batch in batches:
-                same_phase: defaultdict[tuple[int, K], list[int]] = defaultdict(list)
-                for row, slot in enumerate(batch.slots):
-                    now = phases.get(self.binding_of(slot).group_tensor)
-                    if now and slot in wanted and takes_part(slot, now[1]):
-                        same_phase[now].append(row)
-                for rows in same_phase.values():
-                    parts = packed(rows, lambda _: 1, together(batch.stack))
-                    rounds[-1] += (self._item(batch, part) for part in parts)
+        round_of = {slot: number for number, slots in enumerate(self.share.rounds) for slot in slots}
+        rounds: list[list[WorkItem]] = [[] for _ in self.share.rounds]
+        for batch in batches:
+            alike: defaultdict[tuple[int, int, K], list[int]] = defaultdict(list)
+            for row, slot in enumerate(batch.slots):
+                now = phases.get(self.binding_of(slot).group_tensor)
+                if now and takes_part(slot, now[1]):
+                    alike[(round_of[slot], *now)].append(row)
+            for (number, *_), rows in alike.items():
+                parts = packed(rows, lambda _: 1, together(batch.stack))
+                rounds[number] += (self._item(batch, part) for part in parts)
         return rounds
 
     def _item(self, batch: Batch, rows: Sequence[int]) -> WorkItem:
