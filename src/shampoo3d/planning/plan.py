@@ -183,9 +183,18 @@ class Plan:
 
     def of_rank(self, rank: int, *, kept: bool = False) -> Iterator[tuple[int, Run]]:
         """Yield the slots of the blocks that a rank owns or, if asked, keeps the roots of, with their runs."""
-        for run in self.runs:
+        for run in self.runs if kept else self._runs_with.get(rank, ()):
             for matrix, index in run.of_rank(rank, kept=kept):
                 yield self.firsts[matrix] + self.matrices[matrix].number_of(index), run
+
+    @cached_property
+    def _runs_with(self) -> dict[int, list[Run]]:
+        """The runs in which each rank owns blocks: of thousands, a rank has to look at a few."""
+        found: dict[int, list[Run]] = {}
+        for run in self.runs:
+            for owner in run.owners:
+                found.setdefault(owner, []).append(run)
+        return found
 
     def owned_by(self, rank: int) -> tuple[PlannedBlock, ...]:
         return tuple(self.blocks[slot] for slot in sorted(slot for slot, _ in self.of_rank(rank)))
