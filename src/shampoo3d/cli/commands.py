@@ -11,9 +11,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields, replace
 from datetime import datetime
 from importlib.metadata import version
+from io import StringIO
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast, get_type_hints
 
+from shampoo3d.cli.plan.request import Request
 from shampoo3d.cli.train.settings import RUN, RunError, Settings, flag, settings_file
 
 INSTALL = 'pip install "3d-shampoo[cli,deepspeed]"'
@@ -29,6 +32,9 @@ UsageError = cast(type[Exception], typer.BadParameter.__base__)
 
 INTERRUPTED = 130
 """The exit code of a process that Ctrl-C ended."""
+
+WIDE = 160
+"""Columns of a page, and of a file that the output goes to."""
 
 app = typer.Typer(add_completion=False, help="3D-Shampoo: train with it, see who owns what.")
 
@@ -67,14 +73,23 @@ PLANNED = (
     "block_size",
     "refresh",
 )
+SHARED = ("device", "pipe", "data", "root_copies", "block_size")
+"""Options of the demo's plan and of those of other models."""
+ASKED = tuple(setting.name for setting in fields(Request) if setting.name not in ("model", *SHARED))
+MODEL = (
+    "A config.json of transformers, a function package.module:function that builds the model, a folder that "
+    "save_checkpoint wrote, or one of these: gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-3-8b, llama-3-70b, "
+    "llama-3-405b, qwen3-32b, qwen3-235b-a22b, resnet-50, vit-l. --pipe and --data are 1 unless given, --block-size is "
+    "the preset's."
+)
 
 
-def options(names: Collection[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace a command's `**chosen` by the named settings, each with its type, default and help.
+def options(names: Collection[str], of: Any = Settings) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Put the named settings before a command's `**chosen`, each with its type, default and help.
 
     An option that is not given is None, so that `--resume` can tell it from one that is.
     """
-    hints = get_type_hints(Settings)
+    hints = get_type_hints(of)
 
     def option(setting: Any) -> inspect.Parameter:
         default = "" if setting.default is None else f" Default: {setting.default}."
@@ -85,7 +100,7 @@ def options(names: Collection[str]) -> Callable[[Callable[..., None]], Callable[
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        added = [option(setting) for setting in fields(Settings) if setting.name in names]
+        added = [option(setting) for setting in fields(of) if setting.name in names]
         command.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
         return command
 
@@ -119,21 +134,60 @@ def train(
 
 
 @app.command()
+@options(ASKED, of=Request)
 @options(PLANNED)
 def plan(
-    picture: Annotated[Path | None, typer.Option(help="Also draw it into this file, such as plan.png.")] = None,
+    model: Annotated[str | None, typer.Argument(help=MODEL)] = None,
+    picture: Annotated[Path | None, typer.Option(help="The demo: also draw it into this file, as plan.png.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Blocks of 128 to 1024 side by side.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Also write all numbers into this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write what is shown as a page.")] = None,
     **chosen: Any,
 ) -> None:
-    """Show the plan of a run on the GPT, without starting any process.
+    """Show the plan of a run on MODEL or, without one, of the demo's GPT, without starting any process.
 
-    Lists for each rank its blocks, the memory that it would keep and allocate (on CPUs unless --device cuda), and the
-    traffic that it would receive in a step (roots only when they are refreshed).
+    Tells for the ranks their blocks, the memory that they would keep and allocate (on CPUs unless --device cuda), and
+    the traffic that they would receive in a step (roots only when they are refreshed).
     """
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    given = {"picture": picture, "compare": compare, "json": json, "html": html}
+    names = {*chosen, *(name for name, value in given.items() if value)}
+    if model is None:
+        _refuse(names & {*ASKED, "compare", "json", "html"}, "needs MODEL, such as gpt2")
+        _plan_demo(chosen, picture)
+    else:
+        _refuse(names & {*PLANNED, "picture"} - {*SHARED}, "is of the demo: leave out it or MODEL")
+        _plan_model(Request(model, **chosen), compare=compare, json=json, html=html)
+
+
+def _refuse(names: Collection[str], reason: str) -> None:
+    for name in sorted(names):
+        raise RunError(f"{flag(name)} {reason}")
+
+
+def _plan_model(request: Request, *, compare: bool, json: Path | None, html: Path | None) -> None:
+    from shampoo3d.cli.plan.forecast import Forecast
+    from shampoo3d.cli.plan.models import parameters_of
+    from shampoo3d.cli.plan.tables import as_data, shown
+
+    forecast = Forecast.of(request, parameters_of(request.model))
+    things = shown(forecast, compare=compare)
+    terminal = Console(highlight=False)
+    page = Console(highlight=False, record=True, file=StringIO(), width=WIDE)
+    for console in (terminal if terminal.is_terminal else Console(highlight=False, width=WIDE), page):
+        for thing in things:
+            console.print(thing, soft_wrap=isinstance(thing, str))
+    if json:
+        json.write_text(dumps(as_data(forecast), indent=1) + "\n")
+    if html:
+        page.save_html(str(html))
+
+
+def _plan_demo(chosen: dict[str, Any], picture: Path | None) -> None:
     from shampoo3d.cli.draw import memory_table, ownership_figure, ownership_table, traffic_table
     from shampoo3d.cli.train.text import read_text
 
     _require("deepspeed", "matplotlib")
-    chosen = {name: value for name, value in chosen.items() if value is not None}
     # The batch does not matter here, so it is one that every topology divides.
     settings = Settings(**chosen, batch=chosen.get("data", Settings.data), micro_batches=1)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -21,7 +21,7 @@ RUN = "Run"
 """The panel of settings that change how a run is carried out, but not what it computes."""
 
 
-def _option(default: Any, help: str, panel: str = "Training") -> Any:
+def option(default: Any, help: str, panel: str = "Training") -> Any:
     """Declare a setting, with its help and its panel on the command line."""
     return field(default=default, metadata={"help": help, "panel": panel})
 
@@ -30,33 +30,33 @@ def _option(default: Any, help: str, panel: str = "Training") -> Any:
 class Settings:
     """The settings of a run. Equal settings on equal machines give equal runs."""
 
-    output: Path = _option(None, "Folder for logs, checkpoints, pictures. Default: runs/DATE-TIME.", RUN)  # noqa: RUF009
-    device: str = _option("auto", "auto, cpu (gloo) or cuda (NCCL).", RUN)
-    threads: int = _option(1, "Threads per process on the CPU.", RUN)
-    save_every: int = _option(100, "Steps between checkpoints.", RUN)
-    text: Path | None = _option(None, "Text to learn. Default: the manual inside Python.", "Model")  # noqa: RUF009
-    layers: int = _option(4, "Transformer blocks.", "Model")
-    width: int = _option(128, "Width of the residual stream.", "Model")
-    heads: int = _option(4, "Attention heads; must divide the width.", "Model")
-    context: int = _option(128, "Bytes of text that a prediction may look back on.", "Model")
-    pipe: int = _option(2, "Pipeline stages.", "Topology")
-    data: int = _option(2, "Data-parallel replicas of each stage.", "Topology")
-    model_parallel: int = _option(1, "Tensor-parallel shards of each block; must divide the heads.", "Topology")
-    zero_stage: int = _option(0, "DeepSpeed's ZeRO stage, 0 to 3; a pipeline can have 0 or 1.", "Topology")
-    optimizer: str = _option("both", "adamw, shampoo or both (one after the other, on the same data).")
-    steps: int = _option(300, "Optimizer steps.")
-    batch: int = _option(32, "Sequences per step, over all processes.")
-    micro_batches: int = _option(4, "Pieces in which the batch of each replica passes through the pipeline.")
+    output: Path = option(None, "Folder for logs, checkpoints, pictures. Default: runs/DATE-TIME.", RUN)  # noqa: RUF009
+    device: str = option("auto", "auto, cpu (gloo) or cuda (NCCL).", RUN)
+    threads: int = option(1, "Threads per process on the CPU.", RUN)
+    save_every: int = option(100, "Steps between checkpoints.", RUN)
+    text: Path | None = option(None, "Text to learn. Default: the manual inside Python.", "Model")  # noqa: RUF009
+    layers: int = option(4, "Transformer blocks.", "Model")
+    width: int = option(128, "Width of the residual stream.", "Model")
+    heads: int = option(4, "Attention heads; must divide the width.", "Model")
+    context: int = option(128, "Bytes of text that a prediction may look back on.", "Model")
+    pipe: int = option(2, "Pipeline stages.", "Topology")
+    data: int = option(2, "Data-parallel replicas of each stage.", "Topology")
+    model_parallel: int = option(1, "Tensor-parallel shards of each block; must divide the heads.", "Topology")
+    zero_stage: int = option(0, "DeepSpeed's ZeRO stage, 0 to 3; a pipeline can have 0 or 1.", "Topology")
+    optimizer: str = option("both", "adamw, shampoo or both (one after the other, on the same data).")
+    steps: int = option(300, "Optimizer steps.")
+    batch: int = option(32, "Sequences per step, over all processes.")
+    micro_batches: int = option(4, "Pieces in which the batch of each replica passes through the pipeline.")
     # Validation loss of the default run after 300 steps, by peak rate, with the same schedule:
     # AdamW 1e-3: 2.33, 2e-3: 2.24, 3e-3: 2.15, 4e-3: 2.36, 5e-3: 2.40;
     # 3D-Shampoo 5e-3: 1.20 (with steps as long as Adam's, 6e-3: 1.37, 1e-2: 1.23).
-    adamw_lr: float = _option(3e-3, "Peak learning rate of AdamW.")
-    shampoo_lr: float = _option(5e-3, "Peak learning rate of 3D-Shampoo.")
-    block_size: int = _option(128, "3D-Shampoo: largest block of a matrix along an axis, 0 for whole matrices.")
-    refresh: int = _option(10, "3D-Shampoo: steps between two computations of the inverse roots.")
-    root_copies: int = _option(1, "3D-Shampoo: replicas that keep each block's roots: memory against traffic.")
-    evaluate_every: int = _option(10, "Steps between two validations.")
-    seed: int = _option(0, "Decides initial weights and batches.")
+    adamw_lr: float = option(3e-3, "Peak learning rate of AdamW.")
+    shampoo_lr: float = option(5e-3, "Peak learning rate of 3D-Shampoo.")
+    block_size: int = option(128, "3D-Shampoo: largest block of a matrix along an axis, 0 for whole matrices.")
+    refresh: int = option(10, "3D-Shampoo: steps between two computations of the inverse roots.")
+    root_copies: int = option(1, "3D-Shampoo: replicas that keep each block's roots: memory against traffic.")
+    evaluate_every: int = option(10, "Steps between two validations.")
+    seed: int = option(0, "Decides initial weights and batches.")
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:

@@ -1,0 +1,1 @@
+"""The plan of anybody's model: shapes, storage, owners and bytes, without starting anything."""
