@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from distributed.harness import run
+from distributed.harness import needs_deepspeed, run
 from shampoo3d import Shampoo
 from shampoo3d.cli import commands as cli
 from shampoo3d.cli.plan.builtin import BUILT_IN, EMBEDDING, HEAD, Parameter
@@ -293,3 +293,23 @@ def test_parameters_without_tokens_have_no_share() -> None:
     share = forecast("gpt2").share
     assert share is not None
     assert 0 < share < 0.01
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("zero", [1, 3])
+def test_zero_is_stored_as_the_demo_has_it(zero: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's forecast is compared with real runs elsewhere."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from shampoo3d.cli.train import forecast as demo
+    from shampoo3d.cli.train.settings import Settings
+
+    settings = Settings(pipe=1, data=3, zero_stage=zero, batch=6, micro_batches=1, width=24, layers=1)
+    run_forecast = demo.foresee(settings, 100)
+    [stage] = demo._stages(settings, 100, hp := demo.shampoo_settings(settings))
+    parameters = [Parameter(of.name, tuple(of.tensor.shape), of.excluded) for of in stage]
+    monkeypatch.setattr(Request, "hp", hp)
+    planned = Forecast.of(Request("", data=3, zero=zero), parameters)
+    assert [plan.digest() for plan in planned.plans] == [plan.digest() for plan in run_forecast.plans]
+    received = {rank: {kind: size for kind, size in of.items() if size} for rank, of in planned.received.items()}
+    assert received == run_forecast.received
+    assert {rank: planned.memory_of(rank) for rank in planned.state} == run_forecast.memory

@@ -118,7 +118,7 @@ class Forecast:
     @cached_property
     def by_rank(self) -> dict[str, dict[int, float]]:
         """Numbers per rank, by what they are: cost, blocks, and the bytes of state and of its parts."""
-        parts: dict[str, Mapping[int, float]] = {"cost": self.cost, "state": self.state, **self._counted}
+        parts: dict[str, Mapping[int, float]] = {"cost": self.cost, **self._counted, "state": self.state}
         found = {name: {rank: of[rank] for rank in self.state} for name, of in parts.items()}
         held = zip(found["state"].values(), found["statistics"].values(), found["roots"].values(), strict=True)
         found["momenta"] = dict(zip(self.state, (a - b - c for a, b, c in held), strict=True))
@@ -176,7 +176,7 @@ class Forecast:
 
     @cached_property
     def peaks(self) -> dict[int, Memory]:
-        """What the rank with most state, and of the others the one with least, keep and allocate."""
+        """The memory of the rank with most state, and of that of the others with least."""
         others = self.state.keys() - {self.worst}
         least = sorted(others, key=lambda rank: (self.state[rank], rank))[:1]
         return {rank: self.memory_of(rank) for rank in (self.worst, *least)}

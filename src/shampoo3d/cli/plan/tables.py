@@ -140,7 +140,7 @@ def _remarks(forecast: Forecast) -> list[str]:
         active = "" if forecast.active == forecast.elements else f" ({forecast.active:,.0f} of them for each)"
         lines.append(
             f"share of a step of {request.tokens:,} tokens: {_share(forecast)}, by multiply-adds: 3 per token and "
-            f"parameter{active} for training, evenly over the ranks, and most of the optimizer's on a rank"
+            f"parameter{active} for training, evenly over the ranks, and those of the optimizer on the rank with most"
         )
     if request.world > 1 and not any(any(of.values()) for of in forecast.received.values()):
         lines.append("nothing is received from other ranks: owners store their blocks")
