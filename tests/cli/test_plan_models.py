@@ -15,7 +15,7 @@ from distributed.harness import needs_deepspeed, run
 from shampoo3d import Shampoo
 from shampoo3d.cli import commands as cli
 from shampoo3d.cli.plan.builtin import BUILT_IN, EMBEDDING, HEAD, Parameter
-from shampoo3d.cli.plan.forecast import Forecast, remedies
+from shampoo3d.cli.plan.forecast import Forecast
 from shampoo3d.cli.plan.layout import layer_of, stages, stored
 from shampoo3d.cli.plan.models import of_module, parameters_of
 from shampoo3d.cli.plan.request import Request, size_of
@@ -220,10 +220,10 @@ def test_what_would_fit_is_found_by_trying(capsys: pytest.CaptureFixture[str]) -
     code, out, _ = called("plan gpt2 --data 2 --fsdp --fits 300MB", capsys)
     assert code == 0
     assert "fits 300MB: no, 715.7 MB of state; it would with --data 8 (178.9 MB)" in out
-    more, other = remedies(forecast("gpt2", data=2, fsdp=True, fits="635MB"))
+    more, other = forecast("gpt2", data=2, fsdp=True, fits="635MB").remedies
     assert (more.request.data, other.request.block_size) == (4, 256)
     assert all(of.state[of.worst] <= size_of("635MB") for of in (more, other))
-    assert not remedies(forecast("gpt2", fits="1kB"))
+    assert not forecast("gpt2", fits="1kB").remedies
 
 
 def test_tables_page_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,6 +234,8 @@ def test_tables_page_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert words in out
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["parameters"] == 124439808
+    assert written["fits"] is True
+    assert written["would fit"] == []
     assert sum(kind["elements"] for kind in written["kinds"]) == 124439808
     page = (tmp_path / "plan.html").read_text()
     assert "c_attn" in page
@@ -255,7 +257,9 @@ WRONG = {
     "gpt2 --fits lots": "--fits lots is no number of bytes: write it as 80GB",
     "gpt2 --preset best": "--preset best: hyperparams must name a preset",
     "gpt2 --block-size -1": "block_size must be >= 0, got -1",
-    "gpt2 --layers 3": "--layers is of the demo",
+    "gpt2 --layers 3": "--layers is the demo's: leave it or MODEL out",
+    "gpt2 --picture plan.png": "--picture is the demo's",
+    "gpt2 --zero-stage 1": "--zero-stage is the demo's name of --zero: take that",
     "gpt2 --device tpu": "--device must be one of",
     "--tensor 2": "--tensor needs MODEL",
     "gpt2 --data 0": "--data must be at least 1, not 0",

@@ -75,6 +75,7 @@ PLANNED = (
 )
 SHARED = ("device", "pipe", "data", "root_copies", "block_size")
 """Options of the demo's plan and of those of other models."""
+RENAMED = {"model_parallel": "tensor", "zero_stage": "zero", "refresh": "preconditioning_compute_steps"}
 ASKED = tuple(setting.name for setting in fields(Request) if setting.name not in ("model", *SHARED))
 MODEL = (
     "A config.json of transformers, a function package.module:function that builds the model, a folder that "
@@ -156,13 +157,15 @@ def plan(
         _refuse(names & {*ASKED, "compare", "json", "html"}, "needs MODEL, such as gpt2")
         _plan_demo(chosen, picture)
     else:
-        _refuse(names & {*PLANNED, "picture"} - {*SHARED}, "is of the demo: leave out it or MODEL")
+        _refuse(names & {*RENAMED}, "is the demo's name of {}: take that with MODEL")
+        _refuse(names & {*PLANNED, "picture"} - {*SHARED}, "is the demo's: leave it or MODEL out")
         _plan_model(Request(model, **chosen), compare=compare, json=json, html=html)
 
 
 def _refuse(names: Collection[str], reason: str) -> None:
-    for name in sorted(names):
-        raise RunError(f"{flag(name)} {reason}")
+    if names:
+        name = min(names)
+        raise RunError(f"{flag(name)} {reason.format(flag(RENAMED.get(name, '')))}")
 
 
 def _plan_model(request: Request, *, compare: bool, json: Path | None, html: Path | None) -> None:

@@ -181,6 +181,24 @@ class Forecast:
         least = sorted(others, key=lambda rank: (self.state[rank], rank))[:1]
         return {rank: self.memory_of(rank) for rank in (self.worst, *least)}
 
+    @cached_property
+    def compared(self) -> list[Forecast]:
+        """The forecasts for all block sizes."""
+        return [Forecast.of(replace(self.request, block_size=size), self.parameters) for size in BLOCK_SIZES]
+
+    @cached_property
+    def remedies(self) -> list[Forecast]:
+        """Forecasts whose state fits, found by trying: twice as many data ranks and so on; or other blocks."""
+        if self.fits:
+            return []
+        request, parameters = self.request, self.parameters
+        # On so many ranks even the mean would be too much, so that there is nothing to try.
+        least = request.data * sum(self.state.values()) / len(self.state) / (request.limit or math.inf)
+        counts = itertools.takewhile(lambda data: data <= LARGEST, (request.data << i for i in itertools.count(1)))
+        more = (Forecast.of(replace(request, data=data), parameters) for data in counts if data >= least)
+        found = next((of for of in more if of.fits), None), cheapest(self.compared)
+        return [of for of in found if of]
+
     def memory_of(self, rank: int) -> Memory:
         """Count what a rank keeps and allocates, by a step on tensors without data."""
         distribution = Distribution(root_copies=self.request.root_copies)
@@ -206,22 +224,6 @@ class Forecast:
         return list(firsts.values())
 
 
-def compared(request: Request, parameters: Sequence[Parameter]) -> list[Forecast]:
-    """Return the forecasts for all block sizes."""
-    return [Forecast.of(replace(request, block_size=size), parameters) for size in BLOCK_SIZES]
-
-
 def cheapest(forecasts: Sequence[Forecast]) -> Forecast | None:
     """Return the one with least work of those whose state fits; None if none does."""
     return min((of for of in forecasts if of.fits), key=lambda of: max(of.cost.values()), default=None)
-
-
-def remedies(forecast: Forecast) -> list[Forecast]:
-    """Find by trying what would make the state fit: twice as many data ranks and so on, or other blocks."""
-    request, parameters = forecast.request, forecast.parameters
-    # On so many ranks even the mean would be too much, so that there is nothing to try.
-    least = request.data * sum(forecast.state.values()) / len(forecast.state) / (request.limit or math.inf)
-    counts = itertools.takewhile(lambda data: data <= LARGEST, (request.data << i for i in itertools.count(1)))
-    more = (Forecast.of(replace(request, data=data), parameters) for data in counts if data >= least)
-    found = next((of for of in more if of.fits), None), cheapest(compared(request, parameters))
-    return [of for of in found if of]

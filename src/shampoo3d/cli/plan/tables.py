@@ -10,7 +10,7 @@ from rich.table import Table
 
 from shampoo3d.checkpoint.manifest import flatten_settings
 
-from .forecast import Forecast, Kind, cheapest, compared, remedies
+from .forecast import Forecast, Kind, cheapest
 
 COUNTS = ("blocks",)
 PIPELINE = (
@@ -62,6 +62,10 @@ def as_data(forecast: Forecast) -> dict[str, Any]:
         "idle ranks": forecast.idle,
         "share of a step": forecast.share,
         "fits": None if request.limit is None else forecast.fits,
+        "would fit": [
+            {"data": of.request.data, "block size": of.hp.block_size, "state": of.state[of.worst]}
+            for of in forecast.remedies
+        ],
         "kinds": [
             {"name": of.name, "count": of.count, "elements": of.elements, "divided": of.divided, **asdict(of.row)}
             for of in forecast.kinds
@@ -118,10 +122,9 @@ def kinds_table(kinds: Iterable[Kind]) -> Table:
 
 def compare_table(forecast: Forecast) -> Table:
     """Make a table with one row per block size; the cheapest that fits is marked."""
-    found = compared(forecast.request, forecast.parameters)
-    best = cheapest(found)
+    best = cheapest(forecast.compared)
     table = _table("block size", "multiply-adds", "share of a step", "max / mean", "idle ranks", "state", "")
-    for of in found:
+    for of in forecast.compared:
         mark = "cheapest" if of is best else "" if of.fits else "does not fit"
         numbers = (f"{max(of.cost.values()):.3g}", _share(of), f"{of.imbalance:.2f}", str(of.idle))
         table.add_row(str(of.hp.block_size), *numbers, amount(of.state[of.worst]), mark)
@@ -157,12 +160,12 @@ def _fit(forecast: Forecast) -> list[str]:
     if request.limit is None:
         return []
     if forecast.fits:
-        total = forecast.peaks[forecast.worst].total
+        total = max(peak.total for peak in forecast.peaks.values())
         besides = "" if total <= request.limit else f", but not with what a step takes besides: {amount(total)}"
         answer = f"fits {request.fits}: yes, {amount(most)} of state{besides}"
         return [f"{answer}; weights, gradients and activations are not counted"]
     ways = [
-        f"{' '.join(_changes(forecast, other))} ({amount(other.state[other.worst])})" for other in remedies(forecast)
+        f"{' '.join(_changes(forecast, other))} ({amount(other.state[other.worst])})" for other in forecast.remedies
     ]
     would = f"it would with {' or with '.join(ways)}" if ways else "nor with more data ranks or other blocks"
     return [f"fits {request.fits}: no, {amount(most)} of state; {would}"]
@@ -190,6 +193,7 @@ def _sides(shape: Sequence[int]) -> str:
 
 def _table(*header: str, title: str | None = None) -> Table:
     table = Table(*header, title=title)
+    table.columns[0].overflow = "fold"  # names are long
     for column in table.columns[1:]:
         column.justify = "right"
     return table
