@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from distributed.harness import needs_deepspeed, run
@@ -144,12 +146,15 @@ def test_bytes_are_those_of_a_step_on_tensors_without_data(layout: dict[str, Any
             assert getattr(memory, name) == planned.by_rank[name][rank]
 
 
-def on_two_ranks() -> tuple[int, dict[str, int]]:
+def on_real_ranks(replicas: int) -> tuple[int, dict[str, int]]:
     torch.manual_seed(0)
-    model = small()
-    for layer in model.layers:  # type: ignore[union-attr]
-        fully_shard(layer)
-    fully_shard(model)
+    shards = dist.get_world_size() // replicas
+    mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh if replicas > 1 else mesh["shard"]
+    model = Small()
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     optimizer = Shampoo(model.parameters(), lr=0.1)
     for param in model.parameters():
         param.grad = torch.ones_like(param)
@@ -158,9 +163,10 @@ def on_two_ranks() -> tuple[int, dict[str, int]]:
 
 
 @pytest.mark.slow
-def test_bytes_are_those_of_real_ranks() -> None:
-    planned = forecast(data=2, fsdp=True)
-    for rank, (state, received) in enumerate(run(on_two_ranks, 2)):
+@pytest.mark.parametrize(("data", "replicas"), [(2, 1), (4, 2)])
+def test_bytes_are_those_of_real_ranks(data: int, replicas: int) -> None:
+    planned = forecast(data=data, fsdp=True, replicas=replicas)
+    for rank, (state, received) in enumerate(run(on_real_ranks, data, replicas)):
         assert planned.state[rank] == state
         assert planned.received[rank] == received
 
