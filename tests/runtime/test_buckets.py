@@ -11,7 +11,7 @@ from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Fragment, Matrix
 from shampoo3d.planning.shards import Shard
 from shampoo3d.runtime.bindings import Binding, GroupTensor, PhaseIndex
-from shampoo3d.runtime.buckets import patches
+from shampoo3d.runtime.patches import patches
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 Rows = list[list[tuple[Binding, Fragment]]]

@@ -14,7 +14,6 @@ from shampoo3d.numerics.momenta import Momenta, Rows
 from shampoo3d.numerics.preconditioner import squared_norms
 from shampoo3d.numerics.schedule import phase
 from shampoo3d.numerics.state_names import momenta_names, nothing_at_home
-from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.layout import Fragment
 from shampoo3d.planning.shards import Piece
 from shampoo3d.runtime.bindings import (
@@ -27,6 +26,7 @@ from shampoo3d.runtime.bindings import (
     rows_of,
     state_dtype,
 )
+from shampoo3d.runtime.patches import Patch, patches, views_of
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 
@@ -167,72 +167,6 @@ def _parts(flat: Tensor, bindings: Sequence[Binding]) -> list[Tensor]:
     return [flat.narrow(0, binding.offset, binding.elements) for binding in bindings]
 
 
-@dataclass(frozen=True, eq=False)
-class Patch:
-    """Consecutive members at regular distances in their group tensor, so that one strided view covers them all.
-
-    Attributes:
-        first, count: the members, within their run.
-        offset, shape, strides: the view in the flat storage of the group tensor; leading axes count members.
-    """
-
-    group_tensor: GroupTensor
-    first: int
-    count: int
-    offset: int
-    shape: Shape
-    strides: Shape
-
-    def of(self, flat: Tensor) -> Tensor:
-        """Return the view of the members in the flat storage of the group tensor, or in a buffer of the same layout."""
-        return flat.as_strided(self.shape, self.strides, flat.storage_offset() + self.offset)
-
-    def among(self, stack: Tensor) -> Tensor:
-        """Return the view of the same members in the stack of the run, in the shape of :meth:`of`."""
-        return stack.narrow(0, self.first, self.count).view(self.shape)
-
-
-def patches(members: Sequence[tuple[Binding, Fragment]]) -> list[Patch]:
-    """Cover all members with patches: few, if they are the blocks of a grid."""
-    merged = [
-        Patch(
-            binding.group_tensor,
-            number,
-            1,
-            binding.offset + fragment.piece.offset,
-            fragment.box.shape,
-            fragment.piece.strides,
-        )
-        for number, (binding, fragment) in enumerate(members)
-    ]
-    for _ in range(max(2, len(members[0][1].box.shape))):
-        merged = _merge_patches(merged)
-    return merged
-
-
-def _merge_patches(single: Sequence[Patch]) -> list[Patch]:
-    """Merge consecutive patches that are alike and at equal distances into one, with a leading axis."""
-    rows: list[list[Patch]] = []
-    for patch in single:
-        row = rows[-1] if rows else []
-        alike = row and (row[0].group_tensor, row[0].shape, row[0].strides) == (
-            patch.group_tensor,
-            patch.shape,
-            patch.strides,
-        )
-        step = patch.offset - row[-1].offset if alike else 0
-        if step > 0 and (len(row) == 1 or step == row[1].offset - row[0].offset):
-            row.append(patch)
-        else:
-            rows.append([patch])
-    merged = []
-    for first, *others in rows:
-        strides = (others[0].offset - first.offset if others else 0, *first.strides)
-        count, shape = first.count * (1 + len(others)), (1 + len(others), *first.shape)
-        merged.append(replace(first, count=count, shape=shape, strides=strides))
-    return merged
-
-
 @dataclass(eq=False)
 class Run:
     """Members of a bucket that have the same settings and are at the same point of their schedule.
@@ -290,7 +224,7 @@ class StackedBucket:
         self.S = torch.empty((len(self.members), *self.shape), dtype=self.dtype, device=self.device)
         stacks = [self._stack(run) for run in self.runs]
         into = [patch.among(G) for run, G in zip(self.runs, stacks, strict=True) for patch in run.patches]
-        torch._foreach_copy_(into, _views([patch for run in self.runs for patch in run.patches], gradient=True)[0])
+        torch._foreach_copy_(into, views_of([patch for run in self.runs for patch in run.patches], gradient=True)[0])
         for run, G in zip(self.runs, stacks, strict=True):
             D = self._borrow(run, kept(G))
             if isinstance(run.rows, Tensor):
@@ -349,7 +283,7 @@ class StackedBucket:
         for run in (run for run in self.runs if run.age):
             settings, S = groups[run.group_tensor.group], self.S[run.rows]
             _turn(settings, S, run.D)
-            views, flats = _views(run.patches, gradient=False)
+            views, flats = views_of(run.patches, gradient=False)
             W = None
             if settings["weight_decay"]:
                 W = torch.empty_like(S)
@@ -368,16 +302,6 @@ def _descend(W: Sequence[Tensor], u: Sequence[Tensor], lr: float | Tensor) -> No
         torch._foreach_sub_(list(W), torch._foreach_mul(list(u), lr))
     else:
         torch._foreach_add_(list(W), list(u), alpha=-lr)
-
-
-def _views(patches: Sequence[Patch], *, gradient: bool) -> tuple[list[Tensor], dict[GroupTensor, Tensor]]:
-    """Return views of the patches in the gradients or weights of their group tensors, and these by group tensor."""
-    flats: dict[GroupTensor, Tensor] = {}
-    for group_tensor in dict.fromkeys(patch.group_tensor for patch in patches):
-        flat = group_tensor.gradient if gradient else group_tensor.flat
-        assert flat is not None
-        flats[group_tensor] = flat
-    return [patch.of(flats[patch.group_tensor]) for patch in patches], flats
 
 
 def write(pieces: Sequence[tuple[Binding, Piece]], values: Sequence[Tensor]) -> None:
