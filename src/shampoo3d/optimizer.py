@@ -373,6 +373,9 @@ class Shampoo(Checkpointed):
         return sum(int(batch.stack.root_failures) for team in self._teams for batch in team.batches)
 
     def report(self) -> Report:
-        """Report what moves each parameter and why, the state on this rank, and the bytes received in a step."""
-        registry = self._registry
-        return Report.of(self._teams, registry.names, self.skipped_steps, self.distribution, registry.absent)
+        """Report what moves each parameter and why, state and traffic of this rank, and numbers of a recorded step.
+
+        On an accelerator it waits for no step, and so does not count a skip of the last one, as :attr:`skipped_steps`.
+        """
+        registry, numbers = self._registry, self._watch.numbers() if self._watch else {}
+        return Report.of(self._teams, registry.names, self._skipped, self.distribution, registry.absent, numbers)

@@ -88,6 +88,36 @@ def test_with_gradients_that_are_not_checked_the_host_reads_nothing(name: str) -
             assert t == 0 or not gpu.reads, t
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_numbers_of_the_step_before_arrive_without_a_read(name: str) -> None:
+    """Those of the CPU, one step late, and never of a step that did not count; the same is launched at each."""
+    expected, on_cpu = made(PRESETS[name], "cpu")
+    on_cpu.watch(1)
+    with accelerator() as gpu:
+        params, optimizer = made(PRESETS[name], DEVICE)
+        optimizer.watch(1)
+        before: dict[str, float] = {}
+        for t in range(13):
+            put(params, t)
+            put(expected, t)
+            if t == 5:
+                spoil(params[1])
+                spoil(expected[1])
+            gpu.clear()
+            optimizer.step()
+            told = optimizer.report().scalars()
+            assert t == 0 or not gpu.reads, (t, gpu.reads)
+            assert t < 12 or not gpu.uploads, (t, gpu.uploads)
+            if t not in (5, 6):  # the skipped one, and that after it, at which the host knows it
+                assert told.get("shampoo/step") == before.get("shampoo/step")
+                for key in (key for key in before if "seconds" not in key):
+                    assert told[key] == pytest.approx(before[key], rel=1e-9), key
+            on_cpu.step()
+            before = on_cpu.report().scalars()
+            if "shampoo/step" in told:
+                assert told["shampoo/step"] == (t if t < 6 else t - 1)
+
+
 @pytest.mark.parametrize("name", ["default", "soap", "classic"])
 def test_a_state_goes_out_and_in(name: str, tmp_path: Path) -> None:
     hp = PRESETS[name]

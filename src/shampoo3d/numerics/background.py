@@ -1,8 +1,11 @@
 """Work of the host and of a device that do not wait for each other: in the background, copies, tests of masks."""
 
+import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -71,6 +74,36 @@ class Late:
         self._arrived.synchronize()
         numbers: list[Any] = self._numbers.tolist()
         return numbers
+
+
+class Stopwatch:
+    """Seconds of consecutive pieces of work on a device, by name, measured there; no host waits for it.
+
+    Args:
+        device: that of the work; on a CPU it is done when it is launched.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+        self._device = device
+        self._marks: list[tuple[str, Any]] = []
+        self.mark("")
+
+    def mark(self, name: str) -> None:
+        """Give a name to all that was launched since the mark before."""
+        if self._module is None:
+            self._marks.append((name, time.perf_counter()))
+            return
+        event = self._module.Event(enable_timing=True)
+        event.record(self._module.current_stream(self._device))
+        self._marks.append((name, event))
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds by name; the device must have come by the last mark."""
+        found: defaultdict[str, float] = defaultdict(float)
+        for (_, before), (name, now) in pairwise(self._marks):
+            found[name] += now - before if self._module is None else before.elapsed_time(now) / 1e3
+        return dict(found)
 
 
 def any_or_unknown(mask: Tensor) -> bool:

@@ -339,3 +339,11 @@ def squared_norms(stack: Tensor) -> Tensor:
     """Return the sum of squares of every block of a stack (n, *shape): float64, (n,)."""
     norms: Tensor = torch.linalg.vector_norm(stack.flatten(1), dim=1)
     return norms.double().square()
+
+
+def squared_norms_of(views: Sequence[Tensor], axes: int, dtype: torch.dtype) -> Tensor:
+    """Return the sums of squares over the last axes of strided views, those of one view after the other: float64."""
+    norms = list(views)
+    for _ in range(axes):  # one by one: both at once would take twice as long where rows are apart
+        norms = [torch.linalg.vector_norm(norm, dim=-1, dtype=dtype) for norm in norms]
+    return torch.cat([norm.flatten() for norm in norms]).double().square()

@@ -53,6 +53,15 @@ def equivalent_step(t: int, hp: ShampooHyperParams) -> int:
     return last + 1 + (t - last - 1) % k
 
 
+def root_age(t: int, hp: ShampooHyperParams, offset: int = 0) -> int:
+    """Return how many steps before step t the roots were due that its directions use; t if none were yet.
+
+    A root that failed, so that the previous one was kept, and a basis that could stay count as refreshed.
+    """
+    late = hp.computation.asynchronous or hp.variant.direction == "adam"  # used from the step after on
+    return next((age for age in range(late, t) if phase(t - age, hp, offset).refresh), t)
+
+
 def unconditional(t: int, hp: ShampooHyperParams) -> bool:
     """Return whether a basis due at step t is computed even if it could stay: the first, and up to ``fresh_steps``."""
     return t <= max(_first_refresh(hp), hp.fresh_steps)

@@ -39,6 +39,11 @@ class Symmetric:
     def _diagonals(self) -> list[Tensor]:
         return [self.tiles[name].diagonal(dim1=1, dim2=2) for name, (i, j) in self._spans.items() if i == j]
 
+    @property
+    def diagonal(self) -> Tensor:
+        """The diagonals (n, d)."""
+        return torch.cat(self._diagonals, 1)
+
     def trace(self, rows: Rows) -> Tensor:
         """Return ``trace A`` of the given rows, (rows,)."""
         first, *others = (diagonal[rows].sum(1) for diagonal in self._diagonals)
@@ -89,6 +94,11 @@ class Diagonal:
         """Update ``A <- beta A + weight diag(U U^T)`` for the given rows, U (rows, d, any)."""
         squares = torch.linalg.vector_norm(U, dim=2).square_()
         self.tiles[""][rows] = add_faded_(squares.mul_(weight), self.tiles[""][rows], beta)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The diagonals (n, d)."""
+        return self.tiles[""]
 
     def trace(self, rows: Rows) -> Tensor:
         """Return ``trace A`` of the given rows, (rows,)."""

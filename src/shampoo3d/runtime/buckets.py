@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shampoo3d.numerics.masks import kept, overwrite
 from shampoo3d.numerics.momenta import Momenta, Rows
-from shampoo3d.numerics.preconditioner import squared_norms
+from shampoo3d.numerics.preconditioner import squared_norms, squared_norms_of
 from shampoo3d.numerics.schedule import phase
 from shampoo3d.numerics.state_names import momenta_names, nothing_at_home
 from shampoo3d.planning.layout import Fragment
@@ -27,12 +27,14 @@ from shampoo3d.runtime.bindings import (
     state_dtype,
 )
 from shampoo3d.runtime.patches import Patch, patches, views_of
+from shampoo3d.runtime.recording import current_recording
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 
 class ElementBucket(Protocol):
     """Elements whose home is this rank and that are updated together. During a step S is their direction."""
 
+    bindings: list[Binding]
     momenta: Momenta
 
     def steps(self, steps: StepCounts) -> bool:
@@ -67,7 +69,7 @@ class FlatBucket:
     teams (a tied weight and others, in one slice), each of which grafts its own.
 
     Attributes:
-        unfactored: the matrices in it that have no factors.
+        bindings: the matrices of which it has elements; unfactored: those of them that have no factors.
         momenta: state of all elements or, where those of matrices with factors have none, of the unfactored ones, one
             after the other.
     """
@@ -76,7 +78,8 @@ class FlatBucket:
         self.group_tensor, self.hp = group_tensor, hp
         flat = group_tensor.flat
         self.dtype = state_dtype(flat.dtype)
-        self.unfactored = [binding for binding in bindings if binding.elements and not binding.matrix.factored]
+        self.bindings = [binding for binding in bindings if binding.elements]
+        self.unfactored = [binding for binding in self.bindings if not binding.matrix.factored]
         self._packed, self._shifts, shape = nothing_at_home(hp), dict[Binding, int](), flat.shape
         if self._packed:
             *starts, total = accumulate((binding.elements for binding in self.unfactored), initial=0)
@@ -104,6 +107,7 @@ class FlatBucket:
             return False
         G, t = gradient.to(self.dtype), steps[self.group_tensor]
         G = kept(G, inplace=G is not gradient)
+        self._record("gradient", G)
         self.started, self.age = phase(t, self.hp).started, self.hp.weight_updates(t)
         if not self.age:
             self.D, self.S = G, G.clone()
@@ -149,10 +153,20 @@ class FlatBucket:
             D = None if self.started else self.D.clone()  # it may be the user's gradient
             _turn(settings, self.S, D)
             W = self.group_tensor.flat
+            self._record("direction", self.S if D is None else D)
+            self._record("weight", W)
             u = self.momenta.update(W, self.S, D, settings, started=self.started)
+            self._record("update", u, settings["lr"])
             _descend([W], [u], settings["lr"])
             self.group_tensor.store(W)
         del self.D, self.S
+
+    def _record(self, kind: str, flat: Tensor, times: float | Tensor = 1.0) -> None:
+        """Let a recording that is under way have the lengths of the matrices' parts of a tensor."""
+        if (recording := current_recording()) is not None and self.bindings:
+            lengths = torch.stack(torch._foreach_norm(_parts(flat, self.bindings), dtype=self.dtype))
+            rows = index([recording.rows[binding] for binding in self.bindings], flat.device)
+            recording.add(kind, rows, lengths.double().square() * times**2)
 
 
 def flat_buckets(bindings: Iterable[Binding], hp: ShampooHyperParams) -> dict[GroupTensor, FlatBucket]:
@@ -207,7 +221,8 @@ class StackedBucket:
         self.factored = binding.matrix.factored
         shape = len(members), *self.shape
         self.momenta = Momenta(shape, hp, self.dtype, self.device, factored=self.factored)
-        self._group_tensors = list(dict.fromkeys(binding.group_tensor for binding, _ in members))
+        self.bindings = list(dict.fromkeys(binding for binding, _ in members))
+        self._group_tensors = list(dict.fromkeys(binding.group_tensor for binding in self.bindings))
         self._runs = PhaseIndex[bool, list[Run]](self._group_tensors, lambda t: phase(t, hp).started)
 
     def steps(self, steps: StepCounts) -> bool:
@@ -226,7 +241,9 @@ class StackedBucket:
         into = [patch.among(G) for run, G in zip(self.runs, stacks, strict=True) for patch in run.patches]
         torch._foreach_copy_(into, views_of([patch for run in self.runs for patch in run.patches], gradient=True)[0])
         for run, G in zip(self.runs, stacks, strict=True):
-            D = self._borrow(run, kept(G))
+            kept(G)
+            self._record("gradient", run, [G])
+            D = self._borrow(run, G)
             if isinstance(run.rows, Tensor):
                 self.S[run.rows] = G
             if self.hp.borrows_lengths:
@@ -288,12 +305,22 @@ class StackedBucket:
             if settings["weight_decay"]:
                 W = torch.empty_like(S)
                 torch._foreach_copy_([patch.among(W) for patch in run.patches], views)
+            self._record("weight", run, views)
+            self._record("direction", run, [S if run.D is None else run.D])
             u = self.momenta.update(W, S, run.D, settings, started=run.started, rows=run.rows)
+            self._record("update", run, [u], settings["lr"])
             _descend(views, [patch.among(u) for patch in run.patches], settings["lr"])
             for group_tensor, flat in flats.items():
                 group_tensor.store(flat)
             del S, W, u, run.D
         del self.S, self.runs
+
+    def _record(self, kind: str, run: Run, views: Sequence[Tensor], times: float | Tensor = 1.0) -> None:
+        """Let a recording that is under way have the lengths of the members of a run, as views have them."""
+        if (recording := current_recording()) is not None:
+            binding, _ = self.members[0]
+            rows = run.matrices + (recording.rows[binding] - binding.number)  # those of a team are consecutive
+            recording.add(kind, rows, squared_norms_of(views, len(self.shape), self.dtype) * times**2)
 
 
 def _descend(W: Sequence[Tensor], u: Sequence[Tensor], lr: float | Tensor) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -53,6 +53,7 @@ class Report:
         absent: trainable parameters of the model that the optimizer does not have.
         state_bytes: of statistics, roots and momenta on this rank.
         traffic: bytes that this rank receives in a step, see ``share.traffic``.
+        numbers: those of the last recorded step, see :meth:`scalars`.
     """
 
     rows: tuple[Row, ...]
@@ -62,6 +63,7 @@ class Report:
     state_bytes: int
     traffic: Mapping[str, int]
     absent: tuple[str, ...]
+    numbers: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -71,6 +73,7 @@ class Report:
         skipped_steps: int,
         distribution: Distribution,
         absent: Sequence[str],
+        numbers: Mapping[str, float],
     ) -> "Report":
         rows_by_name: dict[str, Row] = {}
         for team in teams:
@@ -85,7 +88,17 @@ class Report:
         rows = tuple(rows_by_name[name] for name in names.values() if name in rows_by_name)
         every = max((team.plan.every for team in teams), default=0)
         oldest = every - 1 + any(hp.computation.asynchronous for hp in (team.hp for team in teams))
-        return cls(rows, skipped_steps, every, oldest, state_bytes(teams), dict(received), tuple(absent))
+        return cls(rows, skipped_steps, every, oldest, state_bytes(teams), dict(received), tuple(absent), numbers)
+
+    def scalars(self) -> dict[str, float]:
+        """Return numbers for a logger, by sorted names such as "shampoo/gradient_norm/layers.0.weight".
+
+        All but "shampoo/skipped_steps" and "shampoo/state_bytes" need :meth:`shampoo3d.Shampoo.watch`, and are of the
+        step "shampoo/step"; see ``docs/watching.md`` for each. They are of what this rank keeps: lengths are those of
+        the elements that it updates, so that the squares of all ranks add up to those of the whole.
+        """
+        own = {"shampoo/skipped_steps": float(self.skipped_steps), "shampoo/state_bytes": float(self.state_bytes)}
+        return dict(sorted({**self.numbers, **own}.items()))
 
     def __str__(self) -> str:
         header = ("parameter", "shape", "path", "moved by", "blocks", "factors", "owners", "reason")

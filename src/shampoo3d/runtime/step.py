@@ -9,6 +9,7 @@ from shampoo3d.numerics.grafting import graft_scale
 from shampoo3d.numerics.schedule import Phase, phase
 from shampoo3d.runtime.bindings import StepCounts
 from shampoo3d.runtime.exchange import Exchange
+from shampoo3d.runtime.recording import mark
 from shampoo3d.runtime.team import Team, WorkItem
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
@@ -31,18 +32,24 @@ def take_step(
     """
     # Products of reduced precision change PyTorch's global precision flags, which background work may be using.
     join_background_roots(teams, None if hp.computation.products == "bfloat16" else steps)
+    mark("waiting")
     buckets = [bucket for bucket in dict.fromkeys(s for team in teams for s in team.buckets) if bucket.begin(steps)]
+    mark("averages")
     for team, exchange in zip(teams, exchanges, strict=True):
         if taking_part := {group_tensor: t for group_tensor, t in steps.items() if group_tensor in team.names}:
             _precondition_all(exchange, taking_part, hp)
             if hp.borrows_lengths:
                 _graft(team, exchange, hp, taking_part)
+                mark("grafting")
     for bucket in buckets:
         bucket.update(groups)
+    mark("weights")
     for exchange in exchanges:
         exchange.copy(steps)
+    mark("copies")
     for batch in (batch for team in teams for batch in team.batches):
         batch.stack.launch()
+    mark("roots")
 
 
 def join_background_roots(teams: Sequence[Team], steps: StepCounts | None = None) -> None:
@@ -56,7 +63,9 @@ def join_background_roots(teams: Sequence[Team], steps: StepCounts | None = None
 def _precondition_all(exchange: Exchange, steps: StepCounts, hp: ShampooHyperParams) -> None:
     """Turn gradients into directions. A function of its own, so that no work item holds a bucket's S afterwards."""
     for items, due in exchange.collect(steps):
+        mark("exchange")
         _precondition(items, due, hp)
+    mark("exchange")
 
 
 def _precondition(items: Sequence[WorkItem], due: Sequence[WorkItem], hp: ShampooHyperParams) -> None:
@@ -69,11 +78,13 @@ def _precondition(items: Sequence[WorkItem], due: Sequence[WorkItem], hp: Shampo
         stack = item.batch.stack
         if phases[item.t].accumulate and not item.batch.guests:
             stack.accumulate(item.blocks, item.rows, item.t)
+    mark("statistics")
     if hp.variant.direction == "adam":
         _direct(items, phases)
     for item in due:
         stack = item.batch.stack
         (stack.enqueue_refresh if hp.computation.asynchronous else stack.refresh_roots)(item.rows, item.t)
+    mark("roots")
     if hp.variant.direction == "root":
         _direct(items, phases)
 
@@ -87,6 +98,7 @@ def _direct(items: Sequence[WorkItem], phases: Mapping[int, Phase]) -> None:
         stack.precondition(item.blocks, item.rows, item.t, out=item.blocks)
         if bucket is not None and isinstance(item.rows, torch.Tensor):  # indexing by a tensor made a copy
             bucket.S[item.rows] = item.blocks
+    mark("directions")
 
 
 def _graft(team: Team, exchange: Exchange, hp: ShampooHyperParams, steps: StepCounts) -> None:

@@ -1,7 +1,7 @@
 """The part of the optimizer that takes steps and counts them: also those whose verdict only the device knows yet."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from shampoo3d.runtime.attributes import Shared
 from shampoo3d.runtime.bindings import GroupTensor, StepCounts
 from shampoo3d.runtime.step import take_step
 from shampoo3d.runtime.team import Team
+from shampoo3d.runtime.watching import Watch
 from shampoo3d.settings.hyperparams import ShampooHyperParams
+from shampoo3d.settings.validation import check_integer
 
 
 @dataclass(eq=False)
@@ -46,6 +48,7 @@ class Stepping(Optimizer):
     _unfinished = Shared(0)  # the step that is running or was interrupted; 0 if none
     _last = Shared[Launched | None](None)  # the last step since parameters were bound
     _refused = Shared[Launched | None](None)  # a step that was refused after it was launched, until that is raised
+    _watch = Shared[Watch | None](None)
 
     @property
     def _teams(self) -> list[Team]:
@@ -97,7 +100,8 @@ class Stepping(Optimizer):
             steps = {tensor: self._count(tensor) for tensor in self._with_gradient()}
         self._unfinished = max(steps.values(), default=0)
         self._last = Launched(agreement, steps, agreement.known, idle)
-        with only_if(mask), _idling(steps if idle else ()):
+        watch = nullcontext() if self._watch is None or idle else self._watch.over(bound.teams, bound.exchanges, steps)
+        with only_if(mask), _idling(steps if idle else ()), watch:
             take_step(bound.teams, bound.exchanges, settings, self.hyperparams, steps)
         self._unfinished = 0
 
@@ -133,6 +137,14 @@ class Stepping(Optimizer):
         self._unfinished, self._refused, steps = 0, None, self._steps
         if self._last is not None:
             self._last.steps = {tensor: steps[tensor.tensor] for tensor in self._last.steps}
+
+    def watch(self, every: int = 10) -> None:
+        """Record every so-many-th step from now on, for ``report().scalars()``; ``every=0`` ends it.
+
+        It changes no result. On an accelerator nothing waits for it. The recordings are not part of the state.
+        """
+        check_integer("every", every, least=0)
+        self._watch = Watch(every) if every else None
 
     @property
     def skipped_steps(self) -> int:
