@@ -90,7 +90,7 @@ def test_with_gradients_that_are_not_checked_the_host_reads_nothing(name: str) -
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_numbers_of_the_step_before_arrive_without_a_read(name: str) -> None:
-    """Those of the CPU, one step late, and never of a step that did not count; the same is launched at each."""
+    """Numbers are those of the CPU, one step late, and never of a step that did not count."""
     expected, on_cpu = made(PRESETS[name], "cpu")
     on_cpu.watch(1)
     with accelerator() as gpu:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-"""A record whose `event` is one of "step", "validation", "finished", "error"; see `Trainer` for the rest."""
+"""A record whose `event` is one of "step", "watched", "validation", "finished", "error"; see `Trainer` for the rest."""
 
 Report = Callable[[Record], None]
 

@@ -34,6 +34,7 @@ class Settings:
     device: str = option("auto", "auto, cpu (gloo) or cuda (NCCL).", RUN)
     threads: int = option(1, "Threads per process on the CPU.", RUN)
     save_every: int = option(100, "Steps between checkpoints.", RUN)
+    watch: int = option(0, "Steps between lines that tell what 3D-Shampoo does; 0 for none.", RUN)
     text: Path | None = option(None, "Text to learn. Default: the manual inside Python.", "Model")  # noqa: RUF009
     layers: int = option(4, "Transformer blocks.", "Model")
     width: int = option(128, "Width of the residual stream.", "Model")
@@ -65,8 +66,9 @@ class Settings:
         for name in ("adamw_lr", "shampoo_lr"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise RunError(f"{flag(name)} must be a positive number, not {getattr(self, name)}")
-        if self.block_size < 0 or self.seed < 0:
-            raise RunError(f"--block-size {self.block_size} and --seed {self.seed} must not be negative")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise RunError(f"{flag(name)} {getattr(self, name)} must not be negative")
         for name, choices in (("optimizer", tuple(OPTIMIZERS)), ("device", DEVICES), ("zero_stage", ZERO_STAGES)):
             if getattr(self, name) not in choices:
                 allowed = ", ".join(map(str, choices))
@@ -135,7 +137,8 @@ class Settings:
             raise RunError(f"{path} does not hold the settings of a run: {error}") from None
 
 
-_POSITIVE = [f.name for f in fields(Settings) if f.type == "int" and f.name not in ("block_size", "seed", "zero_stage")]
+_NOT_NEGATIVE = ("block_size", "seed", "watch")
+_POSITIVE = [f.name for f in fields(Settings) if f.type == "int" and f.name not in (*_NOT_NEGATIVE, "zero_stage")]
 
 
 def flag(name: str) -> str:

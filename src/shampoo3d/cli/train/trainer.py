@@ -88,6 +88,8 @@ class Trainer:
         grid = make_grid(self.settings)
         module = make_module(self.settings, len(self.text.vocabulary), grid)
         self.optimizer = make_optimizer(self.name, module, self.settings, grid)
+        if isinstance(self.optimizer, Shampoo):
+            self.optimizer.watch(self.settings.watch)
         self.stopwatch = Stopwatch(self.optimizer)
         self.engine = make_engine(module, self.optimizer, self.settings, grid)
         self.model = self.engine if self.settings.pipe > 1 else WholeModel(self.engine)
@@ -104,6 +106,8 @@ class Trainer:
             raise RunError(f"the loss is {loss} at step {step}: take a smaller --{self.name}-lr")
         if self.name == "shampoo" and step == 1:
             self._write_plan()
+        if isinstance(self.optimizer, Shampoo) and self.settings.watch and step % self.settings.watch == 0:
+            self._write(event="watched", step=step, ranks=gather(self.optimizer.report().scalars()))
         last = step == self.settings.steps
         if last or step % self.settings.evaluate_every == 0 or step == 1:
             self._evaluate(step)
