@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -15,28 +15,28 @@ from .settings import TITLES, Settings
 SMOOTHING = 0.9
 """The weight of the past in the shown loss and speed."""
 
-HEAD = "  step  gradient  update/weight  of one matrix  condition  root age  failed  skipped  longest phase"
+WATCHED = ("step", "gradient", "update/weight", "largest", "condition", "age", "failed", "skipped", "longest phase")
+"""The head of the table that `--watch` prints; "largest" is the largest update/weight of a matrix."""
 
 
-def watched(step: int, ranks: Sequence[Mapping[str, float]]) -> str:
-    """Put a recorded step of all ranks into a line below the head."""
+def watched(step: int, ranks: Sequence[Mapping[str, float]]) -> tuple[str, ...]:
+    """Put a recorded step into a row of that table: numbers of all ranks, and the longest phase of the first."""
 
-    def of(quantity: str, join: Callable[[Iterable[float]], float]) -> float:
-        return join([told[f"shampoo/{quantity}"] for told in ranks if f"shampoo/{quantity}" in told])
+    def of(quantity: str) -> list[float]:
+        return [told[f"shampoo/{quantity}"] for told in ranks if f"shampoo/{quantity}" in told]
 
-    def length(values: Iterable[float]) -> float:
-        return math.hypot(*values)
-
-    phases = {name.split("/")[-1]: value for name, value in ranks[0].items() if name.startswith("shampoo/seconds/")}
-    total = phases.pop("total", 0.0)
-    longest = max(phases, key=phases.__getitem__, default="")
-    weight, most = of("weight_norm/total", length), lambda values: max(values, default=0.0)
-    return (
-        f"{step:>6}  {of('gradient_norm/total', length):>8.2e}"
-        f"  {of('update_norm/total', length) / weight if weight else 0.0:>13.2e}  {of('update_ratio/max', most):>13.2e}"
-        f"  {of('condition/max', most):>9.1e}  {of('root_age/max', most):>8.0f}  {of('failed_roots', sum):>6.0f}"
-        f"  {of('skipped_steps', most):>7.0f}  {longest} {100 * phases.get(longest, 0.0) / total if total else 0.0:.0f} %"
+    gradient, update, weight = (math.hypot(*of(f"{kind}_norm/total")) for kind in ("gradient", "update", "weight"))
+    largest, condition, age, skipped = (
+        max(of(quantity), default=0.0)
+        for quantity in ("update_ratio/max", "condition/max", "root_age/max", "skipped_steps")
     )
+    ratio, failed = update / weight if weight else 0.0, sum(of("failed_roots"))
+    seconds = {name.split("/")[-1]: value for name, value in ranks[0].items() if name.startswith("shampoo/seconds/")}
+    total = seconds.pop("total", 0.0)
+    phase, longest = max(seconds.items(), key=lambda item: item[1], default=("", 0.0))
+    share = f"{phase} {100 * longest / total:.0f} %" if total else ""
+    floats = (f"{number:.1e}" for number in (gradient, ratio, largest, condition))
+    return f"{step}", *floats, f"{age:.0f}", f"{failed:.0f}", f"{skipped:.0f}", share
 
 
 class Display:
@@ -77,18 +77,19 @@ class Display:
         if record["event"] == "step":
             self._show_step(name, task, record)
         elif record["event"] == "watched":
-            self._show_watched(record["step"], record["ranks"])
+            self._show_watched(watched(record["step"], record["ranks"]))
         elif record["event"] == "validation":
             self.progress.update(task, validation=f"{record['loss']:.3f}")
         elif record["event"] == "finished":
             self.progress.stop_task(task)
 
-    def _show_watched(self, step: int, ranks: list[dict[str, float]]) -> None:
-        """Print a line of a table below its head; the numbers of all ranks together, and the times of the first."""
-        if not self.watched:
-            self.watched = True
-            self.progress.console.print(HEAD)
-        self.progress.console.print(watched(step, ranks))
+    def _show_watched(self, row: Sequence[str]) -> None:
+        """Print a row of the table of `--watch`, the first one below its head."""
+        rows = [row] if self.watched else [WATCHED, row]
+        self.watched = True
+        for cells in rows:
+            padded = (cell.rjust(max(6, len(head))) for cell, head in zip(cells, WATCHED, strict=True))
+            self.progress.console.print(" ".join(padded), soft_wrap=True)
 
     def _show_step(self, name: str, task: TaskID, record: Record) -> None:
         if name not in self.smooth:
