@@ -118,6 +118,23 @@ def test_who_does_not_ask_is_told_what_costs_nothing() -> None:
     assert optimizer.report().scalars().keys() == known
 
 
+def test_parameters_come_and_pause() -> None:
+    params, optimizer = made(PRESETS["default"])
+    optimizer.watch(1)
+    more = nn.Parameter(draw((6, 5), 9))
+    for t in range(1, 4):
+        put(params, t)
+        if t == 2:
+            params[0].grad = None
+            optimizer.add_param_group({"params": [("more", more)]})
+        more.grad = draw(more.shape, t)
+        optimizer.step()
+        told = optimizer.report().scalars()
+        assert (told["shampoo/gradient_norm/wide"] == 0) == (t == 2)
+        assert ("shampoo/root_age/wide" in told) == (t != 2)
+        assert ("shampoo/update_ratio/more" in told) == (t > 1)
+
+
 def test_a_skipped_step_is_not_recorded() -> None:
     params, optimizer = made(PRESETS["default"])
     optimizer.watch(1)
