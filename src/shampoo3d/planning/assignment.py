@@ -98,8 +98,8 @@ def make_plan(
         else:
             cohorts[draft.alike].append(draft)
     for cohort in sorted(cohorts.values(), key=lambda cohort: (-cohort[0].kind.cost, -cohort[0].kind.elements)):
-        assign = _one_by_one if sum(len(draft.run) for draft in cohort) * len(ranks) <= LISTED else _many
-        found = assign(cohort, loads, hp.preconditioning_compute_steps)
+        few = sum(len(draft.run) for draft in cohort) * len(ranks) <= LISTED
+        found = _one_by_one(cohort, loads) if few else _many(cohort, loads, hp.preconditioning_compute_steps)
         if found is None:
             raise ValueError(_no_room(cohort[0], drafts, loads))
         runs += found
@@ -115,10 +115,8 @@ def _planned(matrix: Matrix, turns: Mapping[str, tuple[Turns, ...]]) -> PlannedM
 
 def _drafts(matrix: Matrix, planned: PlannedMatrix, number: int, hp: ShampooHyperParams) -> Iterator[Draft]:
     """Describe the equal blocks of a matrix; those without factors stay on ranks that store them."""
-    groups = matrix.holders.shard_groups
-    copies = tuple(groups.values()) if len(groups) > 1 and not matrix.sharded else ()
-    for part, among in [(part, ()) for part in matrix.parts] if matrix.axes else _by_storing_ranks(matrix):
-        run = Run(_kind(matrix, part, hp), (number,), part.indices, 0, copies, ())
+    for part, among in [(part, ()) for part in matrix.blocks.parts] if matrix.axes else _by_storing_ranks(matrix):
+        run = Run(_kind(matrix, part, hp), (number,), part.indices, 0, matrix.sharding.copies, ())
         yield Draft(matrix, planned, run, among)
 
 
@@ -160,10 +158,10 @@ def _kept(draft: Draft, owners: Sequence[int], loads: Loads) -> Run:
     return replace(run, owned=one_by_one(mine))
 
 
-def _one_by_one(cohort: Sequence[Draft], loads: Loads, every: int) -> list[Run] | None:
+def _one_by_one(cohort: Sequence[Draft], loads: Loads) -> list[Run] | None:
     """Give equal blocks to owners one by one, in the order of their turns; None if there is no room for one."""
     blocks = [(draft, index) for draft in cohort for index in draft.run.indices]
-    turns = [draft.planned.turn_of(index) % every for draft, index in blocks]
+    turns = [draft.planned.turn_of(index) for draft, index in blocks]
     kind, copies, among = cohort[0].kind, cohort[0].run.copies, cohort[0].among
     owners = [-1] * len(blocks)
     for i in sorted(range(len(blocks)), key=turns.__getitem__):

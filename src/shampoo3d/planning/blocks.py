@@ -1,7 +1,9 @@
 """Rectangles into which a logical matrix is cut. Pure shapes: the same on every rank."""
 
+import bisect
 import itertools
 import math
+from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -161,9 +163,25 @@ def equal_in_row(lengths: Iterable[T]) -> Iterator[tuple[int, int, T]]:
         start = stop
 
 
+class Made(Sequence[T]):
+    """Items that are made when they are asked for."""
+
+    @abstractmethod
+    def made(self, number: int) -> T:
+        """Make the item of this number."""
+
+    @overload
+    def __getitem__(self, number: int) -> T: ...
+    @overload
+    def __getitem__(self, number: slice) -> tuple[T, ...]: ...
+    def __getitem__(self, number: int | slice) -> T | tuple[T, ...]:
+        numbers = range(len(self))[number]
+        return self.made(numbers) if isinstance(numbers, int) else tuple(map(self.made, numbers))
+
+
 @dataclass(frozen=True)
-class Grid(Sequence[Block]):
-    """All blocks between the boundaries of each axis, in row-major order: made when they are asked for."""
+class Grid(Made[Block]):
+    """All blocks between the boundaries of each axis, in row-major order."""
 
     cuts: tuple[Cuts, ...]
 
@@ -185,19 +203,12 @@ class Grid(Sequence[Block]):
         return self.indices.elements
 
     def __iter__(self) -> Iterator[Block]:
-        return map(self.at, self.indices)
+        return map(self._at, self.indices)
 
-    @overload
-    def __getitem__(self, number: int) -> Block: ...
-    @overload
-    def __getitem__(self, number: slice) -> tuple[Block, ...]: ...
-    def __getitem__(self, number: int | slice) -> Block | tuple[Block, ...]:
-        if isinstance(number, slice):
-            return tuple(self.at(self.index_of(i)) for i in range(*number.indices(len(self))))
-        return self.at(self.index_of(range(len(self))[number]))
+    def made(self, number: int) -> Block:
+        return self._at(self.index_of(number))
 
-    def at(self, index: Shape) -> Block:
-        """Return the block at this index along each axis."""
+    def _at(self, index: Shape) -> Block:
         ends = [axis[i : i + 2] for axis, i in zip(self.cuts, index, strict=True)]
         return Block(tuple(a for a, _ in ends), tuple(b - a for a, b in ends))
 
@@ -208,6 +219,37 @@ class Grid(Sequence[Block]):
             number, i = divmod(number, count)
             index.append(i)
         return tuple(reversed(index))
+
+    def meeting(self, box: Block) -> Iterator[int]:
+        """Yield the numbers of the blocks that intersect a rectangle."""
+        sides = (
+            range(bisect.bisect_right(edges, a) - 1, bisect.bisect_left(edges, a + n))
+            for edges, a, n in zip(self.cuts, box.start, box.shape, strict=True)
+        )
+        return map(self.indices.number_of, itertools.product(*sides))
+
+
+class Listed(tuple[Block, ...]):
+    """Blocks that are no grid; the index of each is its number."""
+
+    @property
+    def indices(self) -> Block:
+        """The indices of its blocks."""
+        return Block((0,), (len(self),))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Its blocks by shape, those in a row together."""
+        runs = equal_in_row(block.shape for block in self)
+        return tuple(Part(Block((a,), (b - a,)), shape) for a, b, shape in runs)
+
+    def index_of(self, number: int) -> Shape:
+        """Return the index of the block of this number."""
+        return (number,)
+
+    def meeting(self, box: Block) -> Iterator[int]:
+        """Yield the numbers of the blocks that intersect a rectangle."""
+        return (number for number, block in enumerate(self) if block.intersect(box))
 
 
 def rectangles(shape: Sequence[int], first: int, last: int) -> Iterator[Block]:

@@ -10,6 +10,7 @@ from shampoo3d.planning.blocks import (
     Block,
     Cuts,
     Grid,
+    Listed,
     auto_block_size,
     concatenate_cuts,
     cut,
@@ -86,12 +87,12 @@ def _without_factors(sharding: Sharding, path: str, reason: str) -> Matrix:
     """Describe the matrix without factors; its blocks only balance the work."""
     axes = tuple(range(len(sharding.shape)))
     rows_and_rest = tuple(group for group in (axes[:1], axes[1:]) if group) or ((),)
-    matrix = Matrix(sharding, rows_and_rest, (), (), (), path, reason)
+    matrix = Matrix(sharding, rows_and_rest, (), Listed(), (), path, reason)
     if sharding.sharded:
         return matrix
     # Only the balance depends on these blocks. They do not cross shards, so that each has one replica group.
     pieces = [piece.box for _, shard in sharding.replica_groups for piece in matrix.pieces(shard)]
-    return replace(matrix, blocks=tuple(block for box in dict.fromkeys(pieces) for block in _by_rows(box)))
+    return replace(matrix, blocks=Listed(block for box in dict.fromkeys(pieces) for block in _by_rows(box)))
 
 
 def _by_rows(box: Block) -> Iterator[Block]:

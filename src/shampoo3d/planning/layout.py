@@ -4,12 +4,9 @@ A reader (``engines/``) finds each rank's shard of a parameter; :func:`describe`
 Blocks are cut from the *logical* matrix, so they depend neither on the number of ranks nor on the sharding.
 """
 
-import bisect
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 from shampoo3d.numerics.tiles import Shape
@@ -17,12 +14,11 @@ from shampoo3d.planning.blocks import (
     Block,
     Cuts,
     Grid,
-    Part,
+    Listed,
     Split,
-    equal_in_row,
     lengths_of,
 )
-from shampoo3d.planning.shards import Holders, Piece, Shard
+from shampoo3d.planning.shards import Copies, Holders, Piece, Shard, keepers
 from shampoo3d.planning.storage import Storage, Stored, pieces, storage_of
 from shampoo3d.settings.variant import LONGEST_KERNEL
 
@@ -109,9 +105,15 @@ class Sharding:
         """Ranks that store the same shard, for each shard group and shard that is not empty."""
         return self.holders.replica_groups
 
+    @property
+    def copies(self) -> Copies:
+        """The shard groups in each of which one rank keeps the roots of a block; empty if only owners do."""
+        groups = self.holders.shard_groups
+        return tuple(groups.values()) if len(groups) > 1 and not self.sharded else ()
+
     def counterparts(self, rank: int) -> tuple[int, ...]:
         """Return the ranks at the same index of each shard group of replicas; for sharded matrices the rank itself."""
-        return (rank,) if self.sharded else self.holders.counterparts[rank]
+        return keepers(self.copies, rank)
 
     def with_shard_groups(self, count: int) -> "Sharding":
         """Divide the replicas of every shard among ``count`` shard groups, neighbours together.
@@ -155,7 +157,7 @@ class Fragment:
         """The rectangle of the merged matrix."""
         return self.piece.box
 
-    @cached_property
+    @property
     def elements(self) -> int:
         return self.piece.box.elements
 
@@ -179,7 +181,7 @@ class Matrix:
     sharding: Sharding
     groups: tuple[tuple[int, ...], ...]
     cuts: tuple[Cuts, ...]
-    blocks: Sequence[Block]
+    blocks: Grid | Listed
     axes: tuple[int, ...]
     path: str
     reason: str
@@ -211,15 +213,6 @@ class Matrix:
         """True if its blocks have factors."""
         return bool(self.axes)
 
-    @cached_property
-    def parts(self) -> tuple[Part, ...]:
-        """Its blocks by shape; where they are no grid, the index of a block is its number."""
-        if isinstance(self.blocks, Grid):
-            return self.blocks.parts
-        return tuple(
-            Part(Block((a,), (b - a,)), shape) for a, b, shape in equal_in_row(block.shape for block in self.blocks)
-        )
-
     @property
     def merged(self) -> Shape:
         """Shape of the merged matrix."""
@@ -241,7 +234,7 @@ class Matrix:
         """
         own = self.storage.all if rank is None else self.storage.on(rank)
         for stored in own:
-            yield from (self._fragment(number, stored) for number in self._blocks_at(stored.box))
+            yield from (self._fragment(number, stored) for number in self.blocks.meeting(stored.box))
         mine = set(map(id, own))
         for number in blocks:
             others = (stored for stored in self.storage.meeting(self.blocks[number]) if id(stored) not in mine)
@@ -252,17 +245,6 @@ class Matrix:
         inside = stored.piece.cut_to(block)
         assert inside is not None
         return Fragment(number, stored.shard_group, stored.ranks, inside, inside.box.within(block))
-
-    def _blocks_at(self, box: Block) -> Iterator[int]:
-        """Yield the numbers of the blocks that intersect the rectangle."""
-        if not isinstance(self.blocks, Grid):
-            yield from (number for number, block in enumerate(self.blocks) if block.intersect(box))
-            return
-        sides = (
-            range(bisect.bisect_right(edges, a) - 1, bisect.bisect_left(edges, a + n))
-            for edges, a, n in zip(self.cuts, box.start, box.shape, strict=True)
-        )
-        yield from map(self.blocks.indices.number_of, itertools.product(*sides))
 
     def gaps(self) -> str:
         """Return an error if the holders of a shard group don't store every element exactly once; empty if they do."""

@@ -5,7 +5,8 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from shampoo3d.planning.runs import Kind, Ranks, counterparts
+from shampoo3d.planning.runs import Kind, Ranks
+from shampoo3d.planning.shards import Copies, keepers
 
 
 class Loads:
@@ -31,10 +32,10 @@ class Loads:
         self._heap = [(*total, rank) for rank, total in self._totals.items()]
         heapq.heapify(self._heap)
 
-    def give(self, kind: Kind, owner: int, copies: tuple[Ranks, ...], count: int = 1) -> int:
+    def give(self, kind: Kind, owner: int, copies: Copies, count: int = 1) -> int:
         """Add equal blocks to their owner, and copies of their roots to its counterparts; return the most bytes."""
         fullest = 0
-        for rank in counterparts(copies)[owner] if copies else (owner,):
+        for rank in keepers(copies, owner):
             cost, size, position = self._totals[rank]
             mine = rank == owner
             self._totals[rank] = (
@@ -46,14 +47,13 @@ class Loads:
             fullest = max(fullest, self._totals[rank][1])
         return fullest
 
-    def least(self, kind: Kind, copies: tuple[Ranks, ...], among: Iterable[int] = ()) -> int:
+    def least(self, kind: Kind, copies: Copies, among: Iterable[int] = ()) -> int:
         """Return the least loaded rank with room for the block (its counterparts: for copies of its roots), or -1."""
-        others = counterparts(copies) if copies else {}
 
         def fits(owner: int) -> bool:
             return self.bound is None or all(
                 self._totals[rank][1] + (kind.bytes if rank == owner else kind.kept_bytes) <= self.bound
-                for rank in others.get(owner, (owner,))
+                for rank in keepers(copies, owner)
             )
 
         if among:
@@ -68,7 +68,7 @@ class Loads:
             heapq.heappush(self._heap, entry)
         return chosen
 
-    def fill(self, kind: Kind, count: int, copies: tuple[Ranks, ...], among: Ranks = ()) -> Counter[int] | None:
+    def fill(self, kind: Kind, count: int, copies: Copies, among: Ranks = ()) -> Counter[int] | None:
         """Give so many equal blocks to the least loaded ranks, as :meth:`least` would; None if there is no room.
 
         What is sure to be below the level that loads will reach is given at once, the rest one by one.
@@ -87,16 +87,16 @@ class Loads:
             given[owner] += 1
         return given
 
-    def _below_level(self, kind: Kind, count: int, copies: tuple[Ranks, ...], among: Ranks) -> Counter[int]:
+    def _below_level(self, kind: Kind, count: int, copies: Copies, among: Ranks) -> Counter[int]:
         """Return how many of so many equal blocks each rank has below the level up to which they would fill all ranks.
 
         Where roots are copied, each of a set of counterparts is given as many.
         """
-        kept, others = max(0, len(copies) - 1), counterparts(copies) if copies else {}
+        kept = max(0, len(copies) - 1)
         cost, size = kind.cost + kept * kind.kept_cost, kind.bytes + kept * kind.kept_bytes
         fullest: dict[int, tuple[float, int]] = {}
         for rank in among or self._totals:
-            totals = [self._totals[other] for other in others.get(rank, (rank,))]
+            totals = [self._totals[other] for other in keepers(copies, rank)]
             fullest[rank] = max(total[0] for total in totals), max(total[1] for total in totals)
         rooms = {
             rank: count if self.bound is None else (self.bound - full) // size for rank, (_, full) in fullest.items()

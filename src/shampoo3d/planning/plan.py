@@ -4,14 +4,14 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, overload
+from typing import Any
 
 from shampoo3d.numerics.schedule import BlockId
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.blocks import Block, Cuts, Grid
+from shampoo3d.planning.blocks import Block, Cuts, Grid, Listed, Made
 from shampoo3d.planning.runs import Kind, Ranks, Run
 from shampoo3d.planning.stagger import Turns
 from shampoo3d.settings.validation import check_integer, check_kind
@@ -55,17 +55,13 @@ class PlannedMatrix:
     turns: tuple[Turns, ...] = ()
 
     @cached_property
-    def blocks(self) -> Sequence[Block]:
-        return Grid(self.cuts) if self.cuts else tuple(map(Block.of_key, self.listed))
+    def blocks(self) -> Grid | Listed:
+        return Grid(self.cuts) if self.cuts else Listed(map(Block.of_key, self.listed))
 
     @property
     def indices(self) -> Block:
         """The indices of its blocks in the runs of a plan."""
-        return self.blocks.indices if isinstance(self.blocks, Grid) else Block((0,), (len(self.blocks),))
-
-    def index_of(self, number: int) -> Shape:
-        """Return the index of a block in the runs of a plan."""
-        return self.blocks.index_of(number) if isinstance(self.blocks, Grid) else (number,)
+        return self.blocks.indices
 
     def number_of(self, index: Shape) -> int:
         """Return the number of the block at an index."""
@@ -75,14 +71,13 @@ class PlannedMatrix:
         """Return the turn of the block at an index to refresh its roots; 0 without factors."""
         if not self.turns:
             return 0
-        assert isinstance(self.blocks, Grid)
         turns, part = next(
             pair for pair in zip(self.turns, self.blocks.parts, strict=True) if pair[1].indices.has(index)
         )
         return turns.of(part.indices.number_of(index))
 
 
-class Blocks(Sequence[PlannedBlock]):
+class Blocks(Made[PlannedBlock]):
     """The blocks of a plan in the order of its matrices, each of them described when it is asked for."""
 
     def __init__(self, plan: "Plan") -> None:
@@ -92,15 +87,9 @@ class Blocks(Sequence[PlannedBlock]):
     def __len__(self) -> int:
         return self._plan.firsts[-1]
 
-    @overload
-    def __getitem__(self, slot: int) -> PlannedBlock: ...
-    @overload
-    def __getitem__(self, slot: slice) -> tuple[PlannedBlock, ...]: ...
-    def __getitem__(self, slot: int | slice) -> PlannedBlock | tuple[PlannedBlock, ...]:
-        if isinstance(slot, slice):
-            return tuple(self[i] for i in range(*slot.indices(len(self))))
+    def made(self, slot: int) -> PlannedBlock:
         if slot not in self._known:
-            self._known[slot] = self._plan.described(range(len(self))[slot])
+            self._known[slot] = self._plan.described(slot)
         return self._known[slot]
 
     def __iter__(self) -> Iterator[PlannedBlock]:
@@ -149,7 +138,7 @@ class Plan:
 
         The owner is the only one, or one of them, in the order of the shard groups.
         """
-        index = self.matrices[matrix].index_of(block)
+        index = self.matrices[matrix].blocks.index_of(block)
         run = self._run(matrix, index)
         return run.keepers(run.owner(matrix, index))
 
@@ -160,7 +149,7 @@ class Plan:
         """Describe the block of a slot."""
         number, block = self.place(slot)
         matrix = self.matrices[number]
-        index = matrix.index_of(block)
+        index = matrix.blocks.index_of(block)
         run = self._run(number, index)
         owner = run.owner(number, index)
         return PlannedBlock(
@@ -183,25 +172,32 @@ class Plan:
 
     def of_rank(self, rank: int, *, kept: bool = False) -> Iterator[tuple[int, Run]]:
         """Yield the slots of the blocks that a rank owns or, if asked, keeps the roots of, with their runs."""
-        for run in self.runs if kept else self._runs_with.get(rank, ()):
+        for run in self._runs_with.get(rank, ()):
             for matrix, index in run.of_rank(rank, kept=kept):
                 yield self.firsts[matrix] + self.matrices[matrix].number_of(index), run
 
     @cached_property
     def _runs_with(self) -> dict[int, list[Run]]:
-        """The runs in which each rank owns blocks: of thousands, a rank has to look at a few."""
+        """The runs in which each rank keeps roots: of thousands, a rank has to look at a few."""
         found: dict[int, list[Run]] = {}
         for run in self.runs:
-            for owner in run.owners:
-                found.setdefault(owner, []).append(run)
+            for rank in {rank for owner in run.owners for rank in run.keepers(owner)}:
+                found.setdefault(rank, []).append(run)
         return found
 
     def owned_by(self, rank: int) -> tuple[PlannedBlock, ...]:
         return tuple(self.blocks[slot] for slot in sorted(slot for slot, _ in self.of_rank(rank)))
 
-    def owners_of(self, matrix: int) -> Ranks:
-        """Return the ranks that own blocks of a matrix, or of others in its runs, by its number."""
-        return tuple(sorted({owner for run in self._runs_of[matrix] for owner in run.owners}))
+    @cached_property
+    def owners_of(self) -> list[Ranks]:
+        """The ranks that own blocks of each matrix."""
+        found: list[set[int]] = [set() for _ in self.matrices]
+        for run in self.runs:
+            count = len(run.matrices)
+            for first, last, owner in run.by_owner():
+                for number in range(first, min(last, first + count)):  # the matrices take turns
+                    found[run.matrices[number % count]].add(owner)
+        return [tuple(sorted(owners)) for owners in found]
 
     @cached_property
     def offsets(self) -> frozenset[int]:
@@ -217,20 +213,22 @@ class Plan:
     def load(self) -> dict[int, float]:
         """Return the estimated cost per rank."""
         load = dict.fromkeys(self.ranks, 0.0)
-        for run in self.runs:
-            for first, last, owner in run.by_owner():
-                for rank in run.keepers(owner):
-                    load[rank] += (last - first) * (run.kind.cost if rank == owner else run.kind.kept_cost)
+        for rank, kind, count, owned in self._kept():
+            load[rank] += count * (kind.cost if owned else kind.kept_cost)
         return load
 
     def bytes(self) -> dict[int, int]:
         """Return the bytes of state per rank: of blocks that it owns or has the roots of, and resident momenta."""
         totals = dict(zip(self.ranks, self.resident or [0] * len(self.ranks), strict=True))
+        for rank, kind, count, owned in self._kept():
+            totals[rank] += count * (kind.bytes if owned else kind.kept_bytes)
+        return totals
+
+    def _kept(self) -> Iterator[tuple[int, Kind, int, bool]]:
+        """Yield a rank, a kind of blocks, how many of them it keeps the roots of, and whether it owns these."""
         for run in self.runs:
             for first, last, owner in run.by_owner():
-                for rank in run.keepers(owner):
-                    totals[rank] += (last - first) * (run.kind.bytes if rank == owner else run.kind.kept_bytes)
-        return totals
+                yield from ((rank, run.kind, last - first, rank == owner) for rank in run.keepers(owner))
 
     def to_json(self) -> str:
         return json.dumps(self, default=lambda of: {field.name: getattr(of, field.name) for field in fields(of)})

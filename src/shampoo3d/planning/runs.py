@@ -5,12 +5,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import Block
 from shampoo3d.planning.cost import statistics_bytes
 from shampoo3d.planning.factors import sizes
+from shampoo3d.planning.shards import Copies, keepers
 
 Ranks = tuple[int, ...]
 Owned = tuple[int, int, int]
@@ -91,7 +92,7 @@ class Run:
     matrices: tuple[int, ...]
     indices: Block
     along: int
-    copies: tuple[Ranks, ...]
+    copies: Copies
     owned: tuple[tuple[int, int], ...]
     turns: int = 1
     first_turns: tuple[int, ...] = ()
@@ -137,11 +138,11 @@ class Run:
 
     def keepers(self, owner: int) -> Ranks:
         """Return the ranks that keep the roots of an owner's blocks, the owner included."""
-        return counterparts(self.copies)[owner] if self.copies else (owner,)
+        return keepers(self.copies, owner)
 
     def of_rank(self, rank: int, *, kept: bool) -> Iterator[tuple[int, Shape]]:
         """Yield matrix and index of the blocks that a rank owns or, if asked, keeps the roots of."""
-        for owner in self.keepers(rank) if kept and self.copies and rank in counterparts(self.copies) else (rank,):
+        for owner in self.keepers(rank) if kept else (rank,):
             for first, last in self._of_owner.get(owner, ()):
                 yield from map(self._at, range(first, last))
 
@@ -160,12 +161,6 @@ class Run:
             number, i = divmod(number, self.indices.shape[axis])
             index[axis] += i
         return self.matrices[matrix], tuple(index)
-
-
-@lru_cache(maxsize=64)
-def counterparts(copies: tuple[Ranks, ...]) -> dict[int, Ranks]:
-    """Return for each rank those at the same index of each shard group, itself included."""
-    return {rank: ranks for ranks in zip(*copies, strict=True) for rank in ranks}
 
 
 def joined(owned: Iterable[Owned]) -> tuple[tuple[int, int], ...]:

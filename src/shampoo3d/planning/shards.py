@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from shampoo3d.numerics.tiles import Shape
@@ -123,12 +123,6 @@ class Holders(tuple[Holder, ...]):
         """The index of each rank in its replica group."""
         return {rank: index for ranks in self.replica_groups.values() for index, rank in enumerate(ranks)}
 
-    @cached_property
-    def counterparts(self) -> dict[int, tuple[int, ...]]:
-        """For each rank, those at the same index of each shard group, itself included."""
-        across = zip(*self.shard_groups.values(), strict=True)
-        return {rank: ranks for ranks in across for rank in ranks}
-
     def with_shard_groups(self, count: int) -> "Holders":
         """Divide the replicas of every shard among ``count`` shard groups, neighbours together.
 
@@ -150,3 +144,17 @@ class Holders(tuple[Holder, ...]):
     @cached_property
     def _divided(self) -> dict[int, "Holders"]:
         return {}
+
+
+Copies = tuple[tuple[int, ...], ...]
+"""Shard groups, in each of which one rank keeps the roots of a block; empty if only owners do."""
+
+
+@lru_cache(maxsize=64)
+def _across(copies: Copies) -> dict[int, tuple[int, ...]]:
+    return {rank: ranks for ranks in zip(*copies, strict=True) for rank in ranks}
+
+
+def keepers(copies: Copies, owner: int) -> tuple[int, ...]:
+    """Return the ranks that keep the roots of an owner's blocks: those at its index in each shard group."""
+    return _across(copies)[owner] if copies else (owner,)

@@ -43,7 +43,7 @@ def factored_blocks(matrices: Iterable[Matrix]) -> dict[str, list[tuple[int, flo
     return {
         matrix.name: [
             (part.indices.elements, root_cost(sizes(part.shape, matrix.axes, matrix.diagonal)[0]))
-            for part in matrix.parts
+            for part in matrix.blocks.parts
         ]
         for matrix in matrices
         if matrix.axes

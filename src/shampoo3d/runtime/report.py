@@ -37,8 +37,8 @@ class Row:
 
     @classmethod
     def of(cls, matrix: Matrix, number: int, plan: Plan, hp: ShampooHyperParams) -> "Row":
-        owners = plan.owners_of(number)
-        largest = max((part.shape for part in matrix.parts), key=math.prod, default=())
+        owners = plan.owners_of[number]
+        largest = max((part.shape for part in matrix.blocks.parts), key=math.prod, default=())
         factors = tuple(largest[axis] for axis in matrix.axes)
         moved_by, blocks = method_of(hp, matrix.factored), len(matrix.blocks)
         return cls(matrix.name, matrix.shape, matrix.path, moved_by, matrix.reason, blocks, largest, factors, owners)
