@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from distributed.harness import needs_deepspeed, run
 from shampoo3d import Shampoo
 from shampoo3d.cli import commands as cli
-from shampoo3d.cli.plan.builtin import BUILT_IN, EMBEDDING, HEAD, Parameter
+from shampoo3d.cli.plan.builtin import BUILT_IN, EMBEDDING, HEAD, Parameter, llama
 from shampoo3d.cli.plan.forecast import Forecast
 from shampoo3d.cli.plan.layout import layer_of, stages, stored
 from shampoo3d.cli.plan.models import of_module, parameters_of
@@ -144,6 +144,17 @@ def test_bytes_are_those_of_a_step_on_tensors_without_data(layout: dict[str, Any
         memory = planned.memory_of(rank)
         for name in ("statistics", "roots", "momenta", "state"):
             assert getattr(memory, name) == planned.by_rank[name][rank]
+
+
+def test_a_router_that_is_whole_on_each_tensor_parallel_rank_lies_on_few_data_ranks() -> None:
+    """Its blocks may be owned by ranks that store nothing of it, and gather it in their own shard group."""
+    parameters = list(llama(2, 256, 64, 2, 1, 300, experts=130, chosen=2))
+    planned = Forecast.of(Request("", data=4, zero=1, tensor=2), parameters)
+    router = next(m for of in planned.teams.values() for m in of if m.name.endswith("mlp.gate.weight"))
+    assert router.factored
+    assert {rank for ranks in router.sharding.shard_groups.values() for rank in ranks} == set(range(8))
+    assert len({holder.rank for holder in router.holders if holder.shard.elements}) < 8
+    assert all(planned.received[rank]["gradients"] >= 0 for rank in range(8))
 
 
 def on_real_ranks(replicas: int) -> tuple[int, dict[str, int]]:

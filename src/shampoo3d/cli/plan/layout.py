@@ -9,8 +9,7 @@ from itertools import groupby
 
 from shampoo3d.cli.train.settings import RunError
 from shampoo3d.planning.layout import Sharding
-from shampoo3d.planning.runs import Ranks
-from shampoo3d.planning.shards import Holder, Holders, Shard
+from shampoo3d.planning.shards import Holder, Holders, Ranks, Shard
 
 from .builtin import Parameter
 from .request import Request
@@ -119,7 +118,8 @@ def _holders(request: Request, members: Sequence[Parameter], first: int) -> Iter
                 )
                 for data in range(request.data)
                 for t, part in enumerate(parts)
-                if not flat or _meets(data, sizes[t], starts[t], part.elements)
+                # Where each tensor-parallel rank has a shard group, those that store nothing of it are known, too.
+                if not flat or (axis is None and request.tensor > 1) or _meets(data, sizes[t], starts[t], part.elements)
             )
         yield alike[key]
         starts = [start + part.elements for start, part in zip(starts, parts, strict=True)]
