@@ -11,12 +11,11 @@ import torch
 
 from shampoo3d.distributed.collectives import all_gather_object
 from shampoo3d.distributed.topology import ParallelGroups
-from shampoo3d.planning.shards import Shard
+from shampoo3d.planning.shards import Ranks, Shard
 from shampoo3d.runtime.bindings import Binding
 from shampoo3d.runtime.records import checksum
 from shampoo3d.runtime.team import Team
 
-Ranks = tuple[int, ...]
 Sums = tuple[float, float]
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from shampoo3d.distributed.topology import Claims, Group, ParallelGroups, Topology, group_of, world_group
 from shampoo3d.engines import zero
-from shampoo3d.engines.engine import GroupContent, LocalShard, Ranks
+from shampoo3d.engines.engine import GroupContent, LocalShard
 from shampoo3d.engines.native import Torch
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.shards import Shard
+from shampoo3d.planning.shards import Ranks, Shard
 
 _EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)")
 

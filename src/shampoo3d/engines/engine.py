@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 from shampoo3d.distributed.topology import Claims, ParallelGroups
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.shards import Shard
-
-Ranks = tuple[int, ...]
+from shampoo3d.planning.shards import Ranks, Shard
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from shampoo3d.distributed.topology import Claims, ParallelGroups, Topology, groups_in
 from shampoo3d.engines import dtensor
-from shampoo3d.engines.engine import GroupContent, LocalShard, Ranks
+from shampoo3d.engines.engine import GroupContent, LocalShard
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.shards import Shard
+from shampoo3d.planning.shards import Ranks, Shard
 
 
 class Torch:

@@ -9,9 +9,9 @@ from shampoo3d.distributed.topology import Claims, ParallelGroups
 from shampoo3d.engines import tensor_parallel
 from shampoo3d.engines.deepspeed import DeepSpeed
 from shampoo3d.engines.dtensor import local, place_gradient
-from shampoo3d.engines.engine import Engine, GroupContent, LocalShard, Ranks
+from shampoo3d.engines.engine import Engine, GroupContent, LocalShard
 from shampoo3d.engines.native import Torch
-from shampoo3d.planning.shards import Shard
+from shampoo3d.planning.shards import Ranks, Shard
 
 __all__ = ["ENGINES", "engine", "local", "locate", "place_gradient", "read"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from shampoo3d.distributed.topology import group_of
-from shampoo3d.engines.engine import GroupContent, LocalShard, Ranks
+from shampoo3d.engines.engine import GroupContent, LocalShard
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.shards import Shard
+from shampoo3d.planning.shards import Ranks, Shard
 
 
 def shape_of(param: Tensor) -> Shape:

@@ -15,8 +15,8 @@ from shampoo3d.planning.layout import Matrix
 from shampoo3d.planning.loads import Loads
 from shampoo3d.planning.locality import Wishes, deal, laid_along, nearest, stored
 from shampoo3d.planning.plan import Plan, PlannedMatrix
-from shampoo3d.planning.runs import Kind, Ranks, Run, one_by_one
-from shampoo3d.planning.shards import Holders
+from shampoo3d.planning.runs import Kind, Run, one_by_one
+from shampoo3d.planning.shards import Holders, Ranks
 from shampoo3d.planning.stagger import Turns, factored_blocks, refresh_turns
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 

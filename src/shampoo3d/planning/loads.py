@@ -5,8 +5,8 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from shampoo3d.planning.runs import Kind, Ranks
-from shampoo3d.planning.shards import Copies, keepers
+from shampoo3d.planning.runs import Kind
+from shampoo3d.planning.shards import Copies, Ranks, keepers
 
 
 class Loads:

@@ -12,7 +12,8 @@ from typing import Any
 from shampoo3d.numerics.schedule import BlockId
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import Block, Cuts, Grid, Listed, Made
-from shampoo3d.planning.runs import Kind, Ranks, Run
+from shampoo3d.planning.runs import Kind, Run
+from shampoo3d.planning.shards import Ranks
 from shampoo3d.planning.stagger import Turns
 from shampoo3d.settings.validation import check_integer, check_kind
 

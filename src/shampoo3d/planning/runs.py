@@ -11,9 +11,8 @@ from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import Block
 from shampoo3d.planning.cost import statistics_bytes
 from shampoo3d.planning.factors import sizes
-from shampoo3d.planning.shards import Copies, keepers
+from shampoo3d.planning.shards import Copies, Ranks, keepers
 
-Ranks = tuple[int, ...]
 Owned = tuple[int, int, int]
 """Blocks of a run: from number, to number (exclusive), the rank that owns them."""
 

@@ -9,6 +9,10 @@ from typing import Any
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.blocks import Block, Span
 
+Ranks = tuple[int, ...]
+Copies = tuple[Ranks, ...]
+"""Shard groups, in each of which one rank keeps the roots of a block; empty if only owners do."""
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -146,15 +150,11 @@ class Holders(tuple[Holder, ...]):
         return {}
 
 
-Copies = tuple[tuple[int, ...], ...]
-"""Shard groups, in each of which one rank keeps the roots of a block; empty if only owners do."""
-
-
 @lru_cache(maxsize=64)
-def _across(copies: Copies) -> dict[int, tuple[int, ...]]:
+def _across(copies: Copies) -> dict[int, Ranks]:
     return {rank: ranks for ranks in zip(*copies, strict=True) for rank in ranks}
 
 
-def keepers(copies: Copies, owner: int) -> tuple[int, ...]:
+def keepers(copies: Copies, owner: int) -> Ranks:
     """Return the ranks that keep the roots of an owner's blocks: those at its index in each shard group."""
     return _across(copies)[owner] if copies else (owner,)

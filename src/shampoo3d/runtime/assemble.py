@@ -21,6 +21,7 @@ from shampoo3d.planning.assignment import in_order, make_plans
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Matrix
 from shampoo3d.planning.plan import Plan
+from shampoo3d.planning.shards import Ranks
 from shampoo3d.planning.stagger import factored_blocks, refresh_turns
 from shampoo3d.runtime.bindings import Binding, GroupTensor
 from shampoo3d.runtime.buckets import flat_buckets
@@ -30,8 +31,6 @@ from shampoo3d.runtime.team import Team
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.validation import short
-
-Ranks = tuple[int, ...]
 
 
 def is_trainable(param: Tensor) -> bool:

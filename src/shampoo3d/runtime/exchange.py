@@ -149,8 +149,7 @@ class Exchange:
             t = steps.get(group_tensor, 0) - late
             return t > 0 and phase(t, hp, offset).refresh
 
-        tensors = {binding.group_tensor for binding in team.bindings if binding.matrix.axes}
-        if not any(renewed(group_tensor, offset) for group_tensor in tensors for offset in self._copied_offsets):
+        if not any(renewed(group_tensor, offset) for offset in self._copied_offsets for group_tensor in team.factored):
             return
         slots = team.share.rounds[number]
         due = [slot for slot in slots if renewed(team.binding_of(slot).group_tensor, planned[slot].offset)]
@@ -166,8 +165,8 @@ class Exchange:
                     into.append((len(roots), planned[slot].owner, P.numel()))
                     roots.append(P)
         state = getattr(torch, self.team.share.sharding_of(number).state_dtype)
-        kept = {kept_dtype(name, team.hp, state) for name in copied_names(team.hp)}
-        dtype = kept.pop() if len(kept) == 1 else state
+        dtypes = {kept_dtype(name, team.hp, state) for name in copied_names(team.hp)}
+        dtype = dtypes.pop() if len(dtypes) == 1 else state
         if arrived := self.communicator.all_to_all("roots", number, dtype, out, into).wait():
             new = [flat.view(roots[index].shape) for index, flat in arrived.items()]
             torch._foreach_copy_([roots[index] for index in arrived], new)
@@ -202,7 +201,7 @@ class Exchange:
         transfers = self._transfers[number]
         if len(stepping) < len(team.names):
             transfers = [t for t in transfers if self._binding(t).group_tensor in stepping]
-        return transfers, any(binding.group_tensor in stepping for binding in team.bindings if binding.matrix.axes)
+        return transfers, not team.factored.isdisjoint(stepping)
 
     @cached_property
     def _copied_offsets(self) -> Collection[int]:

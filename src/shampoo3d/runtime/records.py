@@ -15,10 +15,9 @@ from shampoo3d.engines.engine import LocalShard
 from shampoo3d.engines.parameters import ParameterRegistry
 from shampoo3d.engines.reading import local
 from shampoo3d.planning.layout import Sharding
-from shampoo3d.planning.shards import Holder, Holders, Shard
+from shampoo3d.planning.shards import Holder, Holders, Ranks, Shard
 from shampoo3d.settings.distribution import Distribution
 
-Ranks = tuple[int, ...]
 Checksum = tuple[float, float]
 
 
@@ -70,7 +69,7 @@ class Record:
         settings = {field.name: getattr(of, field.name) for of in both for field in fields(of)}
         steps = [0 if registry.flat else known.get(s.tensor, 0) for s, _ in members]
         self.common = Common(settings, [_sharding(s, groups, registry) for s, _ in members], steps)
-        self._members = members
+        self.shards = [(number, s.shard) for s, number in members]  # each with its shard group
         self.checksums = [checksum(_values(s)) for s, _ in members]
         kinds: defaultdict[Any, list[int]] = defaultdict(list)
         for number, of in enumerate(self.common.shardings):
@@ -81,21 +80,21 @@ class Record:
     def summary(self) -> Summary:
         found = Summary([], {}, {})
         for kind, numbers in enumerate(self.kinds):
-            shards = {self._members[number][0].shard for number in numbers}
-            groups = tuple(self._members[number][1] for number in numbers)
+            shards = {self.shards[number][1] for number in numbers}
+            groups = tuple(self.shards[number][0] for number in numbers)
             alike = len(set(groups)) == 1
             found.groups.append(groups[:1] if alike else groups)
             if alike and len(shards) == 1 and next(iter(shards)).elements:
                 found.alike[kind] = self._stored(numbers)
             elif len(shards) > 1 or not alike:
-                own = (number for number in numbers if self._members[number][0].shard.elements)
+                own = (number for number in numbers if self.shards[number][1].elements)
                 found.single.update({number: self._stored([number]) for number in own})
         return found
 
     def _stored(self, numbers: Sequence[int]) -> Stored:
         sums = [self.checksums[number] for number in numbers]
         fingerprint = hashlib.sha256(repr(sums).encode()).hexdigest()[:16]  # equal also where they are NaN
-        return Stored(self._members[numbers[0]][0].shard, fingerprint, sum(magnitude for _, magnitude in sums))
+        return Stored(self.shards[numbers[0]][1], fingerprint, sum(magnitude for _, magnitude in sums))
 
 
 def _values(s: LocalShard) -> Tensor:
@@ -124,7 +123,7 @@ def exchanged(group: Group, record: Record) -> tuple[list[Holders], str]:
     summaries = dict(zip(group.ranks, all_gather_object(group, record.summary), strict=True))
     if _differ_in_values(summaries, record):
         checksums = all_gather_object(group, record.checksums)
-        shards = all_gather_object(group, [(number, s.shard) for s, number in record._members])
+        shards = all_gather_object(group, record.shards)
         error = _other_values(group.ranks, record, shards, checksums)
     return ([], error) if error else (_holders(summaries, record), "")
 
@@ -156,21 +155,29 @@ def _holders(summaries: Mapping[int, Summary], record: Record) -> list[Holders]:
 
 
 def _differ_in_values(summaries: Mapping[int, Summary], record: Record) -> bool:
-    """Return whether ranks that store the same elements have other values of them."""
+    """Return whether ranks that store the same elements have other values of them, or may have."""
     fingerprints: dict[Any, str] = {}
-    totals: defaultdict[Any, dict[Any, float]] = defaultdict(dict)
-    kind_of = {number: (kind, index) for kind, of in enumerate(record.kinds) for index, number in enumerate(of)}
+    totals: defaultdict[int, dict[int, float]] = defaultdict(dict)
+    ways: defaultdict[int, set[bool]] = defaultdict(set)  # of each kind: told as one, or matrix by matrix
+    place = {number: (kind, index) for kind, of in enumerate(record.kinds) for index, number in enumerate(of)}
     for summary in summaries.values():
-        both = [(("kind", kind), (kind, 0), of) for kind, of in summary.alike.items()]
-        both += [(("matrix", number), kind_of[number], of) for number, of in summary.single.items()]
-        for key, (kind, index), of in both:
+        told = [(True, kind, (kind, 0), of) for kind, of in summary.alike.items()]
+        told += [(False, number, place[number], of) for number, of in summary.single.items()]
+        for as_one, number, (kind, index), of in told:
             group = summary.groups[kind][index % len(summary.groups[kind])]
-            if fingerprints.setdefault((key, group, of.shard), of.fingerprint) != of.fingerprint:
+            if fingerprints.setdefault((as_one, number, group, of.shard), of.fingerprint) != of.fingerprint:
                 return True
             totals[kind][group] = totals[kind].get(group, 0.0) + of.total
-    # Every shard group of a sharded matrix has all elements; sums in another order differ by rounding.
-    sharded = (totals[kind].values() for kind, of in enumerate(record.kinds) if record.common.shardings[of[0]].sharded)
-    return any(not abs(total - max(sums)) <= 1e-9 * max(sums) for sums in sharded for total in sums)
+            ways[kind].add(as_one)
+    for kind, numbers in enumerate(record.kinds):
+        if record.common.shardings[numbers[0]].sharded:
+            # Every shard group of a sharded matrix has all elements; sums in another order differ by rounding.
+            most = max(totals[kind].values(), default=0.0)
+            if any(not abs(total - most) <= 1e-9 * most for total in totals[kind].values()):
+                return True
+        elif len(ways[kind]) > 1:  # of replicas some tell as one what others tell matrix by matrix
+            return True
+    return False
 
 
 def _differences(ranks: Ranks, table: Sequence[Common]) -> str:

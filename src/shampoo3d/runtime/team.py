@@ -106,6 +106,11 @@ class Team:
             names.setdefault(binding.group_tensor, []).append(binding.matrix.name)
         return names
 
+    @cached_property
+    def factored(self) -> frozenset[GroupTensor]:
+        """The group tensors with matrices that have factors."""
+        return frozenset(binding.group_tensor for binding in self.bindings if binding.matrix.factored)
+
     @property
     def group_tensors(self) -> list[GroupTensor]:
         return list(self.names)

@@ -16,7 +16,7 @@ from shampoo3d.planning.cost import bytes_of, statistics_bytes
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Matrix
 from shampoo3d.planning.plan import Plan
-from shampoo3d.planning.runs import Ranks
+from shampoo3d.planning.shards import Ranks
 from shampoo3d.planning.share import RankShare, traffic
 from shampoo3d.runtime.memory import Memory, memory
 from shampoo3d.runtime.report import Row
