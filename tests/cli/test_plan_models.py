@@ -291,10 +291,15 @@ def test_wrong_input_is_one_line(arguments: str, capsys: pytest.CaptureFixture[s
     assert err.count("\n") == 1
 
 
-def test_a_missing_or_odd_configuration_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_odd_configuration_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     with pytest.raises(RunError, match="is no configuration that transformers can build"):
         parameters_of(str(tmp_path))
+
+
+def test_a_configuration_needs_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(RunError, match="needs transformers: pip install transformers"):
         parameters_of(str(tmp_path))
