@@ -11,7 +11,8 @@ from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Fragment, Matrix
 from shampoo3d.planning.shards import Shard
 from shampoo3d.runtime.bindings import Binding, GroupTensor, PhaseIndex
-from shampoo3d.runtime.patches import patches
+from shampoo3d.runtime.buckets import stacked_patches
+from shampoo3d.runtime.patches import starts, stops
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 Rows = list[list[tuple[Binding, Fragment]]]
@@ -46,12 +47,13 @@ def test_patches_hold_the_elements_of_their_members_in_order(
         if shuffled:
             chance.shuffle(members)  # type: ignore[attr-defined]
         stack = torch.stack([of.view(of.group_tensor.flat, fragment.piece) for of, fragment in members])
-        first = 0
-        for patch in patches(members):
-            assert patch.first == first
-            first += patch.count
-            assert torch.equal(patch.of(patch.group_tensor.flat), patch.among(stack))
-        assert first == len(members)
+        patches, covered = stacked_patches(members), torch.zeros_like(stack)
+        named = {0: stack, 1: covered}
+        for here, there in zip(starts(patches, lambda of: of.flat), stops(patches, named.__getitem__), strict=True):
+            assert torch.equal(here, there)
+        for there in stops(stacked_patches(members, 1), named.__getitem__):
+            there += 1
+        assert (covered == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_patches_hold_the_elements_of_their_members_in_order(
     ],
 )
 def test_a_matrix_takes_few_patches(shapes: list[tuple[int, ...]], block_size: int, count: int) -> None:
-    assert sum(len(patches(members)) for members in members_by_shape(shapes, block_size)) == count
+    assert sum(len(stacked_patches(members)) for members in members_by_shape(shapes, block_size)) == count
 
 
 def test_phases_that_do_not_recur_are_forgotten_and_those_in_use_are_kept() -> None:

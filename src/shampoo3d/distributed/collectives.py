@@ -3,9 +3,9 @@
 import hashlib
 import pickle
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,27 +19,6 @@ T = TypeVar("T")
 
 # The newer name of all_gather_into_tensor, where torch has it.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-K = TypeVar("K", bound=Hashable)
-
-
-class PendingAllToAll(Generic[K]):
-    """Pieces on their way, by key: those that stay on this rank, and those of an all-to-all that may be under way."""
-
-    def __init__(
-        self,
-        here: Mapping[K, Tensor] | None = None,
-        arriving: Mapping[K, Tensor] | None = None,
-        finish: Callable[[], None] | None = None,
-    ) -> None:
-        self._pieces, self._finish = {**(here or {}), **(arriving or {})}, finish
-
-    def wait(self) -> Mapping[K, Tensor]:
-        """Return all pieces once they are here; those that travelled are flat, in a buffer that is used again."""
-        if self._finish is not None:
-            self._finish()
-        return self._pieces
 
 
 class Communicator:
@@ -60,41 +39,35 @@ class Communicator:
         kind: str,
         turn: int,
         dtype: torch.dtype,
-        out: Sequence[tuple[int, Tensor]],
-        into: Sequence[tuple[K, int, int]],
-        here: Mapping[K, Tensor] | None = None,
-    ) -> PendingAllToAll[K]:
-        """Start to send pieces to other ranks and to receive pieces from them.
+        sent: Sequence[int],
+        received: Sequence[int],
+        fill: Callable[[Tensor], None],
+    ) -> Callable[[], Tensor]:
+        """Start to send elements to all ranks of the group, and to receive elements from them.
 
         Args:
             kind: their kind, such as "gradients", for the count of bytes and for errors.
             turn: a number; the buffers of a turn are reused two turns later.
             dtype: in which they travel.
-            out: (global rank, piece) each; to one rank in the order in which it asks for them.
-            into: (key, global rank, number of elements) each.
-            here: pieces that stay on this rank.
-        """
-        send_order = self._sorted([peer for peer, _ in out])
-        receive_order = self._sorted([peer for _, peer, _ in into])
-        counts_out = self._counts((peer, piece.numel()) for peer, piece in out)
-        counts_in = self._counts((peer, elements) for _, peer, elements in into)
-        send = self._buffer((kind, "out", turn % 2), sum(counts_out), dtype)
-        receive = self._buffer((kind, "in", turn % 2), sum(counts_in), dtype)
-        if out:
-            pieces = [out[i][1] for i in send_order]
-            targets = send.split_with_sizes([piece.numel() for piece in pieces])
-            torch._foreach_copy_([p.view(x.shape) for p, x in zip(targets, pieces, strict=True)], pieces)
-        work = self._start(kind, send, counts_out, receive, counts_in)
-        self.received[kind] += receive.nbytes
-        arrived = receive.split_with_sizes([into[i][2] for i in receive_order]) if into else ()
-        piece_of = dict(zip(receive_order, arrived, strict=True))
+            sent, received: numbers of elements by rank of the group.
+            fill: writes what is sent into a flat buffer, rank by rank.
 
-        def finish() -> None:
+        Returns:
+            What waits for the elements to arrive and returns them, flat, rank by rank.
+        """
+        send = self._buffer((kind, "out", turn % 2), sum(sent), dtype)
+        receive = self._buffer((kind, "in", turn % 2), sum(received), dtype)
+        fill(send)
+        work = self._start(kind, send, sent, receive, received)
+        self.received[kind] += receive.nbytes
+
+        def wait() -> Tensor:
             if work is not None:
                 with _exchanging(kind, self.group):
                     work.wait()
+            return receive
 
-        return PendingAllToAll(here, {key: piece_of[i] for i, (key, _, _) in enumerate(into)}, finish)
+        return wait
 
     def _start(
         self, kind: str, send: Tensor, counts_out: Sequence[int], receive: Tensor, counts_in: Sequence[int]
@@ -129,21 +102,34 @@ class Communicator:
             yield {number: mine(number).reshape(-1) for number in range(len(items))}
             return
         for bucket in buckets(self.group.ranks, items, most):
-            wide = width(bucket, items)
-            send = self._buffer((kind, "out"), wide, dtype)
-            receive = self._buffer((kind, "in"), wide * self.group.size, dtype)
-            if own := bucket[self.rank]:
-                pieces = [mine(number) for number in own]
-                targets = _split(send, [items[number][1] for number in own])
-                torch._foreach_copy_([x.view(p.shape) for x, p in zip(targets, pieces, strict=True)], pieces)
-            with _exchanging(kind, self.group):
-                if not receive.is_meta:
-                    all_gather(receive.view(torch.uint8), send.view(torch.uint8), group=self.group.handle)
-            self.received[kind] += receive.nbytes - send.nbytes
+            own, wide = bucket[self.rank], width(bucket, items)
+
+            def fill(send: Tensor, own: Sequence[int] = own) -> None:
+                if own:
+                    pieces = [mine(number) for number in own]
+                    targets = _split(send, [items[number][1] for number in own])
+                    torch._foreach_copy_([x.view(p.shape) for x, p in zip(targets, pieces, strict=True)], pieces)
+
+            receive = self.gather(kind, wide, dtype, fill)
             arrived: dict[int, Tensor] = {}
             for peer, row in zip(self.group.ranks, receive.view(self.group.size, wide), strict=True):
                 arrived |= zip(bucket[peer], _split(row, [items[n][1] for n in bucket[peer]]), strict=True)
             yield arrived
+
+    def gather(self, kind: str, elements: int, dtype: torch.dtype, fill: Callable[[Tensor], None]) -> Tensor:
+        """Gather so many elements of each rank on all of them: flat, rank by rank, those of this rank included.
+
+        Args:
+            fill: writes those of this rank into a flat buffer.
+        """
+        send = self._buffer((kind, "out"), elements, dtype)
+        receive = self._buffer((kind, "in"), elements * self.group.size, dtype)
+        fill(send)
+        with _exchanging(kind, self.group):
+            if not receive.is_meta:
+                all_gather(receive.view(torch.uint8), send.view(torch.uint8), group=self.group.handle)
+        self.received[kind] += receive.nbytes - send.nbytes
+        return receive
 
     def all_reduce(self, kind: str, values: Tensor) -> Tensor:
         """Sum over the ranks, in place, and return the sum."""
@@ -159,16 +145,6 @@ class Communicator:
     @property
     def buffer_bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers.values())
-
-    def _sorted(self, peers: Sequence[int]) -> list[int]:
-        """Return the order by rank in the group; within a rank, as given."""
-        return sorted(range(len(peers)), key=lambda i: self.group.ranks.index(peers[i]))
-
-    def _counts(self, sizes: Any) -> list[int]:
-        counts: Counter[int] = Counter()
-        for peer, elements in sizes:
-            counts[peer] += elements
-        return [counts[rank] for rank in self.group.ranks]
 
     def _buffer(self, key: Any, elements: int, dtype: torch.dtype) -> Tensor:
         """Return the first elements of a buffer, which grows if it is too small."""

@@ -12,6 +12,7 @@ from shampoo3d.engines.reading import local
 from shampoo3d.numerics.momenta import ALL, Rows
 from shampoo3d.planning.layout import Matrix
 from shampoo3d.planning.shards import Piece, Shard
+from shampoo3d.runtime.patches import Place
 
 
 @dataclass(eq=False)
@@ -62,6 +63,13 @@ class GroupTensor:
         return None if grad is None else local(grad).contiguous().view(-1)
 
     @property
+    def present_gradient(self) -> Tensor:
+        """:attr:`gradient`, of a tensor that takes part in a step and so has one."""
+        gradient = self.gradient
+        assert gradient is not None
+        return gradient
+
+    @property
     def _zeros(self) -> Tensor:
         dtype, device = self.kind
         return torch.zeros(self.shape, dtype=dtype, device=device)
@@ -103,10 +111,13 @@ class Binding:
     def elements(self) -> int:
         return self.shard.elements
 
+    def place(self, piece: Piece, of: object = None) -> Place:
+        """Return where a piece lies in its group tensor or, if that is named, in a buffer of the same layout."""
+        return Place(of or self.group_tensor, self.offset + piece.offset, piece.strides)
+
     def view(self, flat: Tensor, piece: Piece) -> Tensor:
         """Return the view of a piece in the flat storage of the group tensor, or in a buffer of the same layout."""
-        start = flat.storage_offset() + self.offset + piece.offset
-        return flat.as_strided(piece.box.shape, piece.strides, start)
+        return self.place(piece).of(flat, piece.box.shape)
 
 
 StepCounts = Mapping[GroupTensor, int]

@@ -1,19 +1,22 @@
 """Buckets: elements that are updated on this rank together."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from shampoo3d.numerics.masks import kept, overwrite
+from shampoo3d.numerics.masks import kept
 from shampoo3d.numerics.momenta import Momenta, Rows
 from shampoo3d.numerics.preconditioner import squared_norms, squared_norms_of
 from shampoo3d.numerics.schedule import phase
 from shampoo3d.numerics.state_names import momenta_names, nothing_at_home
+from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.layout import Fragment
 from shampoo3d.planning.shards import Piece
 from shampoo3d.runtime.bindings import (
@@ -26,7 +29,7 @@ from shampoo3d.runtime.bindings import (
     rows_of,
     state_dtype,
 )
-from shampoo3d.runtime.patches import Patch, patches, views_of
+from shampoo3d.runtime.patches import Patch, Place, copy, laid, merged, starts, stops
 from shampoo3d.runtime.recording import current_recording
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
@@ -36,6 +39,7 @@ class ElementBucket(Protocol):
 
     bindings: list[Binding]
     momenta: Momenta
+    S: Tensor
 
     def steps(self, steps: StepCounts) -> bool:
         """Return whether any of its elements step."""
@@ -45,8 +49,8 @@ class ElementBucket(Protocol):
         """Take the gradients of what steps, as S until directions arrive; return False if nothing steps."""
         ...
 
-    def direction(self, binding: Binding, fragment: Fragment) -> Tensor:
-        """Return the view of S into which the direction of a fragment goes."""
+    def place(self, binding: Binding, fragment: Fragment) -> Place:
+        """Return the place in S, under the bucket's own name, into which the direction of a fragment goes."""
         ...
 
     def add_norms(self, norms: Tensor, bindings: Sequence[Binding]) -> None:
@@ -127,8 +131,8 @@ class FlatBucket:
             torch._foreach_copy_(_parts(self.S, self.unfactored), _parts(self.D, self.unfactored))
         return True
 
-    def direction(self, binding: Binding, fragment: Fragment) -> Tensor:
-        return binding.view(self.S, fragment.piece)
+    def place(self, binding: Binding, fragment: Fragment) -> Place:
+        return binding.place(fragment.piece, self)
 
     def add_norms(self, norms: Tensor, bindings: Sequence[Binding]) -> None:
         """Add the squared norms of S and D of these matrices to those of their team, (matrices, 2)."""
@@ -187,6 +191,7 @@ class Run:
 
     Attributes:
         rows: the rows of the members in the bucket.
+        patches: the members in their group tensors, and in a stack that is named by the number of the run.
         group_tensor: one of their group tensors, which are all of one group and at one step.
         matrices: the numbers of their matrices in the team.
         age: see :meth:`ShampooHyperParams.weight_updates`.
@@ -238,8 +243,8 @@ class StackedBucket:
             return False
         self.S = torch.empty((len(self.members), *self.shape), dtype=self.dtype, device=self.device)
         stacks = [self._stack(run) for run in self.runs]
-        into = [patch.among(G) for run, G in zip(self.runs, stacks, strict=True) for patch in run.patches]
-        torch._foreach_copy_(into, views_of([patch for run in self.runs for patch in run.patches], gradient=True)[0])
+        patches = [patch for run in self.runs for patch in run.patches]
+        copy(patches, lambda tensor: tensor.present_gradient, stacks.__getitem__)
         for run, G in zip(self.runs, stacks, strict=True):
             kept(G)
             self._record("gradient", run, [G])
@@ -273,17 +278,17 @@ class StackedBucket:
             group_tensor = binding.group_tensor
             if group_tensor in phases:
                 kinds[group_tensor.group, phases[group_tensor]].append(row)
-        return [self._run(rows, started) for (_, (_, started)), rows in kinds.items()]
+        return [self._run(number, rows, started) for number, ((_, (_, started)), rows) in enumerate(kinds.items())]
 
-    def _run(self, rows: list[int], started: bool) -> Run:
+    def _run(self, number: int, rows: list[int], started: bool) -> Run:
         members = [self.members[row] for row in rows]
         numbers = index([binding.number for binding, _ in members], self.device)
         group_tensor = members[0][0].group_tensor
         selected = rows_of(rows, len(self.members), self.device)
-        return Run(selected, len(rows), patches(members), group_tensor, started, numbers)
+        return Run(selected, len(rows), stacked_patches(members, number), group_tensor, started, numbers)
 
-    def direction(self, _: Binding, fragment: Fragment) -> Tensor:
-        return self.S[self.rows[fragment]]
+    def place(self, _: Binding, fragment: Fragment) -> Place:
+        return _row(self, self.rows[fragment], self.shape)
 
     def add_norms(self, norms: Tensor, _: Sequence[Binding]) -> None:
         """Add the squared norms of S and D to those of their matrices, (matrices, 2); all are of one team."""
@@ -298,22 +303,24 @@ class StackedBucket:
     def update(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Update the weights, with the settings of each member's group."""
         for run in (run for run in self.runs if run.age):
-            settings, S = groups[run.group_tensor.group], self.S[run.rows]
-            _turn(settings, S, run.D)
-            views, flats = views_of(run.patches, gradient=False)
-            W = None
-            if settings["weight_decay"]:
-                W = torch.empty_like(S)
-                torch._foreach_copy_([patch.among(W) for patch in run.patches], views)
-            self._record("weight", run, views)
-            self._record("direction", run, [S if run.D is None else run.D])
-            u = self.momenta.update(W, S, run.D, settings, started=run.started, rows=run.rows)
-            self._record("update", run, [u], settings["lr"])
-            _descend(views, [patch.among(u) for patch in run.patches], settings["lr"])
-            for group_tensor, flat in flats.items():
-                group_tensor.store(flat)
-            del S, W, u, run.D
+            self._update(run, groups[run.group_tensor.group])
+            del run.D
         del self.S, self.runs
+
+    def _update(self, run: Run, settings: Mapping[str, Any]) -> None:
+        S, flat, W = self.S[run.rows], cache(lambda tensor: tensor.flat), None
+        _turn(settings, S, run.D)
+        views = starts(run.patches, flat)
+        if settings["weight_decay"]:
+            W = torch.empty_like(S)
+            torch._foreach_copy_(stops(run.patches, lambda _: W), views)
+        self._record("weight", run, views)
+        self._record("direction", run, [S if run.D is None else run.D])
+        u = self.momenta.update(W, S, run.D, settings, started=run.started, rows=run.rows)
+        self._record("update", run, [u], settings["lr"])
+        _descend(views, stops(run.patches, lambda _: u), settings["lr"])
+        for group_tensor in dict.fromkeys(patch.start.tensor for patch in run.patches):
+            group_tensor.store(flat(group_tensor))
 
     def _record(self, kind: str, run: Run, views: Sequence[Tensor], times: float | Tensor = 1.0) -> None:
         """Let a recording that is under way have the lengths of the members of a run, as views have them."""
@@ -331,15 +338,16 @@ def _descend(W: Sequence[Tensor], u: Sequence[Tensor], lr: float | Tensor) -> No
         torch._foreach_add_(list(W), list(u), alpha=-lr)
 
 
-def write(pieces: Sequence[tuple[Binding, Piece]], values: Sequence[Tensor]) -> None:
-    """Write new weights into their group tensors."""
-    flats = {
-        group_tensor: group_tensor.flat for group_tensor in dict.fromkeys(binding.group_tensor for binding, _ in pieces)
-    }
-    views = [binding.view(flats[binding.group_tensor], piece) for binding, piece in pieces]
-    overwrite(views, [value.view(view.shape) for view, value in zip(views, values, strict=True)])
-    for group_tensor, flat in flats.items():
-        group_tensor.store(flat)
+def stacked_patches(members: Sequence[tuple[Binding, Fragment]], stack: int = 0) -> list[Patch]:
+    """Return the patches of fragments of one shape in their group tensors, and in a stack of them."""
+    return merged(
+        Patch(fragment.box.shape, binding.place(fragment.piece), _row(stack, row, fragment.box.shape))
+        for row, (binding, fragment) in enumerate(members)
+    )
+
+
+def _row(stack: object, number: int, shape: Shape) -> Place:
+    return laid(stack, number * math.prod(shape), shape)
 
 
 def _turn(settings: Mapping[str, Any], *directions: Tensor | None) -> None:

@@ -1,26 +1,30 @@
 """Communication of a step: gradients to owners, directions home, norms, new weights to replicas."""
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache, cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from shampoo3d.distributed.collectives import Communicator, PendingAllToAll
+from shampoo3d.distributed.collectives import Communicator
 from shampoo3d.distributed.topology import ParallelGroups
 from shampoo3d.numerics.masks import kept
 from shampoo3d.numerics.momenta import kept_dtype
-from shampoo3d.numerics.schedule import Phase, phase
+from shampoo3d.numerics.preconditioner import Stack
+from shampoo3d.numerics.schedule import equivalent_step, phase
 from shampoo3d.numerics.state_names import copied_names
-from shampoo3d.planning.routes import BUCKET_ELEMENTS, Transfer
-from shampoo3d.runtime.bindings import Binding, GroupTensor, StepCounts
-from shampoo3d.runtime.buckets import write
-from shampoo3d.runtime.team import Team, WorkItem
+from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.routes import Transfer
+from shampoo3d.runtime.bindings import Binding, GroupTensor, PhaseIndex, Phases, StepCounts
+from shampoo3d.runtime.buckets import ElementBucket
+from shampoo3d.runtime.patches import Place, Tensors, laid
+from shampoo3d.runtime.route import Arrive, Gathering, Route
+from shampoo3d.runtime.team import Team, WorkItem, work_kind
 
 Moment = Literal["before", "between", "after"]
-Travelling = PendingAllToAll[Transfer]
 
 
 class Exchange:
@@ -35,6 +39,13 @@ class Exchange:
         for transfer in share.transfers:
             if share.matrices[transfer.matrix].axes and transfer.slot not in share.local_blocks:
                 self._transfers[share.round_of(transfer.slot)].append(transfer)
+        hp = team.hp
+        late = int(hp.computation.asynchronous)
+        self._routes = PhaseIndex[Any, list[tuple[Route, Route]]](team.group_tensors, lambda t: work_kind(t, hp))
+        self._root_routes = PhaseIndex[int, list[Route]](
+            team.group_tensors, lambda t: equivalent_step(t - late, hp) if t > late else 0
+        )
+        self._gatherings = PhaseIndex[None, list[list[Gathering]]](team.group_tensors, lambda _: None)
         # One communicator for each replica group, in the same order on all ranks, so that no two wait for each other.
         self._copies = [
             (Communicator(parallel.rank, parallel.group(ranks), self.communicator.device), dtype, transfers)
@@ -59,18 +70,22 @@ class Exchange:
         The caller leaves the directions in ``blocks``; they are then sent home. Gradients of the next round and
         directions of the previous one travel while the current round is computed.
         """
-        coming, going = self._gather(0, steps), Travelling()
-        for number, (items, due) in enumerate(zip(self.team.work_items(steps), self.team.due(steps), strict=True)):
-            self._fill(items, coming.wait())
-            coming = self._gather(number + 1, steps)
-            self._share_roots("before", number, steps)
+        rounds = [*zip(self.team.work_items(steps), self.team.due(steps), strict=True)]
+        routes = self._routes.at(steps, lambda phases: self._make_routes(phases, [items for items, _ in rounds]))
+        root_routes = self._root_routes.at(steps, self._make_root_routes)
+        coming = self._gather(0, routes)
+        going: Arrive = _nothing
+        for number, (items, due) in enumerate(rounds):
+            self._fill(items, coming)
+            coming = self._gather(number + 1, routes)
+            self._share_roots("before", number, root_routes)
             yield [item for item in items if not item.batch.guests], due
-            self._share_roots("between", number, steps)
+            self._share_roots("between", number, root_routes)
             yield [item for item in items if item.batch.guests], []
-            self._share_roots("after", number, steps)
-            self._take_home(going)
-            going = self._send_home(number, items, steps)
-        self._take_home(going)
+            self._share_roots("after", number, root_routes)
+            going(_directions)
+            going = self._send_home(number, routes, items)
+        going(_directions)
 
     def sum_norms(self, norms: Tensor) -> Tensor:
         """Sum over the team, in place, the squared norms that each rank has computed of the elements at home there."""
@@ -78,53 +93,27 @@ class Exchange:
 
     def copy(self, steps: StepCounts) -> None:
         """Bring new weights from their homes to the replicas."""
-        for communicator, dtype, transfers in self._copies:
-            stepping = [transfer for transfer in transfers if self._binding(transfer).group_tensor in steps]
-            self._copy(communicator, stepping, getattr(torch, dtype))
-
-    def _copy(self, communicator: Communicator, transfers: Sequence[Transfer], dtype: torch.dtype) -> None:
-        view = _views(self.team.bindings, lambda group_tensor: group_tensor.flat)
-        items = [(transfer.home, transfer.elements) for transfer in transfers]
-        for arrived in communicator.all_gather(
-            "weights", items, lambda number: view(transfers[number]), dtype, BUCKET_ELEMENTS
-        ):
-            others = [number for number in arrived if transfers[number].home != self.rank]
-            if others:
-                pieces = [(self._binding(transfers[number]), transfers[number].piece) for number in others]
-                write(pieces, [arrived[number] for number in others])
-
-    def _binding(self, transfer: Transfer) -> Binding:
-        return self.team.bindings[transfer.matrix]
+        flat = cache(lambda group_tensor: group_tensor.flat)
+        gatherings = self._gatherings.at(steps, self._make_gatherings)
+        for (communicator, dtype, _), found in zip(self._copies, gatherings, strict=True):
+            for gathering in found:
+                gathering.take(communicator, getattr(torch, dtype), flat)
 
     # ---- between homes and owners ------------------------------------------------------------------------------------
 
-    def _gather(self, number: int, steps: StepCounts) -> Travelling:
+    def _gather(self, number: int, routes: Sequence[tuple[Route, Route]]) -> Arrive:
         """Start to send the gradients of a round, if there is such a round, to their owners."""
-        if number >= len(self._transfers):
-            return Travelling()
-        view = _views(self.team.bindings, _gradient)
-        averaged = self.team.hp.averaged
-        due, anyone = self._due(number, steps, lambda now: now.accumulate or now.started or averaged)
-        transfers = [transfer for transfer in due if transfer.gathered]
-        pieces = {transfer: view(transfer) for transfer in transfers if transfer.home == self.rank}
-        ends = [(transfer, transfer.home, transfer.keeper) for transfer in transfers]
-        return self._travel("gradients", number, self.team.share.sharding_of(number).dtype, pieces, ends, anyone)
+        if number >= len(routes):
+            return _nothing
+        route, dtype = routes[number][0], getattr(torch, self.team.share.sharding_of(number).dtype)
+        gradient = cache(lambda group_tensor: group_tensor.present_gradient)
+        return route.take(self.communicator, "gradients", number, dtype, gradient)
 
-    def _send_home(self, number: int, items: Sequence[WorkItem], steps: StepCounts) -> Travelling:
+    def _send_home(self, number: int, routes: Sequence[tuple[Route, Route]], items: Sequence[WorkItem]) -> Arrive:
         """Start to send the directions of a round from the owners to the homes of their elements."""
-        blocks = {
-            slot: direction
-            for item in items
-            if item.batch.bucket is None
-            for slot, direction in zip(item.slots, item.blocks.unbind(), strict=True)
-        }
-        transfers, anyone = self._due(number, steps, lambda now: now.started)
-        pieces = {
-            transfer: blocks[transfer.slot][transfer.within] for transfer in transfers if transfer.keeper == self.rank
-        }
         dtype = self.team.share.sharding_of(number).update_dtype(self._update_precision)
-        ends = [(transfer, transfer.keeper, transfer.home) for transfer in transfers]
-        return self._travel("updates", number, dtype, pieces, ends, anyone)
+        blocks = [item.blocks for item in items]
+        return routes[number][1].take(self.communicator, "updates", number, getattr(torch, dtype), blocks.__getitem__)
 
     @cached_property
     def _sharing(self) -> Moment:
@@ -138,110 +127,139 @@ class Exchange:
             return "before"
         return "between" if hp.variant.direction == "root" else "after"
 
-    def _share_roots(self, moment: Moment, number: int, steps: StepCounts) -> None:
+    def _share_roots(self, moment: Moment, number: int, routes: Sequence[Route]) -> None:
         """Send new roots from the owners to the other keepers, if this is the moment."""
-        if moment != self._sharing:
+        if moment != self._sharing or not routes:
             return
-        team, hp, planned = self.team, self.team.hp, self.team.plan.blocks
-        late = int(hp.computation.asynchronous)
+        hp = self.team.hp
+        state = getattr(torch, self.team.share.sharding_of(number).state_dtype)
+        dtypes = {kept_dtype(name, hp, state) for name in copied_names(hp)}
+        dtype = dtypes.pop() if len(dtypes) == 1 else state
+
+        def root(name: tuple[Stack, int]) -> Tensor:
+            stack, which = name
+            return stack.shared[which]
+
+        routes[number].take(self.communicator, "roots", number, dtype, root)(root)
+
+    def _fill(self, items: Sequence[WorkItem], coming: Arrive) -> None:
+        """Assemble the blocks of the work items from the gradients that arrive."""
+        for item in items:
+            stack, bucket = item.batch.stack, item.batch.bucket
+            if bucket is not None:
+                item.blocks = bucket.S[item.rows]
+            else:
+                item.blocks = torch.empty((len(item.slots), *stack.shape), dtype=stack.dtype, device=stack.device)
+        coming(lambda number: items[number].blocks)
+        for item in items:
+            if item.batch.bucket is None:
+                kept(item.blocks)
+
+    # ---- routes, by the phases of a step -----------------------------------------------------------------------------
+
+    def _make_routes(
+        self, phases: Phases[tuple[bool, bool]], rounds: Sequence[Sequence[WorkItem]]
+    ) -> list[tuple[Route, Route]]:
+        """Find the routes of gradients to owners and of directions home, of each round."""
+        averaged = self.team.hp.averaged
+        directed = {tensor for tensor, (_, (_, started)) in phases.items() if started}
+        wanted = {tensor for tensor, (_, (accumulates, _)) in phases.items() if accumulates or averaged} | directed
+        return [
+            (self._gradient_route(number, wanted, items), self._direction_route(number, directed, items))
+            for number, items in enumerate(rounds)
+        ]
+
+    def _gradient_route(self, number: int, wanted: Collection[GroupTensor], items: Sequence[WorkItem]) -> Route:
+        pieces = [
+            (transfer, transfer.box.shape, transfer.home, transfer.keeper)
+            for transfer in self._transfers[number]
+            if transfer.gathered and self._binding(transfer).group_tensor in wanted
+        ]
+        return Route.of(
+            self.rank, self.team.group.ranks, pieces, self._stored, _in_blocks(items), self._travels(wanted)
+        )
+
+    def _direction_route(self, number: int, directed: Collection[GroupTensor], items: Sequence[WorkItem]) -> Route:
+        pieces = [
+            (transfer, transfer.box.shape, transfer.keeper, transfer.home)
+            for transfer in self._transfers[number]
+            if self._binding(transfer).group_tensor in directed
+        ]
+        return Route.of(
+            self.rank, self.team.group.ranks, pieces, _in_blocks(items), self.team.home, self._travels(directed)
+        )
+
+    def _travels(self, stepping: Collection[GroupTensor]) -> bool:
+        """Return, the same on all ranks, whether any rank may have to send something of these."""
+        return self.team.share.travels and not self.team.factored.isdisjoint(stepping)
+
+    def _make_root_routes(self, phases: Phases[int]) -> list[Route]:
+        """Find the routes of new roots to the other keepers, of each round; none if no rank has new ones."""
+        team, planned = self.team, self.team.plan.blocks
 
         def renewed(group_tensor: GroupTensor, offset: int) -> bool:
-            t = steps.get(group_tensor, 0) - late
-            return t > 0 and phase(t, hp, offset).refresh
+            _, t = phases.get(group_tensor, (0, 0))
+            return t > 0 and phase(t, team.hp, offset).refresh
 
         if not any(renewed(group_tensor, offset) for offset in self._copied_offsets for group_tensor in team.factored):
-            return
-        slots = team.share.rounds[number]
-        due = [slot for slot in slots if renewed(team.binding_of(slot).group_tensor, planned[slot].offset)]
-        out: list[tuple[int, Tensor]] = []
-        into: list[tuple[int, int, int]] = []
-        roots: list[Tensor] = []
-        for slot in due:
-            stack, row = team.stacked[slot]
-            for P in (P[row] for P in stack.shared):
-                if planned[slot].owner == self.rank:
-                    out += ((peer, P) for peer in planned[slot].keepers if peer != self.rank)
-                else:
-                    into.append((len(roots), planned[slot].owner, P.numel()))
-                    roots.append(P)
-        state = getattr(torch, self.team.share.sharding_of(number).state_dtype)
-        dtypes = {kept_dtype(name, team.hp, state) for name in copied_names(team.hp)}
-        dtype = dtypes.pop() if len(dtypes) == 1 else state
-        if arrived := self.communicator.all_to_all("roots", number, dtype, out, into).wait():
-            new = [flat.view(roots[index].shape) for index, flat in arrived.items()]
-            torch._foreach_copy_([roots[index] for index in arrived], new)
+            return []
+        routes = []
+        for slots in team.share.rounds:
+            due = [slot for slot in slots if renewed(team.binding_of(slot).group_tensor, planned[slot].offset)]
+            pieces = [piece for slot in due for piece in self._roots(slot)]
+            routes.append(Route.of(self.rank, team.group.ranks, pieces, _at_both_ends, _at_both_ends, shared=True))
+        return routes
 
-    def _take_home(self, travelling: Travelling) -> None:
-        if arrived := travelling.wait():
-            into = [self.team.direction(transfer) for transfer in arrived]
-            values = [piece.view(to.shape) for piece, to in zip(arrived.values(), into, strict=True)]
-            torch._foreach_copy_(into, values)
+    def _roots(self, slot: int) -> Iterator[tuple[Place, Shape, int, int]]:
+        """Yield the roots of a block, each with its place, its shape, the owner and another keeper."""
+        block, (stack, row) = self.team.plan.blocks[slot], self.team.stacked[slot]
+        keepers = block.keepers if block.owner == self.rank else [self.rank]
+        for which, P in enumerate(stack.shared):
+            shape = tuple(P.shape[1:])
+            place = laid((stack, which), row * math.prod(shape), shape)
+            yield from ((place, shape, block.owner, peer) for peer in keepers if peer != block.owner)
 
-    def _travel(
-        self,
-        kind: str,
-        number: int,
-        dtype: str,
-        pieces: dict[Transfer, Tensor],
-        ends: Sequence[tuple[Transfer, int, int]],
-        anyone: bool,
-    ) -> Travelling:
-        """Start to send ``pieces``, by transfer; ``ends``: all transfers with the ranks that they start and end at."""
-        here = {transfer: pieces[transfer] for transfer, start, stop in ends if start == stop == self.rank}
-        if not (anyone and self.team.share.travels):
-            return Travelling(here)
-        out = [(stop, pieces[transfer]) for transfer, start, stop in ends if start == self.rank != stop]
-        into = [(transfer, start, transfer.elements) for transfer, start, stop in ends if stop == self.rank != start]
-        return self.communicator.all_to_all(kind, number, getattr(torch, dtype), out, into, here)
+    def _make_gatherings(self, phases: Phases[None]) -> list[list[Gathering]]:
+        """Find the gatherings of new weights, for each group of replicas."""
+        found = []
+        for communicator, _, transfers in self._copies:
+            stepping = [transfer for transfer in transfers if self._binding(transfer).group_tensor in phases]
+            found.append([*Gathering.of(self.rank, communicator.group.ranks, stepping, self._stored)])
+        return found
 
-    def _due(self, number: int, steps: StepCounts, due: Callable[[Phase], bool]) -> tuple[list[Transfer], bool]:
-        """Return the transfers of a round that are due and, the same on all ranks, whether any rank may have one."""
-        team = self.team
-        stepping = {group_tensor for group_tensor, t in steps.items() if due(phase(t, team.hp))}
-        transfers = self._transfers[number]
-        if len(stepping) < len(team.names):
-            transfers = [t for t in transfers if self._binding(t).group_tensor in stepping]
-        return transfers, not team.factored.isdisjoint(stepping)
+    def _stored(self, transfer: Transfer) -> Place:
+        return self._binding(transfer).place(transfer.piece)
+
+    def _binding(self, transfer: Transfer) -> Binding:
+        return self.team.bindings[transfer.matrix]
 
     @cached_property
     def _copied_offsets(self) -> Collection[int]:
         """The turns to refresh of all blocks of the team, if their roots are copied."""
         return self.team.plan.offsets if any(run.copies for run in self.team.plan.runs) else ()
 
-    def _fill(self, items: Sequence[WorkItem], arrived: Mapping[Transfer, Tensor]) -> None:
-        """Assemble the blocks of the work items from the fragments that arrived."""
-        by_slot: defaultdict[int, list[Transfer]] = defaultdict(list)
-        for transfer in arrived:
-            by_slot[transfer.slot].append(transfer)
-        for item in items:
-            stack, bucket = item.batch.stack, item.batch.bucket
-            if bucket is not None:
-                item.blocks = bucket.S[item.rows]
-                continue
-            item.blocks = torch.empty((len(item.slots), *stack.shape), dtype=stack.dtype, device=stack.device)
-            into, values = [], []
-            for block, slot in zip(item.blocks.unbind(), item.slots, strict=True):
-                for transfer in by_slot[slot]:
-                    value = arrived[transfer]
-                    into.append(block[transfer.within])
-                    values.append(value.view(into[-1].shape) if value.dim() == 1 else value)
-            if into:
-                torch._foreach_copy_(into, values)
-            kept(item.blocks)
+
+def _in_blocks(items: Sequence[WorkItem]) -> Callable[[Transfer], Place]:
+    """Return what finds fragments in the blocks of work items, which are named by their numbers."""
+    rows = {slot: (number, row) for number, item in enumerate(items) for row, slot in enumerate(item.slots)}
+
+    def place(transfer: Transfer) -> Place:
+        number, row = rows[transfer.slot]
+        shape = items[number].batch.stack.shape
+        block = laid(number, row * math.prod(shape), shape)
+        moved = sum(side.start * stride for side, stride in zip(transfer.within, block.strides, strict=True))
+        return Place(number, block.offset + moved, block.strides)
+
+    return place
 
 
-def _views(bindings: Sequence[Binding], flatten: Callable[[GroupTensor], Tensor]) -> Callable[[Transfer], Tensor]:
-    """Return what views fragments in group tensors or their gradients, each of which is flattened once."""
-    flat = cache(flatten)
-
-    def view(transfer: Transfer) -> Tensor:
-        binding = bindings[transfer.matrix]
-        return binding.view(flat(binding.group_tensor), transfer.piece)
-
-    return view
+def _at_both_ends(place: Place) -> Place:
+    return place
 
 
-def _gradient(group_tensor: GroupTensor) -> Tensor:
-    gradient = group_tensor.gradient
-    assert gradient is not None
-    return gradient
+def _directions(bucket: ElementBucket) -> Tensor:
+    return bucket.S
+
+
+def _nothing(_: Tensors) -> None:
+    """Nothing is on its way."""

@@ -1,86 +1,113 @@
-"""Strided views that cover many members of a bucket at once."""
+"""Pieces of tensors that are copied together, covered by few strided views."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.layout import Fragment
-from shampoo3d.runtime.bindings import Binding, GroupTensor
 
 
-@dataclass(frozen=True, eq=False)
-class Patch:
-    """Consecutive members at regular distances in their group tensor, so that one strided view covers them all.
+@dataclass(frozen=True)
+class Place:
+    """Place of a piece: in which tensor, by a name that whoever copies understands, and how in its flat elements."""
 
-    Attributes:
-        first, count: the members, within their run.
-        offset, shape, strides: the view in the flat storage of the group tensor; leading axes count members.
-    """
-
-    group_tensor: GroupTensor
-    first: int
-    count: int
+    tensor: Any
     offset: int
-    shape: Shape
     strides: Shape
 
-    def of(self, flat: Tensor) -> Tensor:
-        """Return the view of the members in the flat storage of the group tensor, or in a buffer of the same layout."""
-        return flat.as_strided(self.shape, self.strides, flat.storage_offset() + self.offset)
-
-    def among(self, stack: Tensor) -> Tensor:
-        """Return the view of the same members in the stack of the run, in the shape of :meth:`of`."""
-        return stack.narrow(0, self.first, self.count).view(self.shape)
+    def of(self, flat: Tensor, shape: Shape) -> Tensor:
+        """Return the view of a piece of this shape in the flat tensor."""
+        return flat.as_strided(shape, self.strides, flat.storage_offset() + self.offset)
 
 
-def patches(members: Sequence[tuple[Binding, Fragment]]) -> list[Patch]:
-    """Cover all members with patches: few, if they are the blocks of a grid."""
-    merged = [
-        Patch(
-            binding.group_tensor,
-            number,
-            1,
-            binding.offset + fragment.piece.offset,
-            fragment.box.shape,
-            fragment.piece.strides,
-        )
-        for number, (binding, fragment) in enumerate(members)
-    ]
-    for _ in range(max(2, len(members[0][1].box.shape))):
-        merged = _merge_patches(merged)
-    return merged
+@dataclass(frozen=True)
+class Patch:
+    """Pieces of one shape that lie at regular distances in one tensor and, in the same order, in another.
+
+    Attributes:
+        shape: of the view that covers them in either; leading axes count pieces.
+        start, stop: the two places.
+    """
+
+    shape: Shape
+    start: Place
+    stop: Place
 
 
-def _merge_patches(single: Sequence[Patch]) -> list[Patch]:
+Tensors = Callable[[Any], Tensor]
+"""Returns the tensors that places name; any that is contiguous, whatever its shape."""
+
+
+def laid(tensor: Any, offset: int, shape: Shape) -> Place:
+    """Return the place of a piece whose elements lie one after the other, in row-major order."""
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return Place(tensor, offset, tuple(strides))
+
+
+def merged(single: Iterable[Patch]) -> list[Patch]:
+    """Cover all patches, in their order, with as few as it takes: one for the blocks of a grid."""
+    patches, before = [*single], -1
+    while len(patches) != before:
+        before = len(patches)
+        patches = _merge(patches)
+    return patches
+
+
+def _merge(single: Sequence[Patch]) -> list[Patch]:
     """Merge consecutive patches that are alike and at equal distances into one, with a leading axis."""
     rows: list[list[Patch]] = []
     for patch in single:
         row = rows[-1] if rows else []
-        alike = row and (row[0].group_tensor, row[0].shape, row[0].strides) == (
-            patch.group_tensor,
-            patch.shape,
-            patch.strides,
-        )
-        step = patch.offset - row[-1].offset if alike else 0
-        if step > 0 and (len(row) == 1 or step == row[1].offset - row[0].offset):
+        steps = _steps(row[-1], patch) if row else ()
+        if steps and (len(row) == 1 or steps == _steps(row[0], row[1])):
             row.append(patch)
         else:
             rows.append([patch])
-    merged = []
-    for first, *others in rows:
-        strides = (others[0].offset - first.offset if others else 0, *first.strides)
-        count, shape = first.count * (1 + len(others)), (1 + len(others), *first.shape)
-        merged.append(replace(first, count=count, shape=shape, strides=strides))
-    return merged
+    return [_row(row) if len(row) > 1 else row[0] for row in rows]
 
 
-def views_of(patches: Sequence[Patch], *, gradient: bool) -> tuple[list[Tensor], dict[GroupTensor, Tensor]]:
-    """Return views of the patches in the gradients or weights of their group tensors, and these by group tensor."""
-    flats: dict[GroupTensor, Tensor] = {}
-    for group_tensor in dict.fromkeys(patch.group_tensor for patch in patches):
-        flat = group_tensor.gradient if gradient else group_tensor.flat
-        assert flat is not None
-        flats[group_tensor] = flat
-    return [patch.of(flats[patch.group_tensor]) for patch in patches], flats
+def _steps(one: Patch, other: Patch) -> tuple[int, ...]:
+    """Return the distances of two patches in both tensors; nothing if they differ in more, or lie backwards."""
+    ends = (one.start, other.start), (one.stop, other.stop)
+    if one.shape != other.shape or any((a.tensor, a.strides) != (b.tensor, b.strides) for a, b in ends):
+        return ()
+    steps = tuple(b.offset - a.offset for a, b in ends)
+    return steps if min(steps) > 0 else ()
+
+
+def _row(patches: Sequence[Patch]) -> Patch:
+    first = patches[0]
+    places = (
+        Place(place.tensor, place.offset, (step, *place.strides))
+        for place, step in zip((first.start, first.stop), _steps(first, patches[1]), strict=True)
+    )
+    return Patch((len(patches), *first.shape), *places)
+
+
+def starts(patches: Iterable[Patch], tensors: Tensors) -> list[Tensor]:
+    """Return the views where the patches start."""
+    flat = _flattened(tensors)
+    return [patch.start.of(flat(patch.start.tensor), patch.shape) for patch in patches]
+
+
+def stops(patches: Iterable[Patch], tensors: Tensors) -> list[Tensor]:
+    """Return the views where the patches stop."""
+    flat = _flattened(tensors)
+    return [patch.stop.of(flat(patch.stop.tensor), patch.shape) for patch in patches]
+
+
+def copy(patches: Sequence[Patch], start: Tensors, stop: Tensors) -> None:
+    """Copy all pieces from where they start to where they stop."""
+    if patches:
+        torch._foreach_copy_(stops(patches, stop), starts(patches, start))
+
+
+def _flattened(tensors: Tensors) -> Tensors:
+    return cache(lambda name: tensors(name).view(-1))

@@ -21,6 +21,7 @@ from shampoo3d.planning.routes import CACHED_ELEMENTS, Transfer, packed
 from shampoo3d.planning.share import RankShare
 from shampoo3d.runtime.bindings import Binding, GroupTensor, PhaseIndex, Phases, StepCounts, rows_of, state_dtype
 from shampoo3d.runtime.buckets import ElementBucket, FlatBucket, StackedBucket
+from shampoo3d.runtime.patches import Place
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 K = TypeVar("K")
@@ -84,7 +85,7 @@ class Team:
         self.flat_buckets = {group_tensor: self.flat_buckets[group_tensor] for group_tensor in sharded}
         self.share = RankShare(self.plan, [binding.matrix for binding in self.bindings], self.rank)
         hp = self.hp
-        self._work = PhaseIndex[tuple[bool, bool], list[list[WorkItem]]](self.group_tensors, lambda t: _kind(t, hp))
+        self._work = PhaseIndex[tuple[bool, bool], list[list[WorkItem]]](self.group_tensors, lambda t: work_kind(t, hp))
         self._due = PhaseIndex[int, list[list[WorkItem]]](self.group_tensors, lambda t: equivalent_step(t, hp))
         self.batches = self._make_batches()
         self.stacked_buckets = self._make_stacked_buckets()
@@ -136,12 +137,12 @@ class Team:
         matrix, number = self.plan.place(slot)
         return self.bindings[matrix].matrix.blocks[number]
 
-    def direction(self, transfer: Transfer) -> Tensor:
-        """Return the view for the direction of a fragment whose home is here."""
+    def home(self, transfer: Transfer) -> Place:
+        """Return the place of a fragment whose home is here, in S of its bucket."""
         binding = self.bindings[transfer.matrix]
         sharded = binding.matrix.sharded
         bucket = self.flat_buckets[binding.group_tensor] if sharded else self._bucket_of[transfer]
-        return bucket.direction(binding, transfer)
+        return bucket.place(binding, transfer)
 
     def work_items(self, steps: StepCounts) -> Iterator[list[WorkItem]]:
         """Yield for each round the work items of the step, by phase; those of owned blocks first."""
@@ -235,7 +236,7 @@ def _at(steps: StepCounts, rounds: Iterable[Sequence[WorkItem]]) -> Iterator[lis
         yield [replace(item, t=steps[item.group_tensor]) for item in items]
 
 
-def _kind(t: int, hp: ShampooHyperParams) -> tuple[bool, bool]:
+def work_kind(t: int, hp: ShampooHyperParams) -> tuple[bool, bool]:
     """Return whether step t accumulates statistics and whether it uses the preconditioned direction."""
     now = phase(t, hp)
     return now.accumulate, now.started

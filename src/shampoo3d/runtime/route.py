@@ -1,0 +1,143 @@
+"""Routes of pieces between ranks: found once, then taken step after step with a few copies, however many they are."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from shampoo3d.distributed.collectives import Communicator
+from shampoo3d.numerics.masks import overwrite
+from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.routes import BUCKET_ELEMENTS, Transfer, buckets, width
+from shampoo3d.runtime.patches import Patch, Place, Tensors, copy, laid, merged, starts, stops
+
+T = TypeVar("T")
+
+BUFFER = "buffer"
+"""What places call the flat tensor that is sent or received."""
+
+Arrive = Callable[[Tensors], None]
+"""Waits for the pieces and writes them where they stop; takes what returns the tensors there."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """What one rank sends, receives and keeps in one exchange of the elements of a round.
+
+    Attributes:
+        leaving: from tensors into the buffer that is sent.
+        arriving: from the buffer that is received, or from tensors of this rank, into others.
+        sent, received: numbers of elements, by rank of the group.
+        shared: True if any rank may send anything, the same on all; else there is no collective.
+    """
+
+    leaving: list[Patch]
+    arriving: list[Patch]
+    sent: list[int]
+    received: list[int]
+    shared: bool
+
+    @classmethod
+    def of(
+        cls,
+        rank: int,
+        ranks: Sequence[int],
+        pieces: Iterable[tuple[T, Shape, int, int]],
+        start: Callable[[T], Place],
+        stop: Callable[[T], Place],
+        shared: bool,
+    ) -> "Route":
+        """Find the route of the pieces, in one order on all ranks.
+
+        Args:
+            pieces: each with its shape and the ranks that it starts and stops at.
+            start, stop: the places of a piece that starts, or stops, at this rank.
+        """
+        out: defaultdict[int, list[tuple[T, Shape]]] = defaultdict(list)
+        into: defaultdict[int, list[tuple[T, Shape]]] = defaultdict(list)
+        here: list[Patch] = []
+        for piece, shape, first, last in pieces:
+            if first == last == rank:
+                here.append(Patch(shape, start(piece), stop(piece)))
+            elif first == rank:
+                out[last].append((piece, shape))
+            elif last == rank:
+                into[first].append((piece, shape))
+        sent, received = ([_elements(to[peer]) for peer in ranks] for to in (out, into))
+        to_others, from_others = ([*chain.from_iterable(to[peer] for peer in ranks)] for to in (out, into))
+        leaving = [Patch(shape, start(piece), at) for piece, shape, at in _packed(to_others)]
+        arriving = [Patch(shape, at, stop(piece)) for piece, shape, at in _packed(from_others)]
+        return cls(merged(leaving), [*merged(here), *merged(arriving)], sent, received, shared)
+
+    def take(self, communicator: Communicator, kind: str, turn: int, dtype: torch.dtype, start: Tensors) -> Arrive:
+        """Start to carry the pieces, from the tensors that ``start`` returns; they are kept until they have arrived."""
+
+        def fill(buffer: Tensor) -> None:
+            copy(self.leaving, start, lambda _: buffer)
+
+        wait = communicator.all_to_all(kind, turn, dtype, self.sent, self.received, fill) if self.shared else None
+
+        def arrive(stop: Tensors) -> None:
+            received = wait() if wait else None
+            copy(self.arriving, lambda name: start(name) if name is not BUFFER or received is None else received, stop)
+
+        return arrive
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """What one rank sends and receives in one gathering of new weights.
+
+    Attributes:
+        elements: that each rank contributes, with what pads them.
+        leaving, arriving: from group tensors into the buffer, and from what all ranks have sent into group tensors.
+    """
+
+    elements: int
+    leaving: list[Patch]
+    arriving: list[Patch]
+
+    @classmethod
+    def of(
+        cls, rank: int, ranks: Sequence[int], transfers: Sequence[Transfer], place: Callable[[Transfer], Place]
+    ) -> "Iterator[Gathering]":
+        """Find the gatherings that bring the pieces from their homes to all ranks."""
+        items = [(transfer.home, transfer.elements) for transfer in transfers]
+        for bucket in buckets(ranks, items, BUCKET_ELEMENTS):
+            elements = width(bucket, items)
+            leaving: list[Patch] = []
+            arriving: list[Patch] = []
+            for number, peer in enumerate(ranks):
+                pieces = [(transfers[n], transfers[n].box.shape) for n in bucket[peer]]
+                if peer == rank:
+                    leaving = [Patch(shape, place(transfer), at) for transfer, shape, at in _packed(pieces)]
+                else:
+                    theirs = _packed(pieces, number * elements)
+                    arriving += [Patch(shape, at, place(transfer)) for transfer, shape, at in theirs]
+            yield cls(elements, merged(leaving), merged(arriving))
+
+    def take(self, communicator: Communicator, dtype: torch.dtype, flat: Tensors) -> None:
+        """Send the weights of this rank and write those of others, unless the step does not count."""
+        received = communicator.gather(
+            "weights", self.elements, dtype, lambda buffer: copy(self.leaving, flat, lambda _: buffer)
+        )
+        if self.arriving:
+            overwrite(stops(self.arriving, flat), starts(self.arriving, lambda _: received))
+            for group_tensor in dict.fromkeys(patch.stop.tensor for patch in self.arriving):
+                group_tensor.store(flat(group_tensor))
+
+
+def _elements(pieces: Sequence[tuple[T, Shape]]) -> int:
+    return sum(math.prod(shape) for _, shape in pieces)
+
+
+def _packed(pieces: Iterable[tuple[T, Shape]], offset: int = 0) -> Iterator[tuple[T, Shape, Place]]:
+    """Lay pieces out in a buffer, one after the other from an offset on."""
+    for piece, shape in pieces:
+        yield piece, shape, laid(BUFFER, offset, shape)
+        offset += math.prod(shape)
