@@ -20,7 +20,10 @@ from tasks.tuning import median_reached, reached
 
 Found = dict[str, Any]
 
-AXES = {"steps": "steps", "cpu": "CPU seconds", "wall": "wall-clock seconds"}
+AXES = {"steps": "steps", "cpu": "CPU time (s)", "wall": "wall-clock time (s)"}
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), "-", "--", "-.")
+"""Told apart in grey, too, together with the marks; those of the optimizers in the order of a table."""
+MARKS = ("", "", "", "", "", "o", "s", "^")
 
 
 def summary(result: Found) -> dict[str, list[Found]]:
@@ -182,33 +185,39 @@ def _paths(result: Found, folder: Path) -> Iterator[Path]:
 def figure(name: str, rows: Sequence[Found], output: Path) -> None:
     """A line for the median of the seeds and a band for their range; the target is dashed."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
-    picture = Figure(figsize=(14, 5), layout="constrained")
+    picture = Figure(figsize=(11, 4), layout="constrained")
     axes = picture.subplots(1, len(AXES), sharey=True)
     for place, (axis, label) in zip(axes, AXES.items(), strict=True):
         for number, row in enumerate(rows):
-            _draw(place, row, axis, f"C{number}")
+            _draw(place, row, axis, number)
         place.axhline(rows[0]["target"], color="black", lw=0.8, ls="--")
         place.set_xlabel(label)
         place.set_yscale("log")
+        for axes_of in (place.yaxis.set_major_formatter, place.yaxis.set_minor_formatter):
+            axes_of(FuncFormatter(lambda loss, _: f"{loss:g}"))
         place.grid(lw=0.3, which="both")
     # What matters is near the target, neither the first losses nor those of a run that diverges.
     least = min(min(curve["losses"]) for row in rows for curve in row["curves"])
     axes[0].set_ylim(0.98 * least, min(3 * rows[0]["target"], 1.05 * rows[0]["curves"][0]["losses"][0]))
-    axes[0].set_ylabel("validation loss")
-    picture.suptitle(name, fontsize=10)
+    axes[0].set_ylabel("validation loss (nats)")
+    picture.suptitle(name, fontsize=9, x=0.01, ha="left")
     picture.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    picture.savefig(output, dpi=150)
+    picture.savefig(output, dpi=200)
 
 
-def _draw(place: Any, row: Found, axis: str, color: str) -> None:
+def _draw(place: Any, row: Found, axis: str, number: int) -> None:
     """Draw the median of the seeds' curves, up to where the first of them ends."""
     curves = row["curves"]
     marks = min(len(curve["losses"]) for curve in curves)
     times = [curve["steps"] if axis == "steps" else curve["seconds"][axis] for curve in curves]
     x = [statistics.median(time[mark] for time in times) for mark in range(marks)]
     losses = [[curve["losses"][mark] for curve in curves] for mark in range(marks)]
-    place.plot(x, [statistics.median(some) for some in losses], color=color, lw=1.2, label=row["optimizer"])
+    color = f"C{number}"
+    look = number % len(STYLES)
+    style = {"linestyle": STYLES[look], "marker": MARKS[look], "markersize": 3, "markevery": 3}
+    place.plot(x, [statistics.median(some) for some in losses], color=color, lw=1.2, label=row["optimizer"], **style)
     place.fill_between(x, [min(some) for some in losses], [max(some) for some in losses], color=color, alpha=0.15, lw=0)
 
 

@@ -22,8 +22,13 @@ PALETTE = ("#4477AA", "#EE9944", "#44AA99", "#CC6677", "#882255", "#999933", "#8
 INK, FAINT = "#333333", "#999999"
 VECTOR_WIDTH, GAP, LABEL = 1.0, 1.2, 2.4
 """Thickness of a vector, gaps, height of a label, in the units of a picture: the square root of a matrix's side."""
-HEADING = 0.5
+HEADING = 0.35
 """Height of a heading in inches."""
+MAPS, LOADS = 8.0, 2.5
+"""Widths of the map of blocks and of the bars of work, in inches."""
+DPI = 200
+LEGIBLE = 4.0
+"""Size of the smallest letters that can be read, in points."""
 ASPECT = 4.0
 """Width over height at which a set of matrices looks best."""
 
@@ -208,7 +213,8 @@ def _modules(plan: Plan) -> Iterator[Box]:
             boxes.append(_matrix(name, list(blocks)))
         content = _row(boxes, GAP).shifted(0.0, LABEL * 0.8)
         content.height += LABEL * 0.8
-        content.labels.append(Label(0.0, 0.0, module, heading=True))
+        name = f"layer {module}" if module.isdigit() else module
+        content.labels.append(Label(0.0, 0.0, name, heading=True))
         yield content
 
 
@@ -229,20 +235,20 @@ def ownership_figure(plans: Sequence[Plan], path: Path) -> None:
     if not plans:
         raise ValueError("there is nothing to draw: no plan has a block")
     pages = [_page(plan) for plan in plans]
-    inch = 10.5 / max(page.width for page in pages)
+    inch = MAPS / max(page.width for page in pages)
     heights = [page.height * inch + HEADING for page in pages]
-    figure = Figure(figsize=(14, max(sum(heights) + HEADING, 3.0)), layout="constrained")
-    panes: Any = figure.subfigures(1, 2, width_ratios=(10.5, 3.5))
+    figure = Figure(figsize=(MAPS + LOADS, max(sum(heights) + HEADING, 3.0)), layout="constrained")
+    panes: Any = figure.subfigures(1, 2, width_ratios=(MAPS, LOADS))
     maps, loads = panes
     colours = _colours(list(_load(plans)))
     grid = maps.subplots(len(plans), 1, height_ratios=heights, squeeze=False)
     for plan, page, axes in zip(plans, pages, grid[:, 0], strict=True):
-        _draw_page(axes, page, colours, size=min(9.0, 105 * inch))
+        _draw_page(axes, page, colours, inch)
         axes.set_xlim(-GAP, max(page.width for page in pages) + GAP)
         axes.set_title(_title(plan), loc="left", fontsize=10, color=INK)
-    maps.suptitle("Who owns what (pale: no preconditioner)", color=INK, fontsize=12)
+    maps.suptitle("Blocks, with the rank that owns each (pale: no preconditioner)", color=INK, fontsize=11)
     _draw_load(loads.subplots(), _load(plans), colours)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)
 
 
 def _title(plan: Plan) -> str:
@@ -259,34 +265,42 @@ def _colours(ranks: Sequence[int]) -> dict[int, Any]:
     return {rank: turbo(index / (len(ranks) - 1)) for index, rank in enumerate(ranks)}
 
 
-def _draw_page(axes: Any, page: Box, colours: dict[int, Any], size: float) -> None:
+def _draw_page(axes: Any, page: Box, colours: dict[int, Any], inch: float) -> None:
     from matplotlib.collections import PatchCollection
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
 
+    size = min(9.0, 105 * inch)
     shades = [to_rgba(colours[tile.block.owner], 1.0 if tile.block.axes else 0.4) for tile in page.tiles]
     edges = [min(0.8, size * min(tile.width, tile.height) / 10) for tile in page.tiles]
     shapes = [Rectangle((tile.x, tile.y), tile.width, tile.height) for tile in page.tiles]
     axes.add_collection(PatchCollection(shapes, facecolors=shades, edgecolors="white", linewidths=edges))
-    for label in page.labels:
-        # Smaller letters could not be read.
-        if size >= 4:
+    if size >= LEGIBLE:
+        for label in page.labels:
             alignment, colour = ("left", FAINT) if label.heading else ("center", INK)
             axes.text(label.x, label.y, label.text, fontsize=size, va="top", ha=alignment, color=colour)
+    for tile, shade in zip(page.tiles, shades, strict=True):
+        # Colours may look alike in grey: numbers tell owners there.
+        room = 72 * inch * min(tile.height / 1.4, tile.width / (0.9 * len(str(tile.block.owner))))
+        if room >= LEGIBLE:
+            ink = "white" if sum(shade[:3]) < 1.5 and tile.block.axes else INK
+            middle = tile.x + tile.width / 2, tile.y + tile.height / 2
+            axes.text(*middle, str(tile.block.owner), fontsize=min(9.0, room), va="center", ha="center", color=ink)
     axes.set_ylim(page.height, 0)
     axes.set_aspect("equal", anchor="NW")
     axes.axis("off")
 
 
 def _draw_load(axes: Any, load: dict[int, float], colours: dict[int, Any]) -> None:
-    axes.barh(range(len(load)), list(load.values()), color=[colours[rank] for rank in load], height=0.75)
-    axes.axvline(sum(load.values()) / len(load), color=INK, linewidth=1, linestyle=":")
-    axes.set_ylim(max(len(load), 8) - 0.4, -0.6)
-    axes.set_xticks([])
+    work = [cost / 1e6 for cost in load.values()]
+    axes.barh(range(len(load)), work, color=[colours[rank] for rank in load], height=0.75)
+    axes.axvline(sum(work) / len(work), color=INK, linewidth=1, linestyle=":")
+    axes.set_ylim(max(len(load), 4) - 0.4, -0.6)
+    axes.set_xlabel("millions of multiply-adds", color=INK, fontsize=9)
     every = -(-len(load) // 32)
     shown = list(enumerate(load))[::every]
     axes.set_yticks([index for index, _ in shown], [f"rank {rank}" for _, rank in shown])
-    axes.set_title("estimated work of a step\n(dotted: mean)", loc="left", fontsize=10, color=INK)
+    axes.set_title("Estimated work of a step\n(dotted: mean)", loc="left", fontsize=10, color=INK)
     _plain(axes)
 
 
@@ -299,15 +313,17 @@ def loss_figure(runs: Sequence[Training], path: Path) -> None:
     """Draw validation losses (lines) and training losses (pale) against steps and against seconds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     by_step, by_time = figure.subplots(1, 2, sharey=True)
-    for run, colour in zip(runs, (FAINT, *PALETTE) if len(runs) > 1 else PALETTE, strict=False):
+    looks = [(FAINT, "--"), *((colour, "-") for colour in PALETTE)] if len(runs) > 1 else [(PALETTE[0], "-")]
+    for run, (colour, style) in zip(runs, looks, strict=False):
         for axes, along in ((by_step, "steps"), (by_time, "seconds")):
             training, validation = run.training, run.validation
             axes.plot(getattr(training, along), training.losses, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(getattr(validation, along), validation.losses, color=colour, linewidth=2, label=run.title)
+            x = getattr(validation, along)
+            axes.plot(x, validation.losses, style, color=colour, linewidth=2, label=run.title)
     target = runs[0].validation.losses[-1]
-    for axes, name in ((by_step, "steps"), (by_time, "seconds of training")):
+    for axes, name in ((by_step, "steps"), (by_time, "time of training (s)")):
         axes.axhline(target, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlabel(name, color=INK)
         axes.set_xlim(left=0)
@@ -316,5 +332,5 @@ def loss_figure(runs: Sequence[Training], path: Path) -> None:
     losses = [loss for run in runs for loss in run.validation.losses]
     by_step.set_ylim(min(losses) - 0.1, losses[0] + 0.1)
     by_step.set_ylabel("loss (nats per byte)", color=INK)
-    by_step.legend(frameon=False, title="validation (pale: training)", title_fontsize=8)
-    figure.savefig(path, dpi=150)
+    by_step.legend(frameon=False, title="validation (pale: training)")
+    figure.savefig(path, dpi=DPI)
