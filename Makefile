@@ -17,7 +17,7 @@ DEEPSPEEDS ?= 0.19.7 0.19.8
 # What DeepSpeed refused before 0.19.8: AutoTP at ZeRO 3, and of sizes that its ranks do not divide.
 REFUSED    := AutoTensorParallel-stage3 or EmptyShards
 
-.PHONY: demo test test-units test-ranks test-slow test-all test-versions package lint format env clean
+.PHONY: demo test test-units test-ranks test-slow test-all test-versions package site lint format env clean
 
 demo: env  ## train a GPT with AdamW and with 3D-Shampoo on 4 processes; results in runs/
 	$(BIN)/shampoo3d train
@@ -58,6 +58,9 @@ package: env  ## build the wheel and the sdist, check them, install the wheel an
 	mkdir build/sdist && tar -xf dist/*.tar.gz -C build/sdist --strip-components 1
 	cd build/sdist && ../env/bin/shampoo3d --version && $(ENV) ../env/bin/python -m pytest $(PACKAGED)
 
+site: env $(VENV)/site  ## the documents as a site in build/site, their links and anchors checked; nothing is fetched
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,6 +82,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 # Other people's trainers, which only slow tests use.
 $(VENV)/trainers: $(VENV)/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[trainers]"
+	touch $@
+
+$(VENV)/site: $(VENV)/installed
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[site]"
 	touch $@
 
 clean:

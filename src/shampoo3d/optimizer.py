@@ -65,7 +65,9 @@ class Shampoo(Checkpointed):
             name and parameter that returns one of these or None. See ``docs/update-rule.md``.
         topology: the ranks that train these parameters, if they are not those of an engine or of the parameters' own
             meshes, nor all ranks: a ``DeviceMesh``, a process group of replicas, or DeepSpeed's ``model.topology()``.
-        world_rank, world_size, shapes: the ranks and the shapes of the trainable parameters; checked if given.
+        world_rank: the rank of this process; checked if given, as are the next two.
+        world_size: the number of ranks.
+        shapes: the shapes of the trainable parameters.
         distribution: settings of the sharing of work; they change where state is kept and computed, not the result.
 
     Raises:

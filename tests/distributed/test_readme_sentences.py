@@ -1,6 +1,7 @@
 """The sentences with which the thesis describes 3D-Shampoo, each held against real runs."""
 
 import json
+import re
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,7 @@ from .harness import needs_deepspeed, run
 from .models import Shape, Shards, batch, load_weights, loss_of, micro_batches, pipeline_specs
 from .training import Session, Topology, deepspeed_config, one_process, prepare_deepspeed, with_deepspeed
 
+ORIGINS = Path(__file__).parents[2] / "docs" / "origins.md"
 SETTINGS = shampoo.ShampooHyperParams(block_size=6, matrix_eps=1e-6, ignore_embedding_layer=True)
 UNTIED = Shape(tied=False)
 
@@ -207,7 +209,7 @@ def _inverse_fourth_root(A: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _example(folder: Path, topology: Topology) -> tuple[float, float, str, dict[str, torch.Tensor]]:
-    """The README's example as it stands there, between what it leaves out."""
+    """The example as it stands on the page, with what it leaves out."""
     deepspeed = prepare_deepspeed()
     from deepspeed.pipe import PipelineModule
 
@@ -216,20 +218,12 @@ def _example(folder: Path, topology: Topology) -> tuple[float, float, str, dict[
         pipeline_specs(shape, Shards()), num_stages=topology.pipe, loss_fn=loss_of, partition_method="type:Layer$"
     )
     load_weights(model, shape, Shards())
-    world_rank, world_size = dist.get_rank(), dist.get_world_size()
+    world_rank = dist.get_rank()
     cmd_args = Namespace(deepspeed_config=str(folder / "config.json"))
-
-    optimizer = shampoo.Shampoo(
-        params=model.parameters(),
-        world_rank=world_rank,
-        world_size=world_size,
-        topology=model.topology(),
-        shapes=[tuple(p.shape) for p in model.parameters() if p.requires_grad],
-        lr=1e-1,
-        momentum=0.9,
-        hyperparams=shampoo.ShampooHyperParams(ignore_embedding_layer=True),
-    )
-
+    script = {"model": model, "world_rank": world_rank, "world_size": dist.get_world_size()}
+    (lines,) = re.findall(r"```python\n(.*?)```", ORIGINS.read_text(), re.DOTALL)
+    exec(lines, script)
+    optimizer = script["optimizer"]
     model_engine, optimizer, _, _ = deepspeed.initialize(args=cmd_args, model=model, optimizer=optimizer)
 
     replica = topology.coordinate(world_rank)[1]

@@ -24,9 +24,9 @@ class Computation:
             step later.
         products: the precision of the operands in the products of statistics and of preconditioning: that of the
             "state", or "bfloat16"; sums stay in the precision of the state.
-        root_storage, momentum_storage: the dtype in which roots and momenta are kept, that of the "state" or
-            "bfloat16"; state of float64 is kept as it is. Squares in eigenbases are with the momenta if ``beta2`` is
-            at most 1 - 2^-6.
+        root_storage: the dtype in which roots are kept, that of the "state" or "bfloat16"; state of float64 is kept as
+            it is.
+        momentum_storage: the same for momenta, and for squares in eigenbases if ``beta2`` is at most 1 - 2^-6.
         max_root_failures: the number of failed roots (the previous one was kept, or a block was not moved) above which
             a step raises; None for no limit.
 
