@@ -1,9 +1,11 @@
-"""The documents' links lead somewhere."""
+"""The documents' links lead somewhere, and the page of the API has every name of the package."""
 
 import re
 from pathlib import Path
 
 import pytest
+
+import shampoo3d
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *(page for folder in ("docs", "src", "tests") for page in (ROOT / folder).rglob("*.md"))]
@@ -22,3 +24,8 @@ def test_links_lead_somewhere(page: Path) -> None:
         linked = page.parent / file if file else page
         assert linked.exists(), target
         assert not anchor or anchor in anchors(linked), target
+
+
+def test_the_api_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert {*re.findall(r"^::: shampoo3d\.(\w+)$", page, re.MULTILINE)} == {*shampoo3d.__all__}
