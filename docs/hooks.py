@@ -1,8 +1,7 @@
-"""Make the site out of the files of the repository, as they are read there: a hook of mkdocs.
+"""Make the site out of the files of the repository, as they are read there: hooks of mkdocs.
 
-The README is the home page; the examples and other files that pages link to are pages, too, and links lead to these.
-Between ``<!-- tabs -->`` and ``<!-- /tabs -->`` headings become tabs. Mathematics becomes MathML, which browsers show
-without help.
+The README is the home page, the examples are pages, and links lead to these. Between ``<!-- tabs -->`` and
+``<!-- /tabs -->`` headings become tabs. Mathematics becomes MathML, which browsers show without help.
 """
 
 import html
@@ -11,10 +10,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from math_core import LatexToMathML
+from math_core import LatexError, LatexToMathML
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 NAMES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+EXAMPLES = "examples/"
 LANGUAGES = {".py": "python", ".yaml": "yaml"}
 LINK = re.compile(r"(\]\()(?!https?:|#)([^)\s#]+)")
 TABS = re.compile(r"<!-- tabs -->\n(.*?)<!-- /tabs -->\n", re.DOTALL)
@@ -23,36 +27,33 @@ MATHS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', r
 maths = LatexToMathML()
 
 
-def on_files(files: Any, config: Any) -> Any:
+def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what lies outside of ``docs``."""
-    from mkdocs.structure.files import File
-
     for source, page in NAMES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text()))
-    for path in sorted((ROOT / "examples").iterdir()):
+    for path in sorted((ROOT / EXAMPLES).iterdir()):
         if language := LANGUAGES.get(path.suffix):
             text = f"# {path.name}\n\n```{language}\n{path.read_text()}```\n"
-            files.append(File.generated(config, f"examples/{path.name}.md", content=text))
+            files.append(File.generated(config, f"{EXAMPLES}{path.name}.md", content=text))
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Let links lead to pages of the site, and lay tabs out."""
     here = page.file.src_uri
+    if here.startswith(EXAMPLES):
+        return markdown
     source = next((source for source, name in NAMES.items() if name == here), f"docs/{here}")
 
     def moved(link: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), link[2]))
-        return link[1] + posixpath.relpath(address(target), posixpath.dirname(here) or ".")
+        return link[1] + address(posixpath.normpath(posixpath.join(posixpath.dirname(source), link[2])))
 
     return TABS.sub(tabbed, LINK.sub(moved, markdown))
 
 
 def address(source: str) -> str:
     """Return the page of the site that shows a file of the repository."""
-    if source.startswith("examples/"):
-        return f"{source}.md"
-    return NAMES.get(source, source.removeprefix("docs/"))
+    return f"{source}.md" if source.startswith(EXAMPLES) else NAMES.get(source, source.removeprefix("docs/"))
 
 
 def tabbed(section: re.Match[str]) -> str:
@@ -62,15 +63,18 @@ def tabbed(section: re.Match[str]) -> str:
     return "".join(f"/// tab | {title}\n{text.strip()}\n///\n\n" for title, text in tabs)
 
 
-def on_page_content(content: str, **_: Any) -> str:
+def on_page_content(content: str, page: Page, **_: Any) -> str:
     """Convert mathematics.
 
     Raises:
-        LatexError: naming what is not LaTeX.
+        PluginError: naming the page and what is not LaTeX.
     """
 
     def converted(found: re.Match[str]) -> str:
-        text: str = maths.convert_with_local_state(html.unescape(found[2]), displaystyle=found[1] == "div")
+        try:
+            text: str = maths.convert_with_local_state(html.unescape(found[2]), displaystyle=found[1] == "div")
+        except LatexError as error:
+            raise PluginError(f"{page.file.src_uri}: {found[2]}: {error}") from None
         return text
 
     return MATHS.sub(converted, content)
