@@ -59,7 +59,7 @@ package: env  ## build the wheel and the sdist, check them, install the wheel an
 	cd build/sdist && ../env/bin/shampoo3d --version && $(ENV) ../env/bin/python -m pytest $(PACKAGED)
 
 site: env $(VENV)/site  ## the documents as a site in build/site, their links and anchors checked; nothing is fetched
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: env
 	$(BIN)/ruff check .
