@@ -58,6 +58,7 @@ package: env  ## build the wheel and the sdist, check them, install the wheel an
 	mkdir build/sdist && tar -xf dist/*.tar.gz -C build/sdist --strip-components 1
 	cd build/sdist && ../env/bin/shampoo3d --version && $(ENV) ../env/bin/python -m pytest $(PACKAGED)
 
+# Not --quiet: then warnings would not count.
 site: env $(VENV)/site  ## the documents as a site in build/site, their links and anchors checked; nothing is fetched
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 

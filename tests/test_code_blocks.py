@@ -3,6 +3,7 @@
 A comment before a block, ``<!-- needs several ranks: run by tests/... -->``, says why it is not run here, and by what.
 """
 
+import ast
 import importlib.util
 import json
 import os
@@ -141,6 +142,13 @@ def test_configurations_make_optimizers() -> None:
     assert (optimizer.hyperparams.block_size, optimizer.distribution.root_copies) == (256, 2)
     optimizer = shampoo3d.Shampoo(Model().parameters(), **lightning["optimizer"]["init_args"])
     assert optimizer.hyperparams.block_size == 128
+
+
+def test_settings_to_choose_from_are_accepted() -> None:
+    for setting in re.findall(r'`("\w+": [^`]*)`', PAGES["settings.md"]):
+        given, params = ast.literal_eval(f"{{{setting}}}"), list(Model().parameters())
+        group: dict[str, Any] = {"params": params} | (given if "precondition" in given else {})
+        shampoo3d.Shampoo([group], lr=1e-3, hyperparams="recommended" if "precondition" in given else given)
 
 
 def commands() -> list[list[str]]:
