@@ -27,7 +27,7 @@ Arrive = Callable[[Tensors], None]
 
 @dataclass(frozen=True)
 class Route:
-    """What one rank sends, receives and keeps in one exchange of the elements of a round.
+    """Pieces that one rank sends, receives and keeps in one exchange of a round, in patches.
 
     Attributes:
         leaving: from tensors into the buffer that is sent.
@@ -91,7 +91,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Gathering:
-    """What one rank sends and receives in one gathering of new weights.
+    """Pieces that one rank sends and receives in one gathering of new weights, in patches.
 
     Attributes:
         elements: that each rank contributes, with what pads them.
