@@ -65,8 +65,7 @@ def test_checkpoints_go_out_and_in(cases: list[tuple[str, str]], tmp_path: Path)
 
 
 def test_depth_and_blocks_add_no_launches() -> None:
-    """But where each parameter is a slice of its own, as under FSDP2, each costs some."""
-    layouts = ("replicas", "root copies", "one slice")
+    layouts = ("replicas", "root copies", "one slice", "fsdp2")
     calls = [(layout, layers) for layout in layouts for layers in (2, 4)]
     results = on_ranks(2, "launches", calls)
     for layout, few, many in zip(layouts, results[::2], results[1::2], strict=True):

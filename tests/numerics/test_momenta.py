@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from common import clones, covering, draw
 from shampoo3d.numerics.momenta import ALL, Momenta, Rows, average
@@ -108,6 +109,10 @@ GRAFTS = [
 ]
 
 
+def adds(W: Tensor) -> Callable[[Tensor, float], None]:
+    return lambda X, alpha: X.add_(W, alpha=alpha)
+
+
 def follow(choice: Choice, rows: Rows, weight_decay: float) -> None:
     kept = momenta(choice)
     elements = {place: Element(choice) for place in itertools.product(*map(range, SHAPE))}
@@ -120,7 +125,7 @@ def follow(choice: Choice, rows: Rows, weight_decay: float) -> None:
         before = clones([W, G, S])
         averaged, D = kept.direction(G, which, t)
         found_average, direction = averaged.clone(), D.clone()
-        found = kept.update(W, S, D.clone(), group, started=started, rows=which)
+        found = kept.update(adds(W), S, D.clone(), group, started=started, rows=which)
         assert all(map(torch.equal, before[:2], (W, G)))
         for (i, row), column in itertools.product(enumerate(chosen), range(SHAPE[1])):
             w, g, s = (float(x[i, column]) for x in before)
@@ -156,8 +161,8 @@ def test_decoupled_decay_does_not_enter_the_momentum(nesterov: bool) -> None:
     W = draw(SHAPE, 0)
     for t in range(1, 4):
         group = {"momentum": 0.9, "weight_decay": 0.0}
-        without = plain.update(None, draw(SHAPE, t), None, group, started=True).clone()
-        with_decay = decayed.update(W, draw(SHAPE, t), None, group | {"weight_decay": 0.3}, started=True)
+        without = plain.update(adds(W), draw(SHAPE, t), None, group, started=True).clone()
+        with_decay = decayed.update(adds(W), draw(SHAPE, t), None, group | {"weight_decay": 0.3}, started=True)
         torch.testing.assert_close(with_decay, without + 0.3 * W)
         assert plain.momentum is not None
         assert decayed.momentum is not None

@@ -84,7 +84,7 @@ class Checkpointed(Stepping):
     @property
     def _flat_tensors(self) -> set[Tensor]:
         """Tensors of the groups that hold shards, the state of whose elements has the shape of the tensor."""
-        return {group_tensor.tensor for team in self._teams for group_tensor in team.flat_buckets}
+        return {group_tensor.tensor for team in self._teams for group_tensor in team.shard_buckets}
 
     def _follow(self) -> None:
         """Take over the groups as they are now: at the beginning of whatever the user calls."""

@@ -27,7 +27,7 @@ def own_state(teams: Sequence[Team], numbers: Mapping[Tensor, int]) -> dict[str,
             if rectangles:
                 momenta = momenta_names(team.hp, binding.matrix.factored)
                 number = numbers.get(binding.group_tensor.tensor, -1)
-                shift = team.flat_buckets[binding.group_tensor].shift(binding)
+                shift = team.shard_buckets[binding.group_tensor].shift(binding)
                 where = {"tensor": number, "pieces": rectangles, "momenta": momenta, "shift": shift}
                 slices[binding.matrix.name] = where
     return {"layout": layout_of(teams), "factors": owned_factors(teams), "slices": slices}

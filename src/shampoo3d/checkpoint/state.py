@@ -67,8 +67,9 @@ def live_state(teams: Sequence[Team]) -> dict[Tensor, ParamState]:
         group_tensor.tensor: {"step": 0} for team in teams for group_tensor in team.group_tensors
     }
     for team in teams:
-        for group_tensor, flat in team.flat_buckets.items():
-            tensors = {FLAT_NAMES[name]: tensor for name, tensor in flat.momenta.tensors().items() if tensor.numel()}
+        for group_tensor, flat in team.shard_buckets.items():
+            kept = flat.tensors_of(group_tensor).items()
+            tensors = {FLAT_NAMES[name]: tensor for name, tensor in kept if tensor.numel()}
             state[group_tensor.tensor] |= tensors
         for bucket in team.stacked_buckets:
             for row, (binding, fragment) in enumerate(bucket.members):
@@ -164,7 +165,7 @@ def _momenta_here(team: Team) -> Callable[[int, Piece], list[Tensor]]:
     def here(matrix: int, piece: Piece) -> list[Tensor]:
         binding = team.bindings[matrix]
         if binding.matrix.sharded:
-            return [*team.flat_buckets[binding.group_tensor].state(binding, piece).values()]
+            return [*team.shard_buckets[binding.group_tensor].state(binding, piece).values()]
         bucket, row = rows[matrix, piece.box.key]
         return [tensor[row] for tensor in bucket.momenta.tensors().values()]
 
@@ -312,7 +313,7 @@ def _load_momenta(team: Team, saved: Mapping[Tensor, ParamState]) -> None:
                     tensor[row].copy_(whole[binding.number][name][fragment.box.slices])
     for binding in team.bindings:
         if binding.number in whole and binding.matrix.sharded:
-            flat = team.flat_buckets[binding.group_tensor]
+            flat = team.shard_buckets[binding.group_tensor]
             for piece in binding.matrix.pieces(binding.shard):
                 for name, values in flat.state(binding, piece).items():
                     values.copy_(whole[binding.number][name][piece.box.slices])

@@ -294,7 +294,7 @@ def _momenta(team: Team, *, everything: bool) -> Iterator[Rectangle]:
                 for kind, values in tensors.items():
                     yield binding, kind, binding.matrix.merged, fragment.box, values[row]
     for binding in (binding for binding in team.bindings if binding.matrix.sharded):
-        flat = team.flat_buckets[binding.group_tensor]
+        flat = team.shard_buckets[binding.group_tensor]
         for shard in parts_of(team, binding, everything=everything):
             for piece in binding.matrix.pieces(shard):
                 for kind, values in flat.state(binding, piece).items():

@@ -1,6 +1,6 @@
 """The state and the arithmetic of single elements: averages, momenta, weight decay, the step itself."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ class Momenta:
 
     def update(
         self,
-        W: Tensor | None,
+        add_weights: Callable[[Tensor, float], None],
         S: Tensor,
         D: Tensor | None,
         group: Mapping[str, Any],
@@ -98,7 +98,7 @@ class Momenta:
         so that weights of low precision are rounded once.
 
         Args:
-            W: the weights, needed for weight decay only.
+            add_weights: adds to a tensor like S the weights, times a number; called for weight decay only.
             S: may be overwritten.
             D: may be overwritten, too; needed before the start step only.
             group: has the settings "momentum" and "weight_decay".
@@ -106,17 +106,14 @@ class Momenta:
         """
         decoupled, decay = self.hp.variant.decoupled_weight_decay, group["weight_decay"]
         if decay and not decoupled:
-            assert W is not None
-            S = kept(S.add_(W, alpha=decay))
-            if not started:
-                assert D is not None
-                D = kept(D.add_(W, alpha=decay))
+            for direction in (S,) if started or D is None else (S, D):
+                add_weights(direction, decay)
+                kept(direction)
         u = self._momentum(S, D, group["momentum"], started, rows)
         u_is_state = self.momentum is not None and not self.hp.nesterov and self.momentum.dtype == u.dtype
         if decay and decoupled:
-            assert W is not None
-            u = u.add(W, alpha=decay) if u_is_state else u.add_(W, alpha=decay)
-            u_is_state = False
+            u, u_is_state = (u.clone() if u_is_state else u), False
+            add_weights(u, decay)
         return kept(u, inplace=not u_is_state)
 
     def _momentum(self, S: Tensor, D: Tensor | None, momentum: float, started: bool, rows: Rows) -> Tensor:

@@ -24,9 +24,9 @@ from shampoo3d.planning.plan import Plan
 from shampoo3d.planning.shards import Ranks
 from shampoo3d.planning.stagger import factored_blocks, refresh_turns
 from shampoo3d.runtime.bindings import Binding, GroupTensor
-from shampoo3d.runtime.buckets import flat_buckets
 from shampoo3d.runtime.exchange import Exchange
 from shampoo3d.runtime.records import Record, exchanged
+from shampoo3d.runtime.shards import shard_buckets
 from shampoo3d.runtime.team import Team
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
@@ -83,7 +83,7 @@ def assemble(
         ]
         for plan in plans
     ]
-    flat, teams = flat_buckets(chain.from_iterable(bindings), hp), []
+    flat, teams = shard_buckets(chain.from_iterable(bindings), hp), []
     for plan, bound in zip(plans, bindings, strict=True):
         beyond = set(plan.ranks) - set(parallel.data.ranks)
         across = bool(beyond) and any(s.original in tied for s, _ in by_team[plan.ranks])

@@ -22,8 +22,8 @@ from shampoo3d.planning.layout import Matrix, Sharding
 from shampoo3d.planning.plan import Plan
 from shampoo3d.planning.shards import Shard
 from shampoo3d.runtime.bindings import Binding, GroupTensor
-from shampoo3d.runtime.buckets import flat_buckets
 from shampoo3d.runtime.exchange import Exchange
+from shampoo3d.runtime.shards import shard_buckets
 from shampoo3d.runtime.step import take_step
 from shampoo3d.runtime.team import Team, state_bytes
 from shampoo3d.settings.distribution import Distribution
@@ -70,8 +70,8 @@ def memory(
     data, and without other ranks: nothing is computed or sent, and no process group is needed.
 
     The state is exact but for the padding of an engine's flat slices. Elements that are stored once count as one slice
-    of each dtype, as under ZeRO; under FSDP2, where each parameter is one, temporaries are smaller. Not counted: what
-    libraries work in, copies of gradients and weights that are not contiguous, and the comparison of values when
+    of each dtype, as under ZeRO; under FSDP2, where each parameter is one, temporaries are smaller where elements have
+    state at home. Not counted: what libraries work in, copies of gradients and weights that are not contiguous, and the comparison of values when
     parameters are bound: 16 bytes for each element of the largest.
 
     Args:
@@ -86,7 +86,7 @@ def memory(
     meter = Meter(tensor for tensor in tensors if tensor is not None)
     group = {"lr": 0.1, "momentum": 0.0 if hp.averaged else 0.9, "weight_decay": hp.weight_decay, "maximize": False}
     with meter:
-        alone, flat = Group((rank,)), flat_buckets(chain.from_iterable(bindings), hp)
+        alone, flat = Group((rank,)), shard_buckets(chain.from_iterable(bindings), hp)
         nowhere = _Nowhere(rank, alone, alone, alone, "memory()")
         made = [
             Team(nowhere.group(plan.ranks), rank, plan, held, hp, False, flat, device)

@@ -19,7 +19,7 @@ from shampoo3d.runtime.patches import Patch, Place, Tensors, copy, laid, merged,
 T = TypeVar("T")
 
 BUFFER = "buffer"
-"""What places call the flat tensor that is sent or received."""
+"""Name, in places, of the flat tensor that is sent or received."""
 
 Arrive = Callable[[Tensors], None]
 """Waits for the pieces and writes them where they stop; takes what returns the tensors there."""

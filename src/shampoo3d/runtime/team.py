@@ -20,8 +20,9 @@ from shampoo3d.planning.plan import Plan
 from shampoo3d.planning.routes import CACHED_ELEMENTS, Transfer, packed
 from shampoo3d.planning.share import RankShare
 from shampoo3d.runtime.bindings import Binding, GroupTensor, PhaseIndex, Phases, StepCounts, rows_of, state_dtype
-from shampoo3d.runtime.buckets import ElementBucket, FlatBucket, StackedBucket
+from shampoo3d.runtime.buckets import ElementBucket, StackedBucket
 from shampoo3d.runtime.patches import Place
+from shampoo3d.runtime.shards import ShardBucket
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
 K = TypeVar("K")
@@ -62,7 +63,7 @@ class Team:
 
     Attributes:
         tied: True if it spans pipeline stages and has a weight that is tied across them.
-        flat_buckets: those of all teams when it is made, then of the group tensors in which its matrices are sharded;
+        shard_buckets: those of all teams when it is made, then of the group tensors in which its matrices are sharded;
             other teams may have matrices there, too.
         device_type: that of the device that group tensors without data, on "meta", stand for.
         share: the part of the plan that this rank carries out.
@@ -74,7 +75,7 @@ class Team:
     bindings: list[Binding]
     hp: ShampooHyperParams
     tied: bool
-    flat_buckets: dict[GroupTensor, FlatBucket]
+    shard_buckets: dict[GroupTensor, ShardBucket]
     device_type: str = ""
     share: RankShare = field(init=False)
     batches: list[Batch] = field(init=False)
@@ -82,7 +83,7 @@ class Team:
 
     def __post_init__(self) -> None:
         sharded = (binding.group_tensor for binding in self.bindings if binding.matrix.sharded)
-        self.flat_buckets = {group_tensor: self.flat_buckets[group_tensor] for group_tensor in sharded}
+        self.shard_buckets = {group_tensor: self.shard_buckets[group_tensor] for group_tensor in sharded}
         self.share = RankShare(self.plan, [binding.matrix for binding in self.bindings], self.rank)
         hp = self.hp
         self._work = PhaseIndex[tuple[bool, bool], list[list[WorkItem]]](self.group_tensors, lambda t: work_kind(t, hp))
@@ -97,7 +98,8 @@ class Team:
 
     @property
     def buckets(self) -> list[ElementBucket]:
-        return [*self.flat_buckets.values(), *self.stacked_buckets]
+        of_shards: Iterable[ElementBucket] = dict.fromkeys(self.shard_buckets.values())
+        return [*of_shards, *self.stacked_buckets]
 
     @cached_property
     def names(self) -> dict[GroupTensor, list[str]]:
@@ -141,7 +143,7 @@ class Team:
         """Return the place of a fragment whose home is here, in S of its bucket."""
         binding = self.bindings[transfer.matrix]
         sharded = binding.matrix.sharded
-        bucket = self.flat_buckets[binding.group_tensor] if sharded else self._bucket_of[transfer]
+        bucket: ElementBucket = self.shard_buckets[binding.group_tensor] if sharded else self._bucket_of[transfer]
         return bucket.place(binding, transfer)
 
     def work_items(self, steps: StepCounts) -> Iterator[list[WorkItem]]:
