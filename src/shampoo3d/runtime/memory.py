@@ -71,8 +71,8 @@ def memory(
 
     The state is exact but for the padding of an engine's flat slices. Elements that are stored once count as one slice
     of each dtype, as under ZeRO; under FSDP2, where each parameter is one, temporaries are smaller where elements have
-    state at home. Not counted: what libraries work in, copies of gradients and weights that are not contiguous, and the comparison of values when
-    parameters are bound: 16 bytes for each element of the largest.
+    state at home. Not counted: what libraries work in, copies of gradients and weights that are not contiguous, and the
+    comparison of values when parameters are bound: 16 bytes for each element of the largest.
 
     Args:
         teams: the plans that the rank takes part in, each with its matrices.
