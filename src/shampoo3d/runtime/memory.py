@@ -193,25 +193,27 @@ class _Nowhere(ParallelGroups):
         return Group(tuple(ranks))
 
 
-def _bindings(shares: Iterable[tuple[Plan, Sequence[Matrix]]], rank: int) -> list[list[Binding]]:
+def _bindings(shares: Sequence[tuple[Plan, Sequence[Matrix]]], rank: int) -> list[list[Binding]]:
     """Bind the matrices of each team where this rank stores them: in a tensor of its own, or in a slice with others."""
-    slices: dict[str, GroupTensor] = {}
-    sizes: Counter[str] = Counter()
+    offsets: Counter[str] = Counter()
+    parts = [[_part(matrix.sharding, rank) for matrix in matrices] for _, matrices in shares]
+    for (_, matrices), stored in zip(shares, parts, strict=True):
+        for matrix, part in zip(matrices, stored, strict=True):
+            offsets[matrix.sharding.dtype] += part.elements * matrix.sharding.sharded
+    slices = {dtype: GroupTensor(_parameter((size,), dtype), 0, True) for dtype, size in offsets.items()}
+    offsets.clear()
     bound = []
-    for _, matrices in shares:
+    for (_, matrices), stored in zip(shares, parts, strict=True):
         held = []
-        for number, matrix in enumerate(matrices):
-            sharding, part = matrix.sharding, _part(matrix.sharding, rank)
-            if sharding.sharded:
-                group_tensor = slices.setdefault(sharding.dtype, GroupTensor(torch.empty(0), 0, True))
-                offset = sizes[sharding.dtype]
-                sizes[sharding.dtype] += part.elements
+        for number, (matrix, part) in enumerate(zip(matrices, stored, strict=True)):
+            dtype, offset = matrix.sharding.dtype, 0
+            if matrix.sharding.sharded:
+                group_tensor, offset = slices[dtype], offsets[dtype]
+                offsets[dtype] += part.elements
             else:
-                group_tensor, offset = GroupTensor(_parameter(part.shape, sharding.dtype), 0, True), 0
+                group_tensor = GroupTensor(_parameter(part.shape, dtype), 0, True)
             held.append(Binding(number, matrix, group_tensor, offset, part))
         bound.append(held)
-    for dtype, group_tensor in slices.items():
-        group_tensor.tensor = _parameter((sizes[dtype],), dtype)
     return bound
 
 
