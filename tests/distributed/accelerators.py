@@ -3,6 +3,7 @@
 Importing it registers the stand-in: only processes of a test of their own may.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -200,21 +201,29 @@ def checkpoints(layout: str, preset: str, folder: Path, expected: Sequence[Tenso
             assert all(map(torch.equal, resumed.train(3, 4, 5).weights(), after)), (layout, load)
 
 
-def launches(layout: str, layers: int) -> list[list[str]]:
-    """Return the launches of two steps of one phase, with a refresh, of a model of so many layers."""
+def launches(layout: str, layers: int, block_size: int) -> tuple[list[list[str]], int]:
+    """Return the launches of two steps of one phase, with a refresh, and how many calls the host makes in the last."""
     layer = [(24, 8), (24,), (8, 8), (8,), (32, 8), (32,), (8, 32), (8,)]
     with on_device() as gpu, mock.patch.object(standin_settings, "SHAPES", layer * layers):
         often = Computation(root_storage="bfloat16", momentum_storage="bfloat16", refresh="together")
-        hp = ShampooHyperParams.default(block_size=8, preconditioning_compute_steps=1, computation=often)
+        hp = ShampooHyperParams.default(block_size=block_size, preconditioning_compute_steps=1, computation=often)
         session = Session(layout, hp)
         session.train(0, 1)
-        found = []
+        found, calls = [], 0
+
+        def count(_: object, event: str, __: object) -> None:
+            nonlocal calls
+            calls += event == "call"
+
         for t in (2, 3):
             session.put(t)
             gpu.clear()
+            calls = 0
+            sys.setprofile(count)
             session.optimizer.step()
+            sys.setprofile(None)
             found.append(list(gpu.launches))
-    return found
+    return found, calls
 
 
 # ---- faults of the last rank, each undone afterwards

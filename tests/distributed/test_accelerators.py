@@ -66,12 +66,14 @@ def test_checkpoints_go_out_and_in(cases: list[tuple[str, str]], tmp_path: Path)
 
 def test_depth_and_blocks_add_no_launches() -> None:
     layouts = ("replicas", "root copies", "one slice", "fsdp2")
-    calls = [(layout, layers) for layout in layouts for layers in (2, 4)]
-    results = on_ranks(2, "launches", calls)
-    for layout, few, many in zip(layouts, results[::2], results[1::2], strict=True):
-        for (first, second), (_, deep) in zip(few, many, strict=True):
+    cases = [(layout, layers, 8) for layout in layouts for layers in (2, 4)]
+    *results, fine = on_ranks(2, "launches", [*cases, ("fsdp2", 2, 4)])
+    for layout, usual, deep in zip(layouts, results[::2], results[1::2], strict=True):
+        for ((first, second), _), ((_, deeper), _) in zip(usual, deep, strict=True):
             assert first == second
-            assert Counter(deep) == Counter(first), layout
+            assert Counter(deeper) == Counter(first), layout
+    for (_, calls), (_, for_many) in zip(results[-2], fine, strict=True):
+        assert for_many < 1.25 * calls  # of the host, for four times as many blocks
 
 
 REFUSED = {
