@@ -5,7 +5,7 @@ import pickle
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,12 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 K = TypeVar("K", bound=Hashable)
+
+
+class Waiting(Protocol):
+    """A collective that was started."""
+
+    def wait(self) -> object: ...
 
 
 class PendingAllToAll(Generic[K]):
@@ -98,8 +104,8 @@ class Communicator:
 
     def _start(
         self, kind: str, send: Tensor, counts_out: Sequence[int], receive: Tensor, counts_in: Sequence[int]
-    ) -> dist.Work | None:
-        """Start the exchange, as bytes, since not every backend carries every dtype."""
+    ) -> Waiting | None:
+        """Start the exchange, as bytes, since not every backend carries every dtype; without data there is none."""
         if receive.is_meta:
             return None
         with _exchanging(kind, self.group):
@@ -136,9 +142,7 @@ class Communicator:
                 pieces = [mine(number) for number in own]
                 targets = _split(send, [items[number][1] for number in own])
                 torch._foreach_copy_([x.view(p.shape) for x, p in zip(targets, pieces, strict=True)], pieces)
-            with _exchanging(kind, self.group):
-                if not receive.is_meta:
-                    all_gather(receive.view(torch.uint8), send.view(torch.uint8), group=self.group.handle)
+            self._gather(kind, send, receive)
             self.received[kind] += receive.nbytes - send.nbytes
             arrived: dict[int, Tensor] = {}
             for peer, row in zip(self.group.ranks, receive.view(self.group.size, wide), strict=True):
@@ -149,12 +153,20 @@ class Communicator:
         """Sum over the ranks, in place, and return the sum."""
         if self.group.size > 1:
             total = values.to(self.device)
-            with _exchanging(kind, self.group):
-                if not total.is_meta:
-                    dist.all_reduce(total, group=self.group.handle)
+            self._reduce(kind, total)
             self.received[kind] += total.nbytes
             values.copy_(total)
         return values
+
+    def _gather(self, kind: str, send: Tensor, receive: Tensor) -> None:
+        if not receive.is_meta:
+            with _exchanging(kind, self.group):
+                all_gather(receive.view(torch.uint8), send.view(torch.uint8), group=self.group.handle)
+
+    def _reduce(self, kind: str, total: Tensor) -> None:
+        if not total.is_meta:
+            with _exchanging(kind, self.group):
+                dist.all_reduce(total, group=self.group.handle)
 
     @property
     def buffer_bytes(self) -> int:
