@@ -21,6 +21,8 @@ from shampoo3d import Shampoo
 from shampoo3d.cli.plan.builtin import Parameter
 from shampoo3d.cli.plan.forecast import Forecast
 from shampoo3d.cli.plan.request import Request
+from shampoo3d.cli.train.launch import free_port
+from shampoo3d.distributed.collectives import all_gather
 from shampoo3d.numerics.roots.choice import AT_ONCE
 from shampoo3d.planning.routes import CACHED_ELEMENTS
 
@@ -43,10 +45,10 @@ NEVER = 10**6
 class Meter:
     """Median seconds of work on a device."""
 
-    def __init__(self, device: torch.device, seconds: float = SECONDS, *, shared: bool = False) -> None:
-        """``shared``: seconds pass, also those in which others have the core; else those of one thread's CPU count."""
+    def __init__(self, device: torch.device, seconds: float = SECONDS, *, cpu: bool = False) -> None:
+        """``cpu``: the CPU's seconds count, not those in which others have it."""
         self.device, self.seconds = device, seconds
-        self._clock = time.perf_counter if shared or device.type == "cuda" else time.process_time
+        self._clock = time.process_time if cpu else time.perf_counter
 
     def now(self) -> float:
         """Return the time when all work issued so far is done."""
@@ -135,10 +137,10 @@ def _moved(meter: Meter, size: int) -> tuple[float, float]:
 
 
 def _decomposed(meter: Meter, work: Callable[[Tensor], object], d: int) -> float:
-    """Measure seconds of a decomposition of one matrix of a batch."""
+    """Measure seconds of a decomposition of one matrix of a batch, whose eigenvalues fall as those of gradients do."""
     n = max(1, _batch(meter, d) // 4)
-    A = _random(meter, n, d, d)
-    A = A @ A.mT / d
+    A = _random(meter, n, d, d) / torch.arange(1, d + 1, device=meter.device)
+    A = A @ A.mT
     return meter.median(lambda: work(A)) / n
 
 
@@ -194,8 +196,10 @@ LARGE = 2**22
 """Bytes that a rank gets of each other, for the bandwidth; a few bytes are for the latency."""
 
 
-def calibrate(device: str = "cpu", ranks: int = 1, seconds: float = SECONDS) -> Hardware:
+def calibrate(device: str = "cpu", ranks: int = 1, seconds: float = SECONDS, *, cpu: bool = False) -> Hardware:
     """Measure this machine, with as many busy processes as ``ranks``, each on its GPU or with one thread of the CPUs.
+
+    ``cpu`` counts the CPU's seconds, for a machine that others use, too.
 
     Returns:
         The medians over the ranks, with links between them.
@@ -203,10 +207,10 @@ def calibrate(device: str = "cpu", ranks: int = 1, seconds: float = SECONDS) -> 
     if ranks == 1:
         if device == "cpu":
             torch.set_num_threads(1)
-        return measure(Meter(torch.device(device), seconds))
+        return measure(Meter(torch.device(device), seconds, cpu=cpu))
     context = torch.multiprocessing.get_context("spawn")
     results, start = context.SimpleQueue(), context.Barrier(ranks)
-    arguments = (ranks, _free_port(), device, seconds, results, start)
+    arguments = (ranks, free_port(), device, seconds, cpu, results, start)
     started = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(ranks)]
     for process in started:
         process.start()
@@ -216,21 +220,16 @@ def calibrate(device: str = "cpu", ranks: int = 1, seconds: float = SECONDS) -> 
     return joined([Hardware.from_json(text) for text in found])
 
 
-def _free_port() -> int:
-    from shampoo3d.cli.train.launch import free_port
-
-    return free_port()
-
-
-def _rank(rank: int, ranks: int, port: int, device: str, seconds: float, results: Any, start: Any) -> None:
+def _rank(rank: int, ranks: int, port: int, device: str, seconds: float, cpu: bool, results: Any, start: Any) -> None:
     """Measure as one of several processes."""
     torch.set_num_threads(1)
     here = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    meter = Meter(here, seconds, cpu=cpu)
     start.wait()
-    hardware = measure(Meter(here, seconds, shared=True))
+    hardware = measure(meter)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=ranks)
-    link = measure_link(Meter(here, seconds, shared=True), ranks)
+    link = measure_link(meter, ranks)
     torch.distributed.destroy_process_group()
     found = replace(hardware, inside=link, between=link, node=ranks, overlap=overlaps(device, ranks))
     results.put(found.to_json())
@@ -251,8 +250,6 @@ def measure_link(meter: Meter, ranks: int) -> Link:
 
 def _collectives(meter: Meter, ranks: int, size: int) -> list[float]:
     """Measure an all-to-all and an all-gather in which each rank gets ``size`` bytes of each other one."""
-    from shampoo3d.distributed.collectives import all_gather
-
     send, receive = (torch.zeros(ranks * size, dtype=torch.uint8, device=meter.device) for _ in range(2))
     works = (partial(torch.distributed.all_to_all_single, receive, send), partial(all_gather, receive, send[:size]))
     found = []

@@ -123,9 +123,7 @@ class Clock(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return 0.0
         kernels = max((len(arg) for arg in args if isinstance(arg, (list, tuple))), default=1)
         kernels = kernels if name.startswith("_foreach") and not hardware.queue else 1
-        tensors = {id(of): of for given in (args, kwargs, found) for of in _tensors(given)}.values()
-        seconds = hardware.moved(sum(min(of.nbytes, of.untyped_storage().nbytes()) for of in tensors) / kernels)
-        seconds *= kernels
+        seconds = kernels * hardware.moved(_touched(name, args, kwargs, found) / kernels)
         if name.rstrip("_") in _PRODUCTS:
             left, right = [*_tensors(args)][-2:]  # what is added comes first
             *batch, m, k = left.shape
@@ -206,7 +204,16 @@ class _Noting(NamedTuple):
 
 
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
+_SELECTIONS = ("index", "index_select", "gather", "index_put_")
 _DECOMPOSITIONS = {"_linalg_eigh": "eigh", "linalg_qr": "qr"}
+
+
+def _touched(name: str, args: Sequence[Any], kwargs: dict[str, Any] | None, found: Any) -> int:
+    """Return the bytes that an operation on single elements reads and writes; of a selection, what is selected."""
+    if name in _SELECTIONS:
+        return 2 * sum(of.nbytes for of in _tensors(args[2] if name.endswith("put_") else found))
+    tensors = {id(of): of for given in (args, kwargs, found) for of in _tensors(given)}.values()
+    return sum(min(of.nbytes, of.untyped_storage().nbytes()) for of in tensors)
 
 
 def _tensors(of: Any) -> Iterator[Tensor]:

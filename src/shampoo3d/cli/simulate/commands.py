@@ -64,6 +64,7 @@ def calibrate(
     ranks: Annotated[int, typer.Option(help="Processes that measure at once, and the links between them.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, a thread of it for each process, or cuda.")] = "cpu",
     seconds: Annotated[float, typer.Option(help="Of each measurement, of which there are about 50.")] = 0.3,
+    cpu: Annotated[bool, typer.Option("--cpu-seconds", help="Not those in which others have the CPU.")] = False,
 ) -> None:
     """Measure this machine for `shampoo3d simulate --hardware`: products, memory, decompositions, overhead, links.
 
@@ -77,7 +78,7 @@ def calibrate(
     if not 0 < seconds < 60:
         raise RunError(f"--seconds must be above 0 and below 60, not {seconds:g}")
     _check_device(device, ranks)
-    hardware = measured(device, ranks, seconds)
+    hardware = measured(device, ranks, seconds, cpu=cpu)
     out.write_text(hardware.to_json())
     show([hardware_table(hardware), f"Written: {out}; shampoo3d simulate MODEL --hardware {out}"])
 

@@ -151,7 +151,7 @@ class Hardware:
 
         def plain(of: Any) -> Any:
             if isinstance(of, Curve):
-                return {f"{size:g}": value for size, value in of.points.items()}
+                return {str(size): value for size, value in of.points.items()}
             return asdict(of)
 
         data = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -89,7 +89,7 @@ class Simulation:
     @cached_property
     def _turns(self) -> list[dict[int, float]]:
         """For each rank the cost of its roots by their turns."""
-        found = []
+        found: list[dict[int, float]] = []
         for rank in self.ranks:
             turns: defaultdict[int, float] = defaultdict(float)
             for block in (block for plan in self.forecast.plans_of(rank) for block in plan.owned_by(rank)):
