@@ -1,4 +1,4 @@
-"""What a step makes a rank do, with the time of each operation: the step itself in a dry run, under a clock."""
+"""Events of a rank in a step, with the seconds of each operation: the step itself in a dry run, under a clock."""
 
 from __future__ import annotations
 

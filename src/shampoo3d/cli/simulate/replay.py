@@ -1,4 +1,4 @@
-"""What ranks do in a step, laid out in time: who works, who waits for whom. Pure."""
+"""Events of ranks laid out in time: who works, who waits for whom. Pure."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def replay(events: Mapping[int, Sequence[Event]], hardware: Hardware) -> Timelin
     while [number for number, rank in ranks.items() if advance(number, rank)]:
         pass
     if stuck := [number for number, rank in ranks.items() if rank.next < len(rank.events)]:
-        raise RuntimeError(f"ranks {stuck[:8]} wait for collectives that others do not take part in")
+        raise AssertionError(f"ranks {stuck[:8]} wait for collectives that others do not take part in")
     return Timeline(
         {number: rank.spans for number, rank in ranks.items()},
         {number: rank.travelled for number, rank in ranks.items()},
