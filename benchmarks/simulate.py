@@ -39,7 +39,7 @@ from shampoo3d.cli.train.settings import Settings
 from shampoo3d.cli.train.shards import Shards
 from shampoo3d.cli.train.text import read_text, training_batches
 
-CYCLES = 3
+CYCLES = 2
 WITHIN = 0.25
 
 
@@ -225,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "simulate.json")
     parser.add_argument("--only", default="", help="layouts whose name has this in it")
-    parser.add_argument("--seconds", type=float, default=0.1, help="of each measurement of a calibration")
+    parser.add_argument("--seconds", type=float, default=0.05, help="of each measurement of a calibration")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     before: Hardware | None = None
@@ -245,7 +245,8 @@ def main() -> None:
         )  # fmt: skip
         print(
             f"{case.name:36} foreseen {told['cpu'] * 1e3:7.1f} ms, measured {steps['cpu'] * 1e3:7.1f} ms, ratio "
-            f"{ratio:.2f}; elapsed {told['elapsed'] * 1e3:7.1f}, {steps['elapsed'] * 1e3:7.1f} ms",
+            f"{ratio:.2f}; elapsed {told['elapsed'] * 1e3:7.1f}, {steps['elapsed'] * 1e3:7.1f} ms; an operation "
+            f"{hardware.operation * 1e6:.1f} us",
             flush=True,
         )
     within = sum(abs(row["ratio"] - 1) <= WITHIN for row in rows)

@@ -24,7 +24,7 @@ from shampoo3d.cli.train.settings import RunError
 FAST = Curve({1: 1e30})
 NO_TIME = Hardware(
     "toy", {"float32": FAST, "bfloat16": FAST}, FAST, {"eigh": Curve({1024: 1e-30}), "qr": Curve({1024: 1e-30})},
-    0.0, 0.0, 0.0, Link(0.0, 1e30), Link(0.0, 1e30), 8, 1e9, queue=False,
+    0.0, 0.0, 0.0, 0.0, 0.0, Link(0.0, 1e30), Link(0.0, 1e30), 8, 1e9, queue=False,
 )  # fmt: skip
 """A machine on which nothing takes time, to which a test gives one rate."""
 MACHINE = replace(PRESETS["a100"], queue=False)

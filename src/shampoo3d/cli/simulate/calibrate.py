@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from shampoo3d import Shampoo
 from shampoo3d.cli.plan.builtin import Parameter
@@ -26,7 +28,7 @@ from shampoo3d.distributed.collectives import all_gather
 from shampoo3d.numerics.roots.choice import AT_ONCE
 from shampoo3d.planning.routes import CACHED_ELEMENTS
 
-from .clock import Spent, Work
+from .clock import Spent, Start, Work
 from .hardware import Curve, Hardware, Link
 from .simulation import events_of
 
@@ -34,10 +36,12 @@ SIDES = (16, 32, 64, 128, 256, 512, 1024)
 DTYPES = ("float32", "bfloat16")
 BYTES = tuple(2**i for i in range(14, 28, 2))
 SECONDS = 0.1
-"""Of a measurement, of which the median counts."""
+"""The length of a measurement, of which the median counts."""
 POOL = 2**26
 """Bytes of the tensors that are worked on in turn."""
 ALONE = Link(0.0, math.inf)
+STEPS = 20
+"""Steps that are measured of models of next to nothing."""
 NEVER = 10**6
 """Steps between refreshes, where there shall be none."""
 
@@ -47,7 +51,7 @@ class Meter:
 
     def __init__(self, device: torch.device, seconds: float = SECONDS, *, cpu: bool = False) -> None:
         """``cpu``: the CPU's seconds count, not those in which others have it."""
-        self.device, self.seconds = device, seconds
+        self.device, self.seconds, self.cpu = device, seconds, cpu
         self._clock = time.process_time if cpu else time.perf_counter
 
     def now(self) -> float:
@@ -56,12 +60,14 @@ class Meter:
             torch.cuda.synchronize(self.device)
         return self._clock()
 
-    def median(self, work: Callable[[], object], before: Callable[[], object] | None = None) -> float:
+    def median(
+        self, work: Callable[[], object], before: Callable[[], object] | None = None, times: int | None = None
+    ) -> float:
         """Return the median seconds, at least of three, after one that does not count; nor does what comes before."""
         work()
         taken: list[float] = []
         end = self.now() + self.seconds
-        while len(taken) < 3 or self.now() < end:
+        while len(taken) < (times or 3) or (not times and self.now() < end):
             if before:
                 before()
             start = self.now()
@@ -82,10 +88,11 @@ def measure(meter: Meter, sides: Sequence[int] = SIDES, sizes: Sequence[int] = B
     name = torch.cuda.get_device_name(meter.device) if queue else platform.processor() or platform.machine()
     rates = [*products["float32"].points.values()]
     found = Hardware(
-        name, products, memory, decompositions, 0.0, _kernel(meter), 0.0, ALONE, ALONE, 1, rates[-1], queue, queue
+        name, products, memory, decompositions, 0.0, _kernel(meter), 0.0, 0.0, 0.0,
+        ALONE, ALONE, 1, rates[-1], queue, queue,
     )  # fmt: skip
-    operation, step = _host(meter, found)
-    return replace(found, operation=operation, step=step)
+    operation, step, tensor = _host(meter, found)
+    return replace(found, operation=operation, step=step, tensor=tensor, shard=tensor)
 
 
 def _random(meter: Meter, *shape: int) -> Tensor:
@@ -164,31 +171,45 @@ def _kernel(meter: Meter) -> float:
     return float(before.elapsed_time(after)) / 1e3 / len(many)
 
 
-def _host(meter: Meter, hardware: Hardware) -> tuple[float, float]:
-    """Measure the host's seconds for an operation of a step, and for a step, on two models of next to nothing."""
-    few, many = ([(8, 8 + i) for i in range(count)] for count in (1, 24))
-    (less, seconds), (more, longer) = (_tiny(meter, hardware, shapes) for shapes in (few, many))
-    operations = more.operations - less.operations
-    operation = max(0.0, longer - seconds - (more.device - less.device) * (not hardware.queue)) / operations
-    return operation, max(0.0, seconds - less.operations * operation - less.device * (not hardware.queue))
+MODELS = ([(8, 8)], [(8, 8 + i) for i in range(24)], [(8, 8)] * 64)
+"""Matrices of models of next to nothing: one, some that are not in one stack, and many that are."""
 
 
-def _tiny(meter: Meter, hardware: Hardware, shapes: Sequence[tuple[int, int]]) -> tuple[Spent, float]:
-    """Foresee what a step does on small matrices, and measure its seconds."""
-    request = Request("", preconditioning_compute_steps=NEVER, device=meter.device.type)
+def _host(meter: Meter, hardware: Hardware) -> tuple[float, float, float]:
+    """Measure the host's seconds for an operation of a step, for a step, and for a tensor."""
+    rows, left = [], []
+    for shapes in MODELS:
+        spent, seconds = _tiny(meter, hardware, shapes)
+        rows.append([spent.operations, 1, len(shapes)])
+        left.append(seconds - spent.device * (not hardware.queue))
+    found = torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), torch.tensor(left, dtype=torch.float64))
+    operation, step, tensor = found.clamp(min=0.0).tolist()
+    return operation, step, tensor
+
+
+def _tiny(meter: Meter, hardware: Hardware, shapes: Sequence[tuple[int, int]], ranks: int = 0) -> tuple[Spent, float]:
+    """Foresee what a step does on small matrices, which so many ranks share as ``DTensor``, and measure its seconds."""
+    asked: dict[str, Any] = {"data": ranks, "fsdp": True} if ranks else {}
+    request = Request("", preconditioning_compute_steps=NEVER, device=meter.device.type, **asked)
     forecast = Forecast.of(request, [Parameter(f"{i}", shape) for i, shape in enumerate(shapes)])
-    params = [torch.nn.Parameter(_random(meter, *shape)) for shape in shapes]
+    values = [_random(meter, *shape) for shape in shapes]
+    if ranks:
+        mesh = init_device_mesh(meter.device.type, (ranks,))
+        values = [distribute_tensor(value, mesh, [Shard(0)]) for value in values]
+    params = [torch.nn.Parameter(value) for value in values]
     for param in params:
-        param.grad = torch.randn_like(param)
+        param.grad = param.detach().clone()
     optimizer = Shampoo(params, lr=1e-3, hyperparams=request.hp)
     for _ in range(request.hp.fresh_steps):
         optimizer.step()
     model = _random(meter, POOL // 4)  # that a training step passes over between two steps, and caches with it
-    seconds = meter.median(optimizer.step, before=lambda: model.mul_(0.5))
+    seconds = meter.median(optimizer.step, before=lambda: model.mul_(0.5), times=STEPS)
     t = request.hp.fresh_steps + 1
-    work = (event.spent for event in events_of(forecast, hardware, 0, [t])[t] if isinstance(event, Work))
     total = Spent()
-    for spent in work:
+    for event in events_of(forecast, hardware, 0, [t])[t]:
+        spent = (
+            Spent(event.seconds) if isinstance(event, Start) else event.spent if isinstance(event, Work) else Spent()
+        )
         total = total.plus(spent)
     return total, seconds
 
@@ -233,9 +254,22 @@ def _rank(rank: int, ranks: int, port: int, device: str, seconds: float, cpu: bo
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=ranks)
     link = measure_link(meter, ranks)
-    torch.distributed.destroy_process_group()
     found = replace(hardware, inside=link, between=link, node=ranks, overlap=overlaps(device, ranks))
+    step, shard = _sharded(meter, replace(found, step=0.0, shard=0.0), ranks)
+    found = replace(found, step=step, shard=shard)
+    torch.distributed.destroy_process_group()
     results.put(found.to_json())
+
+
+def _sharded(meter: Meter, hardware: Hardware, ranks: int) -> tuple[float, float]:
+    """Measure the host's seconds, beside operations and collectives, for a step that ranks share and a ``DTensor``."""
+    few, many = ([(8 * ranks, 8)] * count for count in (1, 32))
+    left = []
+    for shapes in (few, many):
+        spent, seconds = _tiny(meter, hardware, shapes, ranks)
+        left.append(seconds - spent.host - spent.device * (not hardware.queue))
+    shard = max(0.0, left[1] - left[0]) / (len(many) - len(few))
+    return max(0.0, left[0] - shard), shard
 
 
 def overlaps(device: str, ranks: int) -> bool:
@@ -255,11 +289,14 @@ def _collectives(meter: Meter, ranks: int, size: int) -> list[float]:
     """Measure an all-to-all and an all-gather in which each rank gets ``size`` bytes of each other one."""
     send, receive = (torch.zeros(ranks * size, dtype=torch.uint8, device=meter.device) for _ in range(2))
     works = (partial(torch.distributed.all_to_all_single, receive, send), partial(all_gather, receive, send[:size]))
+    model = _random(meter, POOL // 4)  # on which ranks work between two collectives
     found = []
     for work in works:
         taken = []
         for _ in range(20):
-            torch.distributed.barrier()
+            model.mul_(0.5)
+            if not meter.cpu:  # to wait for each other takes time, but not the CPU's
+                torch.distributed.barrier()
             begin = meter.now()
             work()
             taken.append(meter.now() - begin)

@@ -254,16 +254,16 @@ def steps_of(
             stack.enter_context(marked(clock))
             if device == "cpu":
                 stack.enter_context(usual())
-            _agree(clock, run, world, hp)
+            _agree(clock, run, world, hp, hardware.shard if apart else hardware.tensor)
             run.step(t)
         found[t] = _beside(clock.events) if hp.computation.asynchronous else clock.events
     return found
 
 
-def _agree(clock: Clock, run: DryRun, world: int, hp: ShampooHyperParams) -> None:
+def _agree(clock: Clock, run: DryRun, world: int, hp: ShampooHyperParams, tensor: float) -> None:
     """Note what :class:`~shampoo3d.runtime.agreement.Agreement` does: norms of the gradients, small collectives."""
     hardware, everyone = clock.hardware, tuple(range(world))
-    clock.repeat(Spent(hardware.step, 0.0, 0))
+    clock.repeat(Spent(hardware.step + tensor * len(run.group_tensors), 0.0, 0))
     if world > 1 and not hardware.queue:  # gloo
         clock.whole("agreement", everyone, hardware.all_gather(everyone, 8))
     if hp.nonfinite_gradient != "ignore":

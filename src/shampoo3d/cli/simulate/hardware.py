@@ -56,6 +56,7 @@ class Hardware:
         operation: the host's for an operation of a step, views included, with the Python around it.
         kernel: the device's for an operation, however small.
         step: the host's for a step besides its operations.
+        tensor, shard: the host's beside that for each tensor of the parameter groups; if it is a ``DTensor``, for that.
         inside, between: links between two ranks of a node and of two nodes; the latter is each rank's own.
         node: ranks of a node.
         training: multiply-adds per second of forward and backward passes.
@@ -70,6 +71,8 @@ class Hardware:
     operation: float
     kernel: float
     step: float
+    tensor: float
+    shard: float
     inside: Link
     between: Link
     node: int
@@ -78,7 +81,7 @@ class Hardware:
     overlap: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("operation", "kernel", "step"):
+        for name in ("operation", "kernel", "step", "tensor", "shard"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be seconds from 0 on, not {getattr(self, name)}")
         if self.node < 1 or not self.training > 0:

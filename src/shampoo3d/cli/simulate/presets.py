@@ -18,7 +18,7 @@ DECOMPOSED = 0.02
 """Share of the peak in float32 that batched decompositions reach, which are many small operations in a row."""
 DECOMPOSITIONS = {"eigh": 6.5, "qr": 4 / 3}
 """Multiply-adds of a decomposition, in cubes of the side."""
-OPERATION, KERNEL, STEP = 5e-6, 2e-6, 5e-4
+OPERATION, KERNEL, STEP, TENSOR, SHARD = 5e-6, 2e-6, 5e-4, 2e-5, 5e-5
 INSIDE, BETWEEN = 10e-6, 20e-6
 """Latencies of a hop."""
 
@@ -44,6 +44,8 @@ def _gpu(
         OPERATION,
         KERNEL,
         STEP,
+        TENSOR,
+        SHARD,
         Link(INSIDE, LINK * inside * 1e9),
         Link(BETWEEN, LINK * between * 1e9),
         node,
