@@ -89,7 +89,6 @@ CASES = (
     Case("pipe 2", SMALL, {"pipe": 2}, deepspeed=True),
     Case("data 2, ZeRO 3", WIDE, {"data": 2, "zero": 3}, deepspeed=True),
     Case("data 2, FSDP2, SOAP", WIDE, {"data": 2, "fsdp": True, "preset": "soap"}),
-    Case("data 4, FSDP2", WIDE, {"data": 4, "fsdp": True}),
 )
 
 
@@ -245,8 +244,8 @@ def show(case: Case, steps: dict[str, Any], hardware: Hardware) -> dict[str, Any
     told = foreseen(case, hardware)
     ratio = told["cpu"] / steps["cpu"]
     print(
-        f"{case.name:36} foreseen {told['cpu'] * 1e3:7.1f} ms, measured {steps['cpu'] * 1e3:7.1f} ms, ratio {ratio:.2f}; "
-        f"median {steps['cpu, median'] * 1e3:7.1f} ms",
+        f"{case.name:36} foreseen {told['cpu'] * 1e3:7.1f} ms, measured {steps['cpu'] * 1e3:7.1f} ms, "
+        f"ratio {ratio:.2f}; median {steps['cpu, median'] * 1e3:7.1f} ms",
         flush=True,
     )
     return {
