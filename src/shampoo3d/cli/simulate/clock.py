@@ -123,12 +123,14 @@ class Clock(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return 0.0
         kernels = max((len(arg) for arg in args if isinstance(arg, (list, tuple))), default=1)
         kernels = kernels if name.startswith("_foreach") and not hardware.queue else 1
-        seconds = kernels * hardware.moved(_touched(name, args, kwargs, found) / kernels)
+        seconds = hardware.moved(_touched(name, args, kwargs, found))
         if name.rstrip("_") in _PRODUCTS:
             left, right = [*_tensors(args)][-2:]  # what is added comes first
             *batch, m, k = left.shape
             dtype = str(left.dtype).removeprefix("torch.")
-            seconds = max(seconds, hardware.product(dtype, math.prod(batch), m, right.shape[-1], k))
+            copied = sum(2 * of.nbytes for of in (left, right) if 1 not in of.stride()[-2:])  # by the library
+            products = hardware.product(dtype, math.prod(batch), m, right.shape[-1], k)
+            seconds = max(seconds, products) + hardware.moved(copied)
         elif name in _DECOMPOSITIONS:
             *batch, _, d = args[0].shape
             seconds = max(seconds, hardware.decomposition(_DECOMPOSITIONS[name], math.prod(batch), d))
