@@ -228,11 +228,12 @@ def main() -> None:
     if options.again:
         result = json.loads(options.output.read_text())
         named = {case.name: case for case in CASES}
-        rows = [
-            show(named[of["layout"]], of["measured"], Hardware.from_json(json.dumps(of["hardware"])))
-            for of in result["rows"]
-        ]
-        write(options.output, {**result, "within": sum(abs(row["ratio"] - 1) <= WITHIN for row in rows), "rows": rows})
+        rows = []
+        for of in result["rows"]:
+            hardware = Hardware.from_json(json.dumps(of["hardware"]))
+            rows.append({**show(named[of["layout"]], of["measured"], hardware), "load": of["load"]})
+        within = sum(abs(row["ratio"] - 1) <= WITHIN for row in rows)
+        write(options.output, {**result, "within": within, "rows": rows})
         return
     cases = [case for case in CASES if options.only in case.name]
     rows: list[dict[str, Any]] = []

@@ -51,11 +51,6 @@ class Timeline:
             found[span.phase] += span.end - span.start
         return found
 
-    @property
-    def worst(self) -> int:
-        """The rank that works longest, itself waiting for no one."""
-        return max(self.spans, key=lambda rank: self.busy(rank))
-
     def busy(self, rank: int) -> float:
         """Return the seconds in which a rank computes."""
         return sum(seconds for phase, seconds in self.phases(rank).items() if not phase.startswith(WAITING))
