@@ -130,7 +130,7 @@ def _ms(seconds: float) -> str:
 
 
 def _share(of: Simulation) -> str:
-    return "-" if of.share is None else f"{100 * of.share:.2g} %"
+    return "-" if of.share is None else f"{100 * of.share:.3g} %"
 
 
 def _table(*header: str, title: str | None = None) -> Table:
