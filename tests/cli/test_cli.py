@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -314,7 +315,7 @@ def test_missing_extras_are_named(capsys: pytest.CaptureFixture[str], monkeypatc
     result = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True, env=environment())
     assert result.returncode != 0
     assert one_line(result.stderr) == 'shampoo3d: the command line needs typer: pip install "3d-shampoo[cli,deepspeed]"'
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert 'needs deepspeed: pip install "3d-shampoo[cli,deepspeed]"' in refusal("train", capsys)
 
 

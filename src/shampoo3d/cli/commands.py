@@ -1,40 +1,29 @@
-"""The command line: `shampoo3d train`, `shampoo3d plan`, `shampoo3d checkpoint inspect`, `... convert`."""
+"""The command line: `shampoo3d train`, `plan`, `simulate`, `calibrate`, `checkpoint inspect`, `checkpoint convert`."""
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from datetime import datetime
 from importlib.metadata import version
-from io import StringIO
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast, get_type_hints
+from typing import Annotated, Any, NoReturn, cast
 
+from shampoo3d.cli.options import MODEL, Console, options, require, typer
+from shampoo3d.cli.options import show as show_all
 from shampoo3d.cli.plan.request import Request
+from shampoo3d.cli.simulate.commands import calibrate, simulate
 from shampoo3d.cli.train.settings import RUN, RunError, Settings, flag, settings_file
-
-INSTALL = 'pip install "3d-shampoo[cli,deepspeed]"'
-
-try:
-    import typer
-    from rich.console import Console
-except ModuleNotFoundError as missing:
-    sys.exit(f"shampoo3d: the command line needs {missing.name}: {INSTALL}")
 
 UsageError = cast(type[Exception], typer.BadParameter.__base__)
 """Click's usage error, which recent versions of typer bundle under another name."""
 
 INTERRUPTED = 130
 """The exit code of a process that Ctrl-C ended."""
-
-WIDE = 160
-"""Columns of a page, and of a file that the output goes to."""
 
 app = typer.Typer(add_completion=False, help="3D-Shampoo: train with it, see who owns what.")
 
@@ -54,6 +43,8 @@ def _base(
         raise typer.Exit(2)
 
 
+app.command()(simulate)
+app.command()(calibrate)
 checkpoint = typer.Typer(help="Look at checkpoints, and make those of DeepSpeed load into any layout.")
 app.add_typer(checkpoint, name="checkpoint")
 
@@ -77,35 +68,6 @@ SHARED = ("device", "pipe", "data", "root_copies", "block_size")
 """Options of the demo's plan and of those of other models."""
 RENAMED = {"model_parallel": "tensor", "zero_stage": "zero", "refresh": "preconditioning_compute_steps"}
 ASKED = tuple(setting.name for setting in fields(Request) if setting.name not in ("model", *SHARED))
-MODEL = (
-    "A config.json of transformers, a function package.module:function that builds the model, a folder that "
-    "save_checkpoint wrote, or one of these: gpt2, gpt2-medium, gpt2-large, gpt2-xl, llama-3-8b, llama-3-70b, "
-    "llama-3-405b, qwen3-32b, qwen3-235b-a22b, resnet-50, vit-l. --pipe and --data are 1 unless given, --block-size is "
-    "the preset's."
-)
-
-
-def options(names: Collection[str], of: Any = Settings) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Put the named settings before a command's `**chosen`, each with its type, default and help.
-
-    An option that is not given is None, so that `--resume` can tell it from one that is.
-    """
-    hints = get_type_hints(of)
-
-    def option(setting: Any) -> inspect.Parameter:
-        default = "" if setting.default is None else f" Default: {setting.default}."
-        info = typer.Option(help=setting.metadata["help"] + default, rich_help_panel=setting.metadata["panel"])
-        annotation: Any = Annotated[hints[setting.name] | None, info]
-        return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command, eval_str=True)
-        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        added = [option(setting) for setting in fields(of) if setting.name in names]
-        command.__signature__ = signature.replace(parameters=own + added)  # type: ignore[attr-defined]
-        return command
-
-    return decorate
 
 
 @app.command()
@@ -123,7 +85,7 @@ def train(
     """
     from shampoo3d.cli.train.text import read_text
 
-    _require("deepspeed", "matplotlib")
+    require("deepspeed", "matplotlib")
     settings = _settings({name: value for name, value in chosen.items() if value is not None}, resume)
     settings = replace(settings, device=_device(settings))
     _check_processes(settings, processes)
@@ -174,23 +136,16 @@ def _plan_model(request: Request, *, compare: bool, json: Path | None, html: Pat
     from shampoo3d.cli.plan.tables import as_data, shown
 
     forecast = Forecast.of(request, parameters_of(request.model))
-    things = shown(forecast, compare=compare)
-    terminal = Console(highlight=False)
-    page = Console(highlight=False, record=True, file=StringIO(), width=WIDE)
-    for console in (terminal if terminal.is_terminal else Console(highlight=False, width=WIDE), page):
-        for thing in things:
-            console.print(thing, soft_wrap=isinstance(thing, str))
+    show_all(shown(forecast, compare=compare), html)
     if json:
         json.write_text(dumps(as_data(forecast), indent=1) + "\n")
-    if html:
-        page.save_html(str(html))
 
 
 def _plan_demo(chosen: dict[str, Any], picture: Path | None) -> None:
     from shampoo3d.cli.draw import memory_table, ownership_figure, ownership_table, traffic_table
     from shampoo3d.cli.train.text import read_text
 
-    _require("deepspeed", "matplotlib")
+    require("deepspeed", "matplotlib")
     # The batch does not matter here, so it is one that every topology divides.
     settings = Settings(**chosen, batch=chosen.get("data", Settings.data), micro_batches=1)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -265,12 +220,6 @@ def convert(
         raise RunError(str(error)) from None
     console = Console(highlight=False)
     console.print(f"Written: {target}, step {manifest.step}, {len(manifest.parameters)} parameters", soft_wrap=True)
-
-
-def _require(*packages: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise RunError(f"this command needs {package}: {INSTALL}")
 
 
 def _settings(chosen: dict[str, Any], resume: bool) -> Settings:

@@ -5,7 +5,7 @@ import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,12 @@ T = TypeVar("T")
 
 # The newer name of all_gather_into_tensor, where torch has it.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Waiting(Protocol):
+    """A collective that was started."""
+
+    def wait(self) -> object: ...
 
 
 class Communicator:
@@ -71,8 +77,8 @@ class Communicator:
 
     def _start(
         self, kind: str, send: Tensor, counts_out: Sequence[int], receive: Tensor, counts_in: Sequence[int]
-    ) -> dist.Work | None:
-        """Start the exchange, as bytes, since not every backend carries every dtype."""
+    ) -> Waiting | None:
+        """Start the exchange, as bytes, since not every backend carries every dtype; without data there is none."""
         if receive.is_meta:
             return None
         with _exchanging(kind, self.group):
@@ -125,9 +131,7 @@ class Communicator:
         send = self._buffer((kind, "out"), elements, dtype)
         receive = self._buffer((kind, "in"), elements * self.group.size, dtype)
         fill(send)
-        with _exchanging(kind, self.group):
-            if not receive.is_meta:
-                all_gather(receive.view(torch.uint8), send.view(torch.uint8), group=self.group.handle)
+        self._gather(kind, send, receive)
         self.received[kind] += receive.nbytes - send.nbytes
         return receive
 
@@ -135,12 +139,20 @@ class Communicator:
         """Sum over the ranks, in place, and return the sum."""
         if self.group.size > 1:
             total = values.to(self.device)
-            with _exchanging(kind, self.group):
-                if not total.is_meta:
-                    dist.all_reduce(total, group=self.group.handle)
+            self._reduce(kind, total)
             self.received[kind] += total.nbytes
             values.copy_(total)
         return values
+
+    def _gather(self, kind: str, send: Tensor, receive: Tensor) -> None:
+        if not receive.is_meta:
+            with _exchanging(kind, self.group):
+                all_gather(receive.view(torch.uint8), send.view(torch.uint8), group=self.group.handle)
+
+    def _reduce(self, kind: str, total: Tensor) -> None:
+        if not total.is_meta:
+            with _exchanging(kind, self.group):
+                dist.all_reduce(total, group=self.group.handle)
 
     @property
     def buffer_bytes(self) -> int:

@@ -2,8 +2,10 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from itertools import pairwise
 from typing import Any, Generic, TypeVar
@@ -106,11 +108,26 @@ class Stopwatch:
         return dict(found)
 
 
+_USUAL: ContextVar[bool] = ContextVar("usual", default=False)
+
+
+@contextmanager
+def usual() -> Iterator[None]:
+    """Let masks without data within stand for those of a host that knows that no entry is set, as is usual."""
+    before = _USUAL.set(True)
+    try:
+        yield
+    finally:
+        _USUAL.reset(before)
+
+
 def any_or_unknown(mask: Tensor) -> bool:
     """Return False only if it is known without waiting that no entry is set.
 
     On an accelerator, whose answer the host would have to wait for, and in a graph that is being compiled it is True.
     """
+    if mask.is_meta and _USUAL.get():
+        return False
     return torch.compiler.is_compiling() or mask.device.type != "cpu" or bool(mask.any())
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shampoo3d.distributed.collectives import Communicator
-from shampoo3d.distributed.topology import ParallelGroups
+from shampoo3d.distributed.topology import Group, ParallelGroups
 from shampoo3d.numerics.masks import kept
 from shampoo3d.numerics.momenta import kept_dtype
 from shampoo3d.numerics.preconditioner import Stack
@@ -25,14 +25,21 @@ from shampoo3d.runtime.route import Arrive, Gathering, Route
 from shampoo3d.runtime.team import Team, WorkItem, work_kind
 
 Moment = Literal["before", "between", "after"]
+MakeCommunicator = Callable[[int, Group, torch.device], Communicator]
 
 
 class Exchange:
     """The transfers of a team, step after step."""
 
-    def __init__(self, team: Team, parallel: ParallelGroups, update_precision: Literal["state", "parameter"]) -> None:
+    def __init__(
+        self,
+        team: Team,
+        parallel: ParallelGroups,
+        update_precision: Literal["state", "parameter"],
+        communicator: MakeCommunicator = Communicator,
+    ) -> None:
         self.team, self.rank = team, parallel.rank
-        self.communicator = Communicator(parallel.rank, team.group, team.device)
+        self.communicator = communicator(parallel.rank, team.group, team.device)
         self._update_precision = update_precision
         share = team.share
         self._transfers: list[list[Transfer]] = [[] for _ in share.rounds]
@@ -48,7 +55,7 @@ class Exchange:
         self._gatherings = PhaseIndex[None, list[list[Gathering]]](team.group_tensors, lambda _: None)
         # One communicator for each replica group, in the same order on all ranks, so that no two wait for each other.
         self._copies = [
-            (Communicator(parallel.rank, parallel.group(ranks), self.communicator.device), dtype, transfers)
+            (communicator(parallel.rank, parallel.group(ranks), self.communicator.device), dtype, transfers)
             for (ranks, dtype), transfers in share.replica_copies.items()
         ]
 

@@ -7,27 +7,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shampoo3d.distributed.topology import Group, ParallelGroups
-from shampoo3d.numerics.masks import Mask, only_if
 from shampoo3d.numerics.preconditioner import Stack
-from shampoo3d.numerics.schedule import equivalent_step, phase, unconditional
-from shampoo3d.planning.layout import Matrix, Sharding
+from shampoo3d.numerics.schedule import equivalent_step, phase
+from shampoo3d.planning.layout import Matrix
 from shampoo3d.planning.plan import Plan
-from shampoo3d.planning.shards import Shard
-from shampoo3d.runtime.bindings import Binding, GroupTensor
-from shampoo3d.runtime.exchange import Exchange
-from shampoo3d.runtime.shards import shard_buckets
-from shampoo3d.runtime.step import take_step
-from shampoo3d.runtime.team import Team, state_bytes
+from shampoo3d.runtime.dry_run import DryRun, kind_of_step
+from shampoo3d.runtime.team import state_bytes
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,6 @@ class Memory:
         return self.state + self.buffers + self.transient
 
 
-@torch.no_grad()
 def memory(
     teams: Iterable[tuple[Plan, Sequence[Matrix]]],
     rank: int,
@@ -66,8 +59,7 @@ def memory(
 ) -> Memory:
     """Count the bytes of the optimizer on a rank; weights and gradients are the model's.
 
-    The rank's teams are made as for a run, and take steps, but on the "meta" device, where tensors have shapes and no
-    data, and without other ranks: nothing is computed or sent, and no process group is needed.
+    The rank takes steps in a :class:`~shampoo3d.runtime.dry_run.DryRun`: nothing is computed or sent.
 
     The state is exact but for the padding of an engine's flat slices. Elements that are stored once count as one slice
     of each dtype, as under ZeRO; under FSDP2, where each parameter is one, temporaries are smaller where elements have
@@ -79,29 +71,13 @@ def memory(
         hp: its ``weight_decay`` stands for that of every group.
         device: the type of the rank's device, on which the number of blocks that are worked on together depends.
     """
+    meter = Meter()
     shares = [(plan, matrices) for plan, matrices in teams if rank in plan.ranks]
-    bindings = _bindings(shares, rank)
-    group_tensors = list(dict.fromkeys(binding.group_tensor for held in bindings for binding in held))
-    tensors = (tensor for of in group_tensors for tensor in (of.tensor, of.tensor.grad))
-    meter = Meter(tensor for tensor in tensors if tensor is not None)
-    group = {"lr": 0.1, "momentum": 0.0 if hp.averaged else 0.9, "weight_decay": hp.weight_decay, "maximize": False}
-    with meter:
-        alone, flat = Group((rank,)), shard_buckets(chain.from_iterable(bindings), hp)
-        nowhere = _Nowhere(rank, alone, alone, alone, "memory()")
-        made = [
-            Team(nowhere.group(plan.ranks), rank, plan, held, hp, False, flat, device)
-            for (plan, _), held in zip(shares, bindings, strict=True)
-        ]
-        stacks = [batch.stack for team in made for batch in team.batches]
-        for stack in stacks:
-            for name in ("accumulate", "update_average", "precondition", "_new_roots", "_take"):
-                setattr(stack, name, _Alike(getattr(stack, name), stack, meter))
-        exchanges = [Exchange(team, nowhere, distribution.update_precision) for team in made]
-        with only_if(None if device == "cpu" else Mask(torch.zeros((), dtype=torch.bool, device="meta"))):
-            for t in _steps([plan for plan, _ in shares], rank, hp):
-                take_step(made, exchanges, [group], hp, dict.fromkeys(group_tensors, t))
-    statistics, roots = _factor_bytes(stacks)
-    state, buffers = state_bytes(made), sum(exchange.buffer_bytes for exchange in exchanges)
+    run = DryRun(shares, rank, hp, distribution, meter, device=device)
+    for t in _steps([plan for plan, _ in shares], rank, hp):
+        run.step(t)
+    statistics, roots = _factor_bytes(run.stacks)
+    state, buffers = state_bytes(run.teams), sum(exchange.buffer_bytes for exchange in run.exchanges)
     return Memory(statistics, roots, state - statistics - roots, buffers, meter.peak - state - buffers)
 
 
@@ -126,8 +102,25 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._seen: dict[int, Any] = {}
-        for tensor in given:
+        self.ignore(given)
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Let tensors not count."""
+        for tensor in tensors:
             self._count(tensor, 0)
+
+    def observed(self, work: Callable[[], T]) -> tuple[T, int]:
+        """Do some work; return its result, and the most that was allocated beside what was there."""
+        before, most = self.live, self.peak
+        self.peak = before
+        found = work()
+        height = self.peak - before
+        self.peak = max(most, self.peak)
+        return found, height
+
+    def repeat(self, seen: int) -> None:
+        """Count what some work would allocate, and free again."""
+        self.peak = max(self.peak, self.live + seen)
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -150,90 +143,6 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
-class _Alike:
-    """Work on the rows of a stack, some at a time: of equally many rows it is done to the first only.
-
-    For the others what is seen of it from outside happens: as much is allocated and freed, and the same is returned.
-    """
-
-    def __init__(self, work: Callable[..., Any], stack: Stack, meter: Meter) -> None:
-        self._work, self._stack, self._meter = work, stack, meter
-        self._seen: dict[Any, tuple[int, list[tuple[torch.Size, torch.dtype]]]] = {}
-
-    def __call__(self, *args: Any, out: Tensor | None = None) -> Any:
-        meter, key = self._meter, self._key(*args)
-        before, most = meter.live, meter.peak
-        if key in self._seen:
-            height, returned = self._seen[key]
-            meter.peak = max(most, before + height)
-            return tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in returned)
-        meter.peak = before
-        found = self._work(*args) if out is None else self._work(*args, out=out)
-        returned = [(tensor.shape, tensor.dtype) for tensor in found] if isinstance(found, tuple) else []
-        self._seen[key] = meter.peak - before, returned
-        meter.peak = max(most, meter.peak)
-        return found
-
-    def _key(self, *args: Any) -> Any:
-        """Return what decides the memory: shapes of tensors, the number of rows, the kind of a step t, given last."""
-        *given, t = args
-        given.append(_kind(t, self._stack.hp) if isinstance(t, int) else t)
-        return tuple(self._size(arg) for arg in given)
-
-    def _size(self, arg: Any) -> Any:
-        if isinstance(arg, slice):
-            return len(range(*arg.indices(self._stack.n)))
-        return tuple(arg.shape) if isinstance(arg, Tensor) else arg
-
-
-class _Nowhere(ParallelGroups):
-    """A rank whose groups have nobody to talk to."""
-
-    def group(self, ranks: Sequence[int]) -> Group:
-        return Group(tuple(ranks))
-
-
-def _bindings(shares: Sequence[tuple[Plan, Sequence[Matrix]]], rank: int) -> list[list[Binding]]:
-    """Bind the matrices of each team where this rank stores them: in a tensor of its own, or in a slice with others."""
-    offsets: Counter[str] = Counter()
-    parts = [[_part(matrix.sharding, rank) for matrix in matrices] for _, matrices in shares]
-    for (_, matrices), stored in zip(shares, parts, strict=True):
-        for matrix, part in zip(matrices, stored, strict=True):
-            offsets[matrix.sharding.dtype] += part.elements * matrix.sharding.sharded
-    slices = {dtype: GroupTensor(_parameter((size,), dtype), 0, True) for dtype, size in offsets.items()}
-    offsets.clear()
-    bound = []
-    for (_, matrices), stored in zip(shares, parts, strict=True):
-        held = []
-        for number, (matrix, part) in enumerate(zip(matrices, stored, strict=True)):
-            dtype, offset = matrix.sharding.dtype, 0
-            if matrix.sharding.sharded:
-                group_tensor, offset = slices[dtype], offsets[dtype]
-                offsets[dtype] += part.elements
-            else:
-                group_tensor = GroupTensor(_parameter(part.shape, dtype), 0, True)
-            held.append(Binding(number, matrix, group_tensor, offset, part))
-        bound.append(held)
-    return bound
-
-
-def _part(sharding: Sharding, rank: int) -> Shard:
-    return sharding.shard_of(rank)
-
-
-def _parameter(shape: Sequence[int], dtype: str) -> Tensor:
-    """Make a parameter without data, with a gradient."""
-    tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-    tensor.grad = torch.empty_like(tensor)
-    return tensor
-
-
-def _kind(t: int, hp: ShampooHyperParams) -> tuple[bool, ...]:
-    """Tell steps apart by what they do, whoever has a turn."""
-    now = phase(t, hp)
-    return now.accumulate, now.started, hp.weight_updates(t) > 0, hp.statistics_count(t) > 0, unconditional(t, hp)
-
-
 def _steps(plans: Iterable[Plan], rank: int, hp: ShampooHyperParams) -> list[int]:
     """Choose the first step of each kind and, with all buffers there, one in which most roots of one shape are new.
 
@@ -254,7 +163,7 @@ def _steps(plans: Iterable[Plan], rank: int, hp: ShampooHyperParams) -> list[int
     first: dict[Any, int] = {}
     most: dict[Any, int] = {}
     for t in range(1, last + 1):
-        kind = _kind(t, hp)
+        kind = kind_of_step(t, hp)
         first.setdefault(kind, t)
         if kind not in most or roots(equivalent_step(t, hp)) >= roots(equivalent_step(most[kind], hp)):
             most[kind] = t

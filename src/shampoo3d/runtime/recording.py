@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -91,10 +92,29 @@ def current_recording() -> Recording | None:
     return _RECORDING.get()
 
 
+class Marking(Protocol):
+    """Something that tells phases of a step apart."""
+
+    def mark(self, name: str, /) -> None: ...
+
+
+_MARKING: ContextVar[Marking | None] = ContextVar("marking", default=None)
+
+
 def mark(phase: str) -> None:
-    """Give the time since the mark before to a phase of the step, if it is recorded."""
-    if (recording := current_recording()) is not None:
-        recording.stopwatch.mark(phase)
+    """Give what happened since the mark before to a phase of the step, if it is recorded or foreseen."""
+    if (marking := _MARKING.get()) is not None:
+        marking.mark(phase)
+
+
+@contextmanager
+def marked(marking: Marking) -> Iterator[None]:
+    """Let something have the marks of the step within."""
+    before = _MARKING.set(marking)
+    try:
+        yield
+    finally:
+        _MARKING.reset(before)
 
 
 @contextmanager
@@ -102,6 +122,7 @@ def recorded(recording: Recording) -> Iterator[None]:
     """Let a recording have the numbers of the step within."""
     before = _RECORDING.set(recording)
     try:
-        yield
+        with marked(recording.stopwatch):
+            yield
     finally:
         _RECORDING.reset(before)

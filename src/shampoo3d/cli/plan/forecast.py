@@ -171,7 +171,7 @@ class Forecast:
         return {
             rank: traffic(RankShare(plan, self.teams[plan.ranks], rank), self.hp, distribution)
             for rank in self.looked_at
-            for plan in self._plans_of(rank)
+            for plan in self.plans_of(rank)
         }
 
     @cached_property
@@ -202,11 +202,11 @@ class Forecast:
     def memory_of(self, rank: int) -> Memory:
         """Count what a rank keeps and allocates, by a step on tensors without data."""
         distribution = Distribution(root_copies=self.request.root_copies)
-        teams = [(plan, self.teams[plan.ranks]) for plan in self._plans_of(rank)]
+        teams = [(plan, self.teams[plan.ranks]) for plan in self.plans_of(rank)]
         device = "cuda" if self.request.device == "cuda" else "cpu"
         return memory(teams, rank, self.hp, distribution, device=device)
 
-    def _plans_of(self, rank: int) -> Iterator[Plan]:
+    def plans_of(self, rank: int) -> Iterator[Plan]:
         return (plan for plan in self.plans if rank in plan.ranks)
 
     @cached_property

@@ -31,6 +31,7 @@ class Request:
     preconditioning_compute_steps: int | None = option(
         None, "Steps between two computations of a root. Default: the preset's.", ANYBODYS
     )
+    asynchronous: bool = option(False, "Roots beside the next forward and backward passes.", ANYBODYS)
     tokens: int = option(1_000_000, "Tokens of a training step, over all ranks.", ANYBODYS)
     fits: str | None = option(None, "Bytes for the state on a rank, such as 80GB.", ANYBODYS)
 
@@ -95,8 +96,8 @@ class Request:
     @property
     def hp(self) -> ShampooHyperParams:
         """The settings of the optimizer."""
-        names = ("block_size", "preconditioning_compute_steps")
-        changes = {name: value for name in names if (value := getattr(self, name)) is not None}
+        names = ("block_size", "preconditioning_compute_steps", "asynchronous")
+        changes = {name: value for name in names if (value := getattr(self, name)) not in (None, False)}
         try:
             return hyperparams_of({"preset": self.preset, **changes})
         except (TypeError, ValueError) as error:

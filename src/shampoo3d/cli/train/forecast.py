@@ -19,7 +19,7 @@ from shampoo3d.planning.assignment import make_plans
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Matrix, Sharding
 from shampoo3d.planning.plan import Plan
-from shampoo3d.planning.shards import Holder, Holders, Shard
+from shampoo3d.planning.shards import Holder, Holders, Ranks, Shard
 from shampoo3d.planning.share import RankShare, traffic
 from shampoo3d.runtime.memory import Memory, memory
 from shampoo3d.settings.distribution import Distribution
@@ -40,11 +40,12 @@ class Forecast:
     received: dict[int, dict[str, int]]
 
 
-def foresee(settings: Settings, vocabulary: int) -> Forecast:
-    """Forecast a run with these settings."""
-    hp = shampoo_settings(settings)
+def planned(
+    settings: Settings, vocabulary: int, hp: ShampooHyperParams
+) -> tuple[dict[Ranks, list[Matrix]], list[Plan]]:
+    """Return the matrices of each team of a run, and their plans."""
     stages = _stages(settings, vocabulary, hp)
-    matrices: defaultdict[tuple[int, ...], list[Matrix]] = defaultdict(list)
+    matrices: defaultdict[Ranks, list[Matrix]] = defaultdict(list)
     for sharding in _storages(settings, stages):
         ranks = tuple(holder.rank for holder in sharding.holders)
         matrices[ranks].append(describe(sharding.with_shard_groups(settings.root_copies), hp, settings.world))
@@ -52,7 +53,13 @@ def foresee(settings: Settings, vocabulary: int) -> Forecast:
         # Replicas keep the order of their stage; where others join them, there is an order by name.
         if len(ranks) != settings.data:
             shared.sort(key=lambda matrix: matrix.name)
-    plans = make_plans(matrices, hp)
+    return dict(matrices), make_plans(matrices, hp)
+
+
+def foresee(settings: Settings, vocabulary: int) -> Forecast:
+    """Forecast a run with these settings."""
+    hp = shampoo_settings(settings)
+    matrices, plans = planned(settings, vocabulary, hp)
     distribution = Distribution(root_copies=settings.root_copies)
     device = "cuda" if settings.device == "cuda" else "cpu"
     kept, received = {}, {}

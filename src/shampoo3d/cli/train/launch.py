@@ -36,7 +36,7 @@ class _Processes:
         self.processes: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> _Processes:
-        port = _free_port()
+        port = free_port()
         try:
             for rank in range(self.settings.world):
                 self._start(rank, port)
@@ -112,7 +112,7 @@ class _Processes:
                 process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,0 +1,1 @@
+"""The time of a plan on described hardware, and the measurement of a machine."""
