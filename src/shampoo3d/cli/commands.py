@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields, replace
 from datetime import datetime
 from importlib.metadata import version
-from io import StringIO
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast, get_type_hints
@@ -34,7 +33,7 @@ INTERRUPTED = 130
 """The exit code of a process that Ctrl-C ended."""
 
 WIDE = 160
-"""Columns of a page, and of a file that the output goes to."""
+"""Columns of a file that the output goes to."""
 
 app = typer.Typer(add_completion=False, help="3D-Shampoo: train with it, see who owns what.")
 
@@ -142,7 +141,7 @@ def plan(
     picture: Annotated[Path | None, typer.Option(help="The demo: also draw it into this file, as plan.png.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Blocks of 128 to 1024 side by side.")] = False,
     json: Annotated[Path | None, typer.Option(help="Also write all numbers into this file.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write what is shown as a page.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write one page to explore it in a browser.")] = None,
     **chosen: Any,
 ) -> None:
     """Show the plan of a run on MODEL or, without one, of the demo's GPT, without starting any process.
@@ -171,19 +170,18 @@ def _refuse(names: Collection[str], reason: str) -> None:
 def _plan_model(request: Request, *, compare: bool, json: Path | None, html: Path | None) -> None:
     from shampoo3d.cli.plan.forecast import Forecast
     from shampoo3d.cli.plan.models import parameters_of
+    from shampoo3d.cli.plan.page import page
     from shampoo3d.cli.plan.tables import as_data, shown
 
     forecast = Forecast.of(request, parameters_of(request.model))
-    things = shown(forecast, compare=compare)
-    terminal = Console(highlight=False)
-    page = Console(highlight=False, record=True, file=StringIO(), width=WIDE)
-    for console in (terminal if terminal.is_terminal else Console(highlight=False, width=WIDE), page):
-        for thing in things:
-            console.print(thing, soft_wrap=isinstance(thing, str))
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=WIDE)
+    for thing in shown(forecast, compare=compare):
+        console.print(thing, soft_wrap=isinstance(thing, str))
     if json:
-        json.write_text(dumps(as_data(forecast), indent=1) + "\n")
+        json.write_text(dumps(as_data(forecast, compare=compare), indent=1) + "\n")
     if html:
-        page.save_html(str(html))
+        html.write_text(page(forecast, compare=compare), encoding="utf-8")
 
 
 def _plan_demo(chosen: dict[str, Any], picture: Path | None) -> None:
