@@ -78,8 +78,7 @@ class Communicator:
         receive_order = self._sorted([peer for _, peer, _ in into])
         counts_out = self._counts((peer, piece.numel()) for peer, piece in out)
         counts_in = self._counts((peer, elements) for _, peer, elements in into)
-        send = self._buffer((kind, "out", turn % 2), sum(counts_out), dtype)
-        receive = self._buffer((kind, "in", turn % 2), sum(counts_in), dtype)
+        send, receive = self.to_and_fro(kind, turn, dtype, sum(counts_out), sum(counts_in))
         if out:
             pieces = [out[i][1] for i in send_order]
             targets = send.split_with_sizes([piece.numel() for piece in pieces])
@@ -95,6 +94,10 @@ class Communicator:
                     work.wait()
 
         return PendingAllToAll(here, {key: piece_of[i] for i, (key, _, _) in enumerate(into)}, finish)
+
+    def to_and_fro(self, kind: str, turn: int, dtype: torch.dtype, out: int, into: int) -> tuple[Tensor, Tensor]:
+        """Return the buffers of :meth:`all_to_all` for so many elements."""
+        return self._buffer((kind, "out", turn % 2), out, dtype), self._buffer((kind, "in", turn % 2), into, dtype)
 
     def _start(
         self, kind: str, send: Tensor, counts_out: Sequence[int], receive: Tensor, counts_in: Sequence[int]
@@ -130,8 +133,7 @@ class Communicator:
             return
         for bucket in buckets(self.group.ranks, items, most):
             wide = width(bucket, items)
-            send = self._buffer((kind, "out"), wide, dtype)
-            receive = self._buffer((kind, "in"), wide * self.group.size, dtype)
+            send, receive = self.gathered(kind, wide, dtype)
             if own := bucket[self.rank]:
                 pieces = [mine(number) for number in own]
                 targets = _split(send, [items[number][1] for number in own])
@@ -144,6 +146,10 @@ class Communicator:
             for peer, row in zip(self.group.ranks, receive.view(self.group.size, wide), strict=True):
                 arrived |= zip(bucket[peer], _split(row, [items[n][1] for n in bucket[peer]]), strict=True)
             yield arrived
+
+    def gathered(self, kind: str, wide: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the buffers of :meth:`all_gather` for so many elements of each rank."""
+        return self._buffer((kind, "out"), wide, dtype), self._buffer((kind, "in"), wide * self.group.size, dtype)
 
     def all_reduce(self, kind: str, values: Tensor) -> Tensor:
         """Sum over the ranks, in place, and return the sum."""
@@ -162,7 +168,8 @@ class Communicator:
 
     def _sorted(self, peers: Sequence[int]) -> list[int]:
         """Return the order by rank in the group; within a rank, as given."""
-        return sorted(range(len(peers)), key=lambda i: self.group.ranks.index(peers[i]))
+        places = {rank: place for place, rank in enumerate(self.group.ranks)}
+        return sorted(range(len(peers)), key=lambda i: places[peers[i]])
 
     def _counts(self, sizes: Any) -> list[int]:
         counts: Counter[int] = Counter()

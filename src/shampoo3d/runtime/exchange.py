@@ -103,8 +103,7 @@ class Exchange:
         if number >= len(self._transfers):
             return Travelling()
         view = _views(self.team.bindings, _gradient)
-        averaged = self.team.hp.averaged
-        due, anyone = self._due(number, steps, lambda now: now.accumulate or now.started or averaged)
+        due, anyone = self._gathered(number, steps)
         transfers = [transfer for transfer in due if transfer.gathered]
         pieces = {transfer: view(transfer) for transfer in transfers if transfer.home == self.rank}
         ends = [(transfer, transfer.home, transfer.keeper) for transfer in transfers]
@@ -118,13 +117,16 @@ class Exchange:
             if item.batch.bucket is None
             for slot, direction in zip(item.slots, item.blocks.unbind(), strict=True)
         }
-        transfers, anyone = self._due(number, steps, lambda now: now.started)
+        transfers, anyone = self._sent_home(number, steps)
         pieces = {
             transfer: blocks[transfer.slot][transfer.within] for transfer in transfers if transfer.keeper == self.rank
         }
-        dtype = self.team.share.sharding_of(number).update_dtype(self._update_precision)
         ends = [(transfer, transfer.keeper, transfer.home) for transfer in transfers]
-        return self._travel("updates", number, dtype, pieces, ends, anyone)
+        return self._travel("updates", number, self._update_dtype(number), pieces, ends, anyone)
+
+    def _update_dtype(self, number: int) -> str:
+        """Return the dtype in which the directions of a round travel."""
+        return self.team.share.sharding_of(number).update_dtype(self._update_precision)
 
     @cached_property
     def _sharing(self) -> Moment:
@@ -193,6 +195,13 @@ class Exchange:
         out = [(stop, pieces[transfer]) for transfer, start, stop in ends if start == self.rank != stop]
         into = [(transfer, start, transfer.elements) for transfer, start, stop in ends if stop == self.rank != start]
         return self.communicator.all_to_all(kind, number, getattr(torch, dtype), out, into, here)
+
+    def _gathered(self, number: int, steps: StepCounts) -> tuple[list[Transfer], bool]:
+        averaged = self.team.hp.averaged
+        return self._due(number, steps, lambda now: now.accumulate or now.started or averaged)
+
+    def _sent_home(self, number: int, steps: StepCounts) -> tuple[list[Transfer], bool]:
+        return self._due(number, steps, lambda now: now.started)
 
     def _due(self, number: int, steps: StepCounts, due: Callable[[Phase], bool]) -> tuple[list[Transfer], bool]:
         """Return the transfers of a round that are due and, the same on all ranks, whether any rank may have one."""

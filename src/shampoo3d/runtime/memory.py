@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -14,18 +14,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shampoo3d.distributed.collectives import Communicator, PendingAllToAll
 from shampoo3d.distributed.topology import Group, ParallelGroups
-from shampoo3d.numerics.masks import Mask, only_if
+from shampoo3d.numerics.masks import Mask, only_if, overwrite
 from shampoo3d.numerics.preconditioner import Stack
 from shampoo3d.numerics.schedule import equivalent_step, phase, unconditional
 from shampoo3d.planning.layout import Matrix, Sharding
 from shampoo3d.planning.plan import Plan
+from shampoo3d.planning.routes import BUCKET_ELEMENTS, Transfer, buckets, width
 from shampoo3d.planning.shards import Shard
-from shampoo3d.runtime.bindings import Binding, GroupTensor
+from shampoo3d.runtime.bindings import Binding, GroupTensor, StepCounts
 from shampoo3d.runtime.buckets import flat_buckets
-from shampoo3d.runtime.exchange import Exchange
+from shampoo3d.runtime.exchange import Exchange, Travelling
 from shampoo3d.runtime.step import take_step
-from shampoo3d.runtime.team import Team, state_bytes
+from shampoo3d.runtime.team import Team, WorkItem, state_bytes
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
@@ -96,7 +98,7 @@ def memory(
         for stack in stacks:
             for name in ("accumulate", "update_average", "precondition", "_new_roots", "_take"):
                 setattr(stack, name, _Alike(getattr(stack, name), stack, meter))
-        exchanges = [Exchange(team, nowhere, distribution.update_precision) for team in made]
+        exchanges = [_Unseen(team, nowhere, distribution.update_precision) for team in made]
         with only_if(None if device == "cpu" else Mask(torch.zeros((), dtype=torch.bool, device="meta"))):
             for t in _steps([plan for plan, _ in shares], rank, hp):
                 take_step(made, exchanges, [group], hp, dict.fromkeys(group_tensors, t))
@@ -184,6 +186,72 @@ class _Alike:
         if isinstance(arg, slice):
             return len(range(*arg.indices(self._stack.n)))
         return tuple(arg.shape) if isinstance(arg, Tensor) else arg
+
+
+class _Unseen(Exchange):
+    """An exchange that allocates what the transfers take, but does not look at them one by one: there may be a million.
+
+    Everything steps at the same t, so that all transfers of a round go together.
+    """
+
+    @cached_property
+    def _homewards(self) -> list[tuple[int, int]]:
+        return [self._travelling((t.keeper, t.home, t.elements) for t in of) for of in self._transfers]
+
+    @cached_property
+    def _outwards(self) -> list[tuple[int, int]]:
+        return [self._travelling((t.home, t.keeper, t.elements) for t in of if t.gathered) for of in self._transfers]
+
+    def _travelling(self, ends: Iterable[tuple[int, int, int]]) -> tuple[int, int]:
+        """Return the elements that this rank sends and receives, of (from rank, to rank, elements) each."""
+        moved = [(start, stop, elements) for start, stop, elements in ends if start != stop]
+        out = sum(elements for start, _, elements in moved if start == self.rank)
+        return out, sum(elements for _, stop, elements in moved if stop == self.rank)
+
+    @cached_property
+    def _staying(self) -> list[set[int]]:
+        return [{t.slot for t in of if t.keeper == t.home == self.rank} for of in self._transfers]
+
+    def _gather(self, number: int, steps: StepCounts) -> Travelling:
+        if number < len(self._transfers) and self._gathered(number, steps)[1] and self.team.share.travels:
+            dtype = self.team.share.sharding_of(number).dtype
+            self.communicator.to_and_fro("gradients", number, getattr(torch, dtype), *self._outwards[number])
+        return Travelling()
+
+    def _send_home(self, number: int, items: Sequence[WorkItem], steps: StepCounts) -> Travelling:
+        if not self._sent_home(number, steps)[1]:
+            return Travelling()
+        if self.team.share.travels:
+            dtype = self._update_dtype(number)
+            self.communicator.to_and_fro("updates", number, getattr(torch, dtype), *self._homewards[number])
+        made = (item for item in items if item.batch.bucket is None)
+        here = [item.blocks for item in made if not self._staying[number].isdisjoint(item.slots)]
+        return PendingAllToAll(dict[Any, Tensor](enumerate(here)))  # which so live until the next ones are sent
+
+    def _take_home(self, travelling: Travelling) -> None:
+        """Leave the directions where they are."""
+
+    @cached_property
+    def _widths(self) -> dict[Communicator, list[tuple[int, int]]]:
+        return {}
+
+    def _copy(self, communicator: Communicator, transfers: Sequence[Transfer], dtype: torch.dtype) -> None:
+        if communicator not in self._widths:
+            self._widths[communicator] = self._widths_of(communicator, transfers)
+        for wide, others in self._widths[communicator]:
+            _, receive = communicator.gathered("weights", wide, dtype)
+            if others:
+                overwrite([receive[:others]], [receive[:others]])
+
+    def _widths_of(self, communicator: Communicator, transfers: Sequence[Transfer]) -> list[tuple[int, int]]:
+        """Return the different sizes of buckets: elements that each rank sends, and that are new here."""
+        items = [(transfer.home, transfer.elements) for transfer in transfers]
+        return list(
+            dict.fromkeys(
+                (width(bucket, items), sum(items[n][1] for rank, of in bucket.items() if rank != self.rank for n in of))
+                for bucket in buckets(communicator.group.ranks, items, BUCKET_ELEMENTS)
+            )
+        )
 
 
 class _Nowhere(ParallelGroups):

@@ -167,8 +167,9 @@ class Forecast:
     def received(self) -> dict[int, dict[str, int]]:
         """The bytes that ranks receive in a step, by kind."""
         distribution = Distribution(root_copies=self.request.root_copies)
+        known: dict[Ranks, dict[tuple[Ranks, str], int]] = {plan.ranks: {} for plan in self.plans}
         return {
-            rank: traffic(RankShare(plan, self.teams[plan.ranks], rank), self.hp, distribution)
+            rank: traffic(RankShare(plan, self.teams[plan.ranks], rank), self.hp, distribution, known[plan.ranks])
             for rank in self.looked_at
             for plan in self._plans_of(rank)
         }
