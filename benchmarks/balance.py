@@ -10,6 +10,7 @@ is what becomes of parameters without factors, whose rows are spread. Nothing is
 
 import argparse
 import heapq
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ Work = tuple[float, int, bool]
 
 
 def whole_matrices(forecast: Forecast) -> Iterator[Work]:
-    """Yield the matrices with factors, all blocks of each together, and the blocks of others."""
+    """Yield the matrices with factors, all blocks of each (of each expert) together, and the blocks of others."""
     [plan] = forecast.plans
+    shardings = [matrix.sharding for matrix in forecast.teams[plan.ranks]]
     cost, size = dict[int, float](), dict[int, int]()
     for run in plan.runs:
         each = len(run) // len(run.matrices)
@@ -38,7 +40,9 @@ def whole_matrices(forecast: Forecast) -> Iterator[Work]:
         for matrix in run.matrices:
             cost[matrix] = cost.get(matrix, 0.0) + each * run.kind.cost
             size[matrix] = size.get(matrix, 0) + each * run.kind.bytes
-    yield from ((cost[matrix], size[matrix], True) for matrix in cost)
+    for matrix in cost:
+        stacked = math.prod(shardings[matrix].shape[: shardings[matrix].stacked])
+        yield from [(cost[matrix] / stacked, size[matrix] // stacked, True)] * stacked
 
 
 def greedy(work: list[Work], ranks: int) -> dict[str, Any]:

@@ -106,10 +106,11 @@ function bars(canvas, order, parts, { chosen, show, limit = null, exact }) {
   columns.forEach((column, i) => {
     let below = 0;
     const x = AXES.left + i * w;
+    const [from, to] = [x + gap / 2, x + w - gap / 2].map((place) => (w < 4 ? Math.round(place) : place));
     parts.forEach((numbers, part) => {
       context.fillStyle = variable(`--part-${part}`);
       const above = below + numbers[column.most];
-      context.fillRect(x + gap / 2, y(above), w - gap + (gap ? 0 : 0.4), y(below) - y(above));
+      context.fillRect(from, y(above), to - from, y(below) - y(above));
       below = above;
     });
     if (each > 1 && column.least < total(column.most)) {

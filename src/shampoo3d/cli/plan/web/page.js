@@ -188,7 +188,7 @@ function showLegend(of) {
 }
 
 function showMap() {
-  const { layer, parameter, plane, block } = lookedAt();
+  const { layer, parameter, plane, block, rank } = lookedAt();
   const of = parameter ? named(parameter) : null;
   const level = of ? (of.planes > 1 && plane === null ? "planes" : "plane") : layers.has(layer) ? "layer" : "model";
   crumbs(of);
@@ -196,6 +196,8 @@ function showMap() {
   const flat = level === "plane" && of.planes > 0;
   $("tiles").hidden = level === "plane";
   $("plane").hidden = $("hint").hidden = !flat;
+  const own = rank === null || !flat ? "" : ` Rank ${rank} owns ${count(chosenBlocks.get(of) ?? 0)} of its blocks.`;
+  $("hint").textContent = `Click a block, or move with the arrow keys; Escape zooms out.${own}`;
   if (level !== "plane") {
     $("block").hidden = true;
     showTiles(level);
