@@ -157,11 +157,11 @@ class Run:
 
     def _at(self, place: int, low: int, high: int) -> Iterable[tuple[int, int]]:
         """Return where the blocks at a place are of which matrix, for some of the matrices."""
-        if not self.first_turns:
-            return ((matrix, place) for matrix in range(low, high))
-        first, length = self._turning(place)
-        moved, turns = place - first, self.first_turns
-        return ((matrix, first + (moved + matrix - turns[matrix]) % length) for matrix in range(low, high))
+        matrices = range(low, high)
+        if turns := self.first_turns:
+            first, length = self._turning(place)
+            return ((matrix, first + (place - first + matrix - turns[matrix]) % length) for matrix in matrices)
+        return ((matrix, place) for matrix in matrices)
 
     def places(self, strides: Shape) -> list[int]:
         """Return the numbers of the blocks of one matrix in its grid, which has these strides, in the run's order."""

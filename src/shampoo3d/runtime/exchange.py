@@ -206,7 +206,8 @@ class Exchange:
     def _due(self, number: int, steps: StepCounts, due: Callable[[Phase], bool]) -> tuple[list[Transfer], bool]:
         """Return the transfers of a round that are due and, the same on all ranks, whether any rank may have one."""
         team = self.team
-        stepping = {group_tensor for group_tensor, t in steps.items() if due(phase(t, team.hp))}
+        now = {t: due(phase(t, team.hp)) for t in {*steps.values()}}
+        stepping = {group_tensor for group_tensor, t in steps.items() if now[t]}
         transfers = self._transfers[number]
         if len(stepping) < len(team.names):
             transfers = [t for t in transfers if self._binding(t).group_tensor in stepping]
