@@ -19,5 +19,6 @@ def test_the_package_index_gets_no_relative_links() -> None:
 
 def test_the_installed_package_is_typed_and_licensed() -> None:
     assert (resources("shampoo3d") / "py.typed").is_file()
+    assert (resources("shampoo3d") / "cli/plan/web/page.html").is_file()
     assert metadata("3d-shampoo")["License-Expression"] == "Apache-2.0"
     assert "LICENSE" in {path.name for path in files("3d-shampoo") or []}

@@ -104,7 +104,7 @@ def plan(
     picture: Annotated[Path | None, typer.Option(help="The demo: also draw it into this file, as plan.png.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Blocks of 128 to 1024 side by side.")] = False,
     json: Annotated[Path | None, typer.Option(help="Also write all numbers into this file.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write what is shown as a page.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write one page to explore it in a browser.")] = None,
     **chosen: Any,
 ) -> None:
     """Show the plan of a run on MODEL or, without one, of the demo's GPT, without starting any process.
@@ -133,12 +133,15 @@ def _refuse(names: Collection[str], reason: str) -> None:
 def _plan_model(request: Request, *, compare: bool, json: Path | None, html: Path | None) -> None:
     from shampoo3d.cli.plan.forecast import Forecast
     from shampoo3d.cli.plan.models import parameters_of
+    from shampoo3d.cli.plan.page import page
     from shampoo3d.cli.plan.tables import as_data, shown
 
     forecast = Forecast.of(request, parameters_of(request.model))
-    show_all(shown(forecast, compare=compare), html)
+    show_all(shown(forecast, compare=compare))
     if json:
-        json.write_text(dumps(as_data(forecast), indent=1) + "\n")
+        json.write_text(dumps(as_data(forecast, compare=compare), indent=1) + "\n")
+    if html:
+        html.write_text(page(forecast, compare=compare), encoding="utf-8")
 
 
 def _plan_demo(chosen: dict[str, Any], picture: Path | None) -> None:

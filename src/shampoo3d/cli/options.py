@@ -7,8 +7,6 @@ import inspect
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
-from io import StringIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from shampoo3d.cli.train.settings import RunError, Settings
@@ -25,7 +23,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"shampoo3d: the command line needs {missing.name}: {INSTALL}")
 
 WIDE = 160
-"""Columns of a page, and of a file that the output goes to."""
+"""Columns of a file that the output goes to."""
 
 MODEL = (
     "A config.json of transformers, a function package.module:function that builds the model, a folder that "
@@ -64,12 +62,9 @@ def require(*packages: str) -> None:
             raise RunError(f"this command needs {package}: {INSTALL}")
 
 
-def show(things: Sequence[Table | str], html: Path | None = None) -> None:
-    """Print tables and sentences and, if asked, write them as a page."""
-    terminal = Console(highlight=False)
-    page = Console(highlight=False, record=True, file=StringIO(), width=WIDE)
-    for console in (terminal if terminal.is_terminal else Console(highlight=False, width=WIDE), page):
-        for thing in things:
-            console.print(thing, soft_wrap=isinstance(thing, str))
-    if html:
-        page.save_html(str(html))
+def show(things: Sequence[Table | str]) -> None:
+    """Print tables and sentences."""
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=WIDE)
+    for thing in things:
+        console.print(thing, soft_wrap=isinstance(thing, str))

@@ -7,6 +7,7 @@ Blocks are cut from the *logical* matrix, so they depend neither on the number o
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from shampoo3d.numerics.tiles import Shape
@@ -162,6 +163,49 @@ class Fragment:
         return self.piece.box.elements
 
 
+def cut_by(blocks: Grid | Listed, stored: Stored) -> Iterator[Fragment]:
+    """Yield the fragments into which blocks cut a rectangle that is stored."""
+    for number in blocks.meeting(stored.box):
+        if fragment := _fragment(number, blocks[number], stored):
+            yield fragment
+
+
+def _fragment(number: int, block: Block, stored: Stored) -> Fragment | None:
+    inside = stored.piece.cut_to(block)
+    if inside is None:
+        return None
+    return Fragment(number, stored.shard_group, stored.ranks, inside, inside.box.within(block))
+
+
+class Fragments:
+    """The fragments of matrices that are stored and cut alike, such as those of the layers of a model."""
+
+    def __init__(self, storage: Storage, blocks: Grid | Listed) -> None:
+        self._storage, self._blocks = storage, blocks
+        self._of: dict[Stored, tuple[Fragment, ...]] = {}
+        self._meeting: dict[int, tuple[tuple[Stored, Fragment], ...]] = {}
+
+    def of(self, stored: Stored) -> tuple[Fragment, ...]:
+        """Return the fragments of a rectangle."""
+        if stored not in self._of:
+            self._of[stored] = tuple(cut_by(self._blocks, stored))
+        return self._of[stored]
+
+    def meeting(self, number: int) -> tuple[tuple[Stored, Fragment], ...]:
+        """Return the fragments of a block, each with the rectangle that it is of."""
+        if number not in self._meeting:
+            block = self._blocks[number]
+            found = ((stored, _fragment(number, block, stored)) for stored in self._storage.nearby(block))
+            self._meeting[number] = tuple((stored, fragment) for stored, fragment in found if fragment)
+        return self._meeting[number]
+
+
+@lru_cache(maxsize=64)
+def fragments_of(storage: Storage, blocks: Grid | Listed) -> Fragments:
+    """Find the fragments of a matrix: once for all that are stored and cut alike."""
+    return Fragments(storage, blocks)
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A logical matrix.
@@ -232,19 +276,15 @@ class Matrix:
 
         If ``rank`` is given, only those that it stores, and all of ``blocks``.
         """
-        own = self.storage.all if rank is None else self.storage.on(rank)
+        if rank is None:
+            yield from (fragment for stored in self.storage.all for fragment in cut_by(self.blocks, stored))
+            return
+        known, own = fragments_of(self.storage, self.blocks), self.storage.on(rank)
         for stored in own:
-            yield from (self._fragment(number, stored) for number in self.blocks.meeting(stored.box))
+            yield from known.of(stored)
         mine = set(map(id, own))
         for number in blocks:
-            others = (stored for stored in self.storage.meeting(self.blocks[number]) if id(stored) not in mine)
-            yield from (self._fragment(number, stored) for stored in others)
-
-    def _fragment(self, number: int, stored: Stored) -> Fragment:
-        block = self.blocks[number]
-        inside = stored.piece.cut_to(block)
-        assert inside is not None
-        return Fragment(number, stored.shard_group, stored.ranks, inside, inside.box.within(block))
+            yield from (fragment for stored, fragment in known.meeting(number) if id(stored) not in mine)
 
     def gaps(self) -> str:
         """Return an error if the holders of a shard group don't store every element exactly once; empty if they do."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from shampoo3d.numerics.schedule import BlockId
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.blocks import Block, Cuts, Grid, Listed, Made
+from shampoo3d.planning.blocks import Block, Cuts, Grid, Listed, Made, strides_of
 from shampoo3d.planning.runs import Kind, Run
 from shampoo3d.planning.shards import Ranks
 from shampoo3d.planning.stagger import Turns
@@ -134,6 +134,11 @@ class Plan:
         """Return the owners of all blocks of a matrix, by its number."""
         return [self._run(matrix, index).owner(matrix, index) for index in self.matrices[matrix].indices]
 
+    def owner(self, matrix: int, block: int) -> int:
+        """Return the owner of a block, by the numbers of its matrix and of itself."""
+        index = self.matrices[matrix].blocks.index_of(block)
+        return self._run(matrix, index).owner(matrix, index)
+
     def keepers(self, matrix: int, block: int) -> Ranks:
         """Return the owner of a block, by the numbers of its matrix and of itself, and all others that keep its roots.
 
@@ -144,7 +149,8 @@ class Plan:
         return run.keepers(run.owner(matrix, index))
 
     def _run(self, matrix: int, index: Shape) -> Run:
-        return next(run for run in self._runs_of[matrix] if run.indices.has(index))
+        runs = self._runs_of[matrix]
+        return runs[0] if len(runs) == 1 else next(run for run in runs if run.indices.has(index))
 
     def described(self, slot: int) -> PlannedBlock:
         """Describe the block of a slot."""
@@ -171,11 +177,24 @@ class Plan:
                 found[matrix].append(run)
         return found
 
-    def of_rank(self, rank: int, *, kept: bool = False) -> Iterator[tuple[int, Run]]:
-        """Yield the slots of the blocks that a rank owns or, if asked, keeps the roots of, with their runs."""
+    def of_rank(self, rank: int, *, kept: bool = False) -> Iterator[tuple[Run, list[int]]]:
+        """Yield the runs of which a rank owns blocks or, if asked, keeps the roots, and the slots of these blocks."""
         for run in self._runs_with.get(rank, ()):
-            for matrix, index in run.of_rank(rank, kept=kept):
-                yield self.firsts[matrix] + self.matrices[matrix].number_of(index), run
+            firsts, places = [self.firsts[matrix] for matrix in run.matrices], self._places(run)
+            if slots := [firsts[matrix] + places[place] for matrix, place in run.of_rank(rank, kept=kept)]:
+                yield run, slots
+
+    def _places(self, run: Run) -> list[int]:
+        """Return the numbers of the blocks of a run in the grid of each of its matrices."""
+        shape = self.matrices[run.matrices[0]].indices.shape
+        key = run.indices, run.along, shape
+        if key not in self._known_places:
+            self._known_places[key] = run.places(strides_of(shape))
+        return self._known_places[key]
+
+    @cached_property
+    def _known_places(self) -> dict[tuple[Block, int, Shape], list[int]]:
+        return {}
 
     @cached_property
     def _runs_with(self) -> dict[int, list[Run]]:
@@ -187,7 +206,7 @@ class Plan:
         return found
 
     def owned_by(self, rank: int) -> tuple[PlannedBlock, ...]:
-        return tuple(self.blocks[slot] for slot in sorted(slot for slot, _ in self.of_rank(rank)))
+        return tuple(self.blocks[slot] for slot in sorted(slot for _, slots in self.of_rank(rank) for slot in slots))
 
     @cached_property
     def owners_of(self) -> list[Ranks]:

@@ -9,6 +9,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from shampoo3d.planning.layout import Fragment, Matrix
@@ -64,9 +65,9 @@ def travels(plan: Plan, matrices: Sequence[Matrix]) -> bool:
 
 def _transfers(plan: Plan, matrices: Sequence[Matrix], rank: int | None) -> Iterator[list[Transfer]]:
     kept: defaultdict[int, list[int]] = defaultdict(list)
-    for slot, _ in plan.of_rank(rank, kept=True) if rank is not None else ():
-        number, block = plan.place(slot)
-        kept[number].append(block)
+    for _, slots in plan.of_rank(rank, kept=True) if rank is not None else ():
+        for number, block in map(plan.place, slots):
+            kept[number].append(block)
     for number, matrix in enumerate(matrices):
         transfers = _of_matrix(plan, number, matrix, rank, kept[number])
         yield sorted(transfers, key=lambda t: (t.slot, t.shard_group, t.box.start))
@@ -77,8 +78,9 @@ def _of_matrix(
 ) -> Iterator[Transfer]:
     holders, first = matrix.holders, plan.firsts[number]
     shard_groups = list(holders.shard_groups)
+    keepers_of = cache(partial(plan.keepers, number))
     for fragment in matrix.fragments(rank, kept):
-        keepers = plan.keepers(number, fragment.block)
+        keepers = keepers_of(fragment.block)
         keeper = keepers[0] if matrix.sharded else keepers[shard_groups.index(fragment.shard_group)]
         # The keeper, if it stores the fragment; else replicas take turns as keepers do, so that they are balanced.
         home = fragment.ranks[holders.places.get(keeper, 0) % len(fragment.ranks)]
@@ -149,9 +151,10 @@ class Rounds:
         """Return the round of each slot of an owner."""
         if owner not in self._known:
             kinds: defaultdict[Dtypes, list[tuple[Any, int, int]]] = defaultdict(list)
-            for slot, run in self._plan.of_rank(owner):
+            for run, slots in self._plan.of_rank(owner):
                 if run.kind.axes:
-                    kinds[_dtypes(run.kind)].append((run.kind.kind, slot, run.kind.elements))
+                    alike, elements = run.kind.kind, run.kind.elements
+                    kinds[_dtypes(run.kind)] += [(alike, slot, elements) for slot in slots]
             found = self._known[owner] = {}
             for dtypes, blocks in kinds.items():
                 for number, together in enumerate(packed(sorted(blocks), lambda block: block[2], self._most)):

@@ -1,6 +1,7 @@
 """Runs of equal blocks, which are counted and not listed: what they have in common, and who owns them. Pure."""
 
 import bisect
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -116,10 +117,14 @@ class Run:
         """Return the place to which one is rotated in a matrix: its turn is matrix + place; with -1 the reverse."""
         if not self.first_turns:
             return place
+        first, length = self._turning(place)
+        return first + (place - first + sign * (matrix - self.first_turns[matrix])) % length
+
+    def _turning(self, place: int) -> tuple[int, int]:
+        """Return the first of the places that one is rotated with, and their number."""
         in_row = self.indices.elements // self.indices.shape[self.along]
         start = place % in_row // self.turns * self.turns
-        first = place - place % in_row + start
-        return first + (place - first + sign * (matrix - self.first_turns[matrix])) % min(self.turns, in_row - start)
+        return place - place % in_row + start, min(self.turns, in_row - start)
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -139,11 +144,30 @@ class Run:
         """Return the ranks that keep the roots of an owner's blocks, the owner included."""
         return keepers(self.copies, owner)
 
-    def of_rank(self, rank: int, *, kept: bool) -> Iterator[tuple[int, Shape]]:
-        """Yield matrix and index of the blocks that a rank owns or, if asked, keeps the roots of."""
+    def of_rank(self, rank: int, *, kept: bool) -> Iterator[tuple[int, int]]:
+        """Yield the blocks that a rank owns or, if asked, keeps the roots of.
+
+        Each is the index of its matrix in :attr:`matrices`, and its number in :meth:`places`.
+        """
+        count = len(self.matrices)
         for owner in self.keepers(rank) if kept else (rank,):
             for first, last in self._of_owner.get(owner, ()):
-                yield from map(self._at, range(first, last))
+                for place in range(first // count, -(-last // count)):
+                    yield from self._at(place, max(0, first - place * count), min(count, last - place * count))
+
+    def _at(self, place: int, low: int, high: int) -> Iterable[tuple[int, int]]:
+        """Return where the blocks at a place are of which matrix, for some of the matrices."""
+        matrices = range(low, high)
+        if turns := self.first_turns:
+            first, length = self._turning(place)
+            return ((matrix, first + (place - first + matrix - turns[matrix]) % length) for matrix in matrices)
+        return ((matrix, place) for matrix in matrices)
+
+    def places(self, strides: Shape) -> list[int]:
+        """Return the numbers of the blocks of one matrix in its grid, which has these strides, in the run's order."""
+        ends = zip(self.indices.start, self.indices.stop, strides, strict=True)
+        sides = [range(a * stride, b * stride, stride) for a, b, stride in ends]
+        return [sum(place) for place in itertools.product(*(sides[axis] for axis in self._order))]
 
     @cached_property
     def _of_owner(self) -> dict[int, list[tuple[int, int]]]:
@@ -151,15 +175,6 @@ class Run:
         for first, last, owner in self.by_owner():
             found[owner].append((first, last))
         return dict(found)
-
-    def _at(self, number: int) -> tuple[int, Shape]:
-        number, matrix = divmod(number, len(self.matrices))
-        number = self._rotated(number, matrix, 1)
-        index = list(self.indices.start)
-        for axis in reversed(self._order):
-            number, i = divmod(number, self.indices.shape[axis])
-            index[axis] += i
-        return self.matrices[matrix], tuple(index)
 
 
 def joined(owned: Iterable[Owned]) -> tuple[tuple[int, int], ...]:

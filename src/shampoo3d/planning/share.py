@@ -1,5 +1,6 @@
 """Share of one rank in the plan of a team: computed once, for the step and for the forecasts. Pure."""
 
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from shampoo3d.planning.routes import (
     travels,
     width,
 )
+from shampoo3d.planning.shards import Ranks
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
@@ -60,13 +62,25 @@ class RankShare:
     def rounds(self) -> list[list[int]]:
         """Slots of the blocks of each round that the rank preconditions, in their order."""
         found: list[list[int]] = [[] for _ in self.all_rounds.dtypes]
-        for slot in sorted(slot for slot, run in self.plan.of_rank(self.rank, kept=True) if run.kind.axes):
+        kept = self.plan.of_rank(self.rank, kept=True)
+        for slot in sorted(itertools.chain(*(slots for run, slots in kept if run.kind.axes))):
             found[self.round_of(slot)].append(slot)
         return found
 
     def round_of(self, slot: int) -> int:
         """Return the round of a block with factors."""
-        return self.all_rounds.of(self.plan.blocks[slot].owner)[slot]
+        return self.all_rounds.of(self.plan.owner(*self.plan.place(slot)))[slot]
+
+    @property
+    def replica_groups(self) -> set[tuple[Ranks, str]]:
+        """The replica groups that the rank is in, each with the dtype of what it stores."""
+        kinds = {(matrix.holders, matrix.sharding.dtype) for matrix in self.matrices}
+        return {
+            (ranks, dtype)
+            for holders, dtype in kinds
+            for ranks in holders.replica_groups.values()
+            if len(ranks) > 1 and self.rank in ranks
+        }
 
     @cached_property
     def replica_copies(self) -> dict[tuple[tuple[int, ...], str], list[Transfer]]:
@@ -88,15 +102,26 @@ class RankShare:
         return self.matrices[transfer.matrix].sharding
 
 
-def traffic(share: RankShare, hp: ShampooHyperParams, distribution: Distribution) -> dict[str, int]:
+def traffic(
+    share: RankShare,
+    hp: ShampooHyperParams,
+    distribution: Distribution,
+    known: dict[tuple[Ranks, str], int] | None = None,
+) -> dict[str, int]:
     """Count the bytes that a rank receives from others in a step with gradients for all parameters, by their kind.
 
     These are "gradients" for the keepers of roots, "updates" on their way home, "weights" for replicas and "roots", the
     last only in steps that refresh.
+
+    Args:
+        known: what was counted for other ranks of the team: the weights of each replica group, to which more are added.
     """
     plan, rank = share.plan, share.rank
+    known = {} if known is None else known
     received: Counter[str] = Counter({"gradients": 0, "updates": 0, "weights": 0, "roots": 0})
-    for transfer in share.transfers:
+    # Of what all ranks store completely keepers are at home.
+    moving = any(matrix.axes and (matrix.sharded or not matrix.holders.replicated) for matrix in share.matrices)
+    for transfer in share.transfers if moving else ():
         if transfer.home != transfer.keeper and share.matrices[transfer.matrix].axes:
             sharding = share.sharding(transfer)
             if transfer.gathered and transfer.keeper == rank:
@@ -104,11 +129,14 @@ def traffic(share: RankShare, hp: ShampooHyperParams, distribution: Distribution
             if transfer.home == rank:
                 dtype = sharding.update_dtype(distribution.update_precision)
                 received["updates"] += transfer.elements * ITEM_BYTES[dtype]
-    for (ranks, dtype), transfers in share.replica_copies.items():
-        items = [(transfer.home, transfer.elements) for transfer in transfers]
-        padded = sum(width(bucket, items) for bucket in buckets(ranks, items, BUCKET_ELEMENTS))
-        received["weights"] += padded * (len(ranks) - 1) * ITEM_BYTES[dtype]
-    for slot in (slot for slots in share.rounds for slot in slots):
+    for ranks, dtype in share.replica_groups:
+        if (ranks, dtype) not in known:
+            items = [(transfer.home, transfer.elements) for transfer in share.replica_copies.get((ranks, dtype), ())]
+            padded = sum(width(bucket, items) for bucket in buckets(ranks, items, BUCKET_ELEMENTS))
+            known[ranks, dtype] = padded * (len(ranks) - 1) * ITEM_BYTES[dtype]
+        received["weights"] += known[ranks, dtype]
+    copied = any(run.copies for run in plan.runs)
+    for slot in (slot for slots in share.rounds for slot in slots) if copied else ():
         block = plan.blocks[slot]
         if rank != block.owner:
             V = block.elements if hp.variant.direction == "adam" else 0

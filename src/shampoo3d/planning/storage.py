@@ -89,11 +89,14 @@ class Storage:
         holder = self._holders.of_rank.get(rank)
         return self._of_shard.get((holder.shard_group, holder.shard), ()) if holder else ()
 
+    def nearby(self, block: Block) -> Sequence[Stored]:
+        """Return the rectangles that are where a block is along the axis that tells most of them apart."""
+        start, stop = self._ends(block)
+        return self.all[bisect.bisect_right(self._stops, start) : bisect.bisect_left(self._starts, stop)]
+
     def meeting(self, block: Block) -> Iterator[Stored]:
         """Yield the rectangles that a block has elements of."""
-        start, stop = self._ends(block)
-        nearby = range(bisect.bisect_right(self._stops, start), bisect.bisect_left(self._starts, stop))
-        yield from (self.all[i] for i in nearby if self.all[i].piece.box.intersect(block))
+        return (stored for stored in self.nearby(block) if stored.box.intersect(block))
 
     @cached_property
     def tiles(self) -> list[Tile]:

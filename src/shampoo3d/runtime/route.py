@@ -75,16 +75,19 @@ class Route:
         return cls(merged(leaving), [*merged(here), *merged(arriving)], sent, received, shared)
 
     def take(self, communicator: Communicator, kind: str, turn: int, dtype: torch.dtype, start: Tensors) -> Arrive:
-        """Start to carry the pieces, from the tensors that ``start`` returns; they are kept until they have arrived."""
+        """Start to carry the pieces, from the tensors that ``start`` returns."""
 
         def fill(buffer: Tensor) -> None:
             copy(self.leaving, start, lambda _: buffer)
 
+        staying = {patch.start.tensor for patch in self.arriving} - {BUFFER}
+        tensors = {name: start(name) for name in staying}
         wait = communicator.all_to_all(kind, turn, dtype, self.sent, self.received, fill) if self.shared else None
 
         def arrive(stop: Tensors) -> None:
-            received = wait() if wait else None
-            copy(self.arriving, lambda name: start(name) if name is not BUFFER or received is None else received, stop)
+            if wait:
+                tensors[BUFFER] = wait()
+            copy(self.arriving, tensors.__getitem__, stop)
 
         return arrive
 

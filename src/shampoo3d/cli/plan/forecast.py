@@ -16,6 +16,7 @@ from shampoo3d.planning.cost import bytes_of, statistics_bytes
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Matrix
 from shampoo3d.planning.plan import Plan
+from shampoo3d.planning.runs import Kind as BlockKind
 from shampoo3d.planning.shards import Ranks
 from shampoo3d.planning.share import RankShare, traffic
 from shampoo3d.runtime.memory import Memory, memory
@@ -105,9 +106,7 @@ class Forecast:
     def _counted(self) -> dict[str, Counter[int]]:
         found: dict[str, Counter[int]] = {name: Counter() for name in ("blocks", "statistics", "roots")}
         for run in (run for plan in self.plans for run in plan.runs):
-            kind = run.kind
-            roots = kind.root_numbers * bytes_of("P", self.hp, kind.dtype)
-            statistics = statistics_bytes(kind.factors, kind.dtype, kind.diagonals)
+            statistics, roots = kind_bytes(run.kind, self.hp)
             for first, last, owner in run.by_owner():
                 found["blocks"][owner] += last - first
                 found["statistics"][owner] += (last - first) * statistics
@@ -168,8 +167,9 @@ class Forecast:
     def received(self) -> dict[int, dict[str, int]]:
         """The bytes that ranks receive in a step, by kind."""
         distribution = Distribution(root_copies=self.request.root_copies)
+        known: dict[Ranks, dict[tuple[Ranks, str], int]] = {plan.ranks: {} for plan in self.plans}
         return {
-            rank: traffic(RankShare(plan, self.teams[plan.ranks], rank), self.hp, distribution)
+            rank: traffic(RankShare(plan, self.teams[plan.ranks], rank), self.hp, distribution, known[plan.ranks])
             for rank in self.looked_at
             for plan in self.plans_of(rank)
         }
@@ -222,6 +222,12 @@ class Forecast:
                 else:
                     firsts[key] = Kind(name, 1, Row.of(matrix, number, plan, self.hp), matrix.sharding.divided)
         return list(firsts.values())
+
+
+def kind_bytes(kind: BlockKind, hp: ShampooHyperParams) -> tuple[int, int]:
+    """Return the bytes of the statistics and of the roots of a block."""
+    statistics = statistics_bytes(kind.factors, kind.dtype, kind.diagonals)
+    return statistics, kind.root_numbers * bytes_of("P", hp, kind.dtype)
 
 
 def cheapest(forecasts: Sequence[Forecast]) -> Forecast | None:

@@ -46,7 +46,7 @@ def summaries(forecast: Forecast) -> dict[str, Summary]:
     return found
 
 
-def as_data(forecast: Forecast) -> dict[str, Any]:
+def as_data(forecast: Forecast, *, compare: bool) -> dict[str, Any]:
     """Return all that the tables show, in numbers."""
     request = forecast.request
     return {
@@ -66,11 +66,29 @@ def as_data(forecast: Forecast) -> dict[str, Any]:
             {"data": of.request.data, "block size": of.hp.block_size, "state": of.state[of.worst]}
             for of in forecast.remedies
         ],
+        "compared": _compared(forecast) if compare else [],
         "kinds": [
             {"name": of.name, "count": of.count, "elements": of.elements, "divided": of.divided, **asdict(of.row)}
             for of in forecast.kinds
         ],
     }
+
+
+def _compared(forecast: Forecast) -> list[dict[str, Any]]:
+    best = cheapest(forecast.compared)
+    return [
+        {
+            "block size": of.hp.block_size,
+            "cost": max(of.cost.values()),
+            "share of a step": of.share,
+            "max / mean": of.imbalance,
+            "idle ranks": of.idle,
+            "state": of.state[of.worst],
+            "fits": of.fits,
+            "cheapest": of is best,
+        }
+        for of in forecast.compared
+    ]
 
 
 def shown(forecast: Forecast, *, compare: bool) -> list[Table | str]:
@@ -82,7 +100,7 @@ def shown(forecast: Forecast, *, compare: bool) -> list[Table | str]:
         f"{request.layout}: {request.world} ranks"
     )
     tables = [_rank_table(forecast), _memory_table(forecast), kinds_table(forecast.kinds)]
-    return [title, *tables, *([compare_table(forecast)] if compare else []), *_remarks(forecast)]
+    return [title, *tables, *([compare_table(forecast)] if compare else []), *remarks(forecast)]
 
 
 def _rank_table(forecast: Forecast) -> Table:
@@ -131,7 +149,8 @@ def compare_table(forecast: Forecast) -> Table:
     return table
 
 
-def _remarks(forecast: Forecast) -> list[str]:
+def remarks(forecast: Forecast) -> list[str]:
+    """Say in sentences what the tables leave out: settings, balance, what is assumed, whether it fits."""
     request, hp = forecast.request, forecast.hp
     lines = [
         f"settings: {request.preset}, block size {hp.block_size}, roots every {hp.preconditioning_compute_steps} steps",
