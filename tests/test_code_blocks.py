@@ -156,7 +156,7 @@ def commands() -> list[list[str]]:
     lines = []
     for text in PAGES.values():
         for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-            lines += block.splitlines()
+            lines += block.replace("\\\n", " ").splitlines()
         lines += re.findall(r"`((?:shampoo3d|make|python \w+/) ?[a-z][^`|…]*)`", text)
     return [shlex.split(line, comments=True) for line in lines]
 

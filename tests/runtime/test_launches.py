@@ -184,7 +184,7 @@ def test_the_mathematics_is_one_graph(shape: tuple[int, ...], variant: str) -> N
             S, D = average.clone(), D.clone()
             if hp.weight_updates(t):
                 how(make.precondition)(stack, S, ALL, t, S)
-            u = how(Momenta.update)(momenta, torch.ones_like(G), S, D, group, started=True)
+            u = how(Momenta.update)(momenta, lambda X, alpha: X.add_(alpha), S, D, group, started=True)  # W is one
             found.append([u, how(squared_norms)(G), *stack.tensors().values(), *momenta.tensors().values()])
     for plain, traced in zip(found[:3], found[3:], strict=True):  # the divisors of averages are rounded there
         torch.testing.assert_close(plain, traced, rtol=1e-5, atol=1e-5)
