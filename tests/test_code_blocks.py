@@ -169,7 +169,7 @@ def test_commands_exist() -> None:
 
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     found = commands()
-    assert {words[0] for words in found} == {"make", "shampoo3d", "python", "pip"}
+    assert {words[0] for words in found} == {"make", "shampoo3d", "python", "pip", "chromium"}
     for program, *words in found:
         if program == "make":
             assert {*words} <= {*targets}
