@@ -249,13 +249,15 @@ class Exchange:
 def _in_blocks(items: Sequence[WorkItem]) -> Callable[[Transfer], Place]:
     """Return what finds fragments in the blocks of work items, which are named by their numbers."""
     rows = {slot: (number, row) for number, item in enumerate(items) for row, slot in enumerate(item.slots)}
+    stacks = [item.batch.stack for item in items]
+    first = [laid(number, 0, stack.shape) for number, stack in enumerate(stacks)]
+    elements = [math.prod(stack.shape) for stack in stacks]
 
     def place(transfer: Transfer) -> Place:
         number, row = rows[transfer.slot]
-        shape = items[number].batch.stack.shape
-        block = laid(number, row * math.prod(shape), shape)
-        moved = sum(side.start * stride for side, stride in zip(transfer.within, block.strides, strict=True))
-        return Place(number, block.offset + moved, block.strides)
+        strides = first[number].strides
+        moved = sum(side.start * stride for side, stride in zip(transfer.within, strides, strict=True))
+        return Place(number, row * elements[number] + moved, strides)
 
     return place
 

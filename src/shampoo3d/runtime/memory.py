@@ -17,6 +17,7 @@ from shampoo3d.numerics.schedule import equivalent_step, phase
 from shampoo3d.planning.layout import Matrix
 from shampoo3d.planning.plan import Plan
 from shampoo3d.runtime.dry_run import DryRun, kind_of_step
+from shampoo3d.runtime.patches import unseen
 from shampoo3d.runtime.team import state_bytes
 from shampoo3d.settings.distribution import Distribution
 from shampoo3d.settings.hyperparams import ShampooHyperParams
@@ -74,8 +75,9 @@ def memory(
     meter = Meter()
     shares = [(plan, matrices) for plan, matrices in teams if rank in plan.ranks]
     run = DryRun(shares, rank, hp, distribution, meter, device=device)
-    for t in _steps([plan for plan, _ in shares], rank, hp):
-        run.step(t)
+    with unseen():
+        for t in _steps([plan for plan, _ in shares], rank, hp):
+            run.step(t)
     statistics, roots = _factor_bytes(run.stacks)
     state, buffers = state_bytes(run.teams), sum(exchange.buffer_bytes for exchange in run.exchanges)
     return Memory(statistics, roots, state - statistics - roots, buffers, meter.peak - state - buffers)

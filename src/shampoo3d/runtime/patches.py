@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -91,6 +93,19 @@ def _row(patches: Sequence[Patch]) -> Patch:
     return Patch((len(patches), *first.shape), *places)
 
 
+_UNSEEN: ContextVar[bool] = ContextVar("unseen", default=False)
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Leave out copies within, of tensors without data: they allocate nothing, and there may be a million pieces."""
+    before = _UNSEEN.set(True)
+    try:
+        yield
+    finally:
+        _UNSEEN.reset(before)
+
+
 def starts(patches: Iterable[Patch], tensors: Tensors) -> list[Tensor]:
     """Return the views where the patches start."""
     flat = _flattened(tensors)
@@ -105,8 +120,16 @@ def stops(patches: Iterable[Patch], tensors: Tensors) -> list[Tensor]:
 
 def copy(patches: Sequence[Patch], start: Tensors, stop: Tensors) -> None:
     """Copy all pieces from where they start to where they stop."""
-    if patches:
+    if patches and not _UNSEEN.get():
         torch._foreach_copy_(stops(patches, stop), starts(patches, start))
+
+
+def ends(patches: Sequence[Patch], start: Tensors, stop: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the views where the patches stop, and where they start; if unseen, one of as many elements for all."""
+    if _UNSEEN.get():
+        flat = start(patches[0].start.tensor).view(-1)[: sum(math.prod(patch.shape) for patch in patches)]
+        return [flat], [flat]
+    return stops(patches, stop), starts(patches, start)
 
 
 def _flattened(tensors: Tensors) -> Tensors:

@@ -14,7 +14,7 @@ from shampoo3d.distributed.collectives import Communicator
 from shampoo3d.numerics.masks import overwrite
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.routes import BUCKET_ELEMENTS, Transfer, buckets, width
-from shampoo3d.runtime.patches import Patch, Place, Tensors, copy, laid, merged, starts, stops
+from shampoo3d.runtime.patches import Patch, Place, Tensors, copy, ends, laid, merged
 
 T = TypeVar("T")
 
@@ -130,7 +130,7 @@ class Gathering:
             "weights", self.elements, dtype, lambda buffer: copy(self.leaving, flat, lambda _: buffer)
         )
         if self.arriving:
-            overwrite(stops(self.arriving, flat), starts(self.arriving, lambda _: received))
+            overwrite(*ends(self.arriving, lambda _: received, flat))
             for group_tensor in dict.fromkeys(patch.stop.tensor for patch in self.arriving):
                 group_tensor.store(flat(group_tensor))
 
