@@ -34,7 +34,12 @@ COMMAND = [sys.executable, "-m", "shampoo3d.cli"]
 
 def start(arguments: str, *, output: Path) -> subprocess.Popen[str]:
     command = [*COMMAND, *arguments.split(), "--output", str(output)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    # Where the tests run in the background of a shell, it lets them ignore Ctrl-C, and so would what they start.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def environment() -> dict[str, str]:
