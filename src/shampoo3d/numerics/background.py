@@ -2,9 +2,9 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import cache
 from itertools import pairwise
@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from shampoo3d.numerics.context import having
 
 T = TypeVar("T")
 
@@ -111,14 +113,9 @@ class Stopwatch:
 _USUAL: ContextVar[bool] = ContextVar("usual", default=False)
 
 
-@contextmanager
-def usual() -> Iterator[None]:
+def usual() -> AbstractContextManager[None]:
     """Let masks without data within stand for those of a host that knows that no entry is set, as is usual."""
-    before = _USUAL.set(True)
-    try:
-        yield
-    finally:
-        _USUAL.reset(before)
+    return having(_USUAL, True)
 
 
 def any_or_unknown(mask: Tensor) -> bool:

@@ -5,12 +5,14 @@ state advances as ``X <- beta X + w Y(G)``, with Y(0) = 0, and so stays what it 
 state, and the direction of the weights, are chosen. Outside of it each function does what its first line says alone.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+
+from shampoo3d.numerics.context import having
 
 
 class Mask:
@@ -37,14 +39,9 @@ def current_mask() -> Mask | None:
     return None if torch.compiler.is_compiling() else _MASK.get()
 
 
-@contextmanager
-def only_if(mask: Mask | None) -> Iterator[None]:
+def only_if(mask: Mask | None) -> AbstractContextManager[None]:
     """Let all changes of state within it depend on a mask."""
-    before = _MASK.set(mask)
-    try:
-        yield
-    finally:
-        _MASK.reset(before)
+    return having(_MASK, mask)
 
 
 def kept(X: Tensor, *, inplace: bool = True) -> Tensor:

@@ -106,6 +106,7 @@ class Momenta:
         """
         decoupled, decay = self.hp.variant.decoupled_weight_decay, group["weight_decay"]
         if decay and not decoupled:
+            assert started or D is not None
             for direction in (S,) if started or D is None else (S, D):
                 add_weights(direction, decay)
                 kept(direction)

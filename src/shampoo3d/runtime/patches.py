@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shampoo3d.numerics.context import having
 from shampoo3d.numerics.tiles import Shape
 
 
@@ -96,14 +97,9 @@ def _row(patches: Sequence[Patch]) -> Patch:
 _UNSEEN: ContextVar[bool] = ContextVar("unseen", default=False)
 
 
-@contextmanager
-def unseen() -> Iterator[None]:
+def unseen() -> AbstractContextManager[None]:
     """Leave out copies within, of tensors without data: they allocate nothing, and there may be a million pieces."""
-    before = _UNSEEN.set(True)
-    try:
-        yield
-    finally:
-        _UNSEEN.reset(before)
+    return having(_UNSEEN, True)
 
 
 def starts(patches: Iterable[Patch], tensors: Tensors) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Numbers of a step that is being recorded, kept on the devices on which they arise."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shampoo3d.numerics.background import Late, Stopwatch
+from shampoo3d.numerics.context import having
 from shampoo3d.numerics.masks import current_mask
 from shampoo3d.runtime.bindings import Binding, StepCounts
 
@@ -107,22 +108,13 @@ def mark(phase: str) -> None:
         marking.mark(phase)
 
 
-@contextmanager
-def marked(marking: Marking) -> Iterator[None]:
+def marked(marking: Marking) -> AbstractContextManager[None]:
     """Let something have the marks of the step within."""
-    before = _MARKING.set(marking)
-    try:
-        yield
-    finally:
-        _MARKING.reset(before)
+    return having(_MARKING, marking)
 
 
 @contextmanager
 def recorded(recording: Recording) -> Iterator[None]:
     """Let a recording have the numbers of the step within."""
-    before = _RECORDING.set(recording)
-    try:
-        with marked(recording.stopwatch):
-            yield
-    finally:
-        _RECORDING.reset(before)
+    with having(_RECORDING, recording), marked(recording.stopwatch):
+        yield

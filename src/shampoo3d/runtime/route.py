@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,12 +32,14 @@ class Route:
     Attributes:
         leaving: from tensors into the buffer that is sent.
         arriving: from the buffer that is received, or from tensors of this rank, into others.
+        staying: names of the tensors of this rank from which pieces arrive.
         sent, received: numbers of elements, by rank of the group.
         shared: True if any rank may send anything, the same on all; else there is no collective.
     """
 
     leaving: list[Patch]
     arriving: list[Patch]
+    staying: frozenset[Any]
     sent: list[int]
     received: list[int]
     shared: bool
@@ -72,7 +74,8 @@ class Route:
         to_others, from_others = ([*chain.from_iterable(to[peer] for peer in ranks)] for to in (out, into))
         leaving = [Patch(shape, start(piece), at) for piece, shape, at in _packed(to_others)]
         arriving = [Patch(shape, at, stop(piece)) for piece, shape, at in _packed(from_others)]
-        return cls(merged(leaving), [*merged(here), *merged(arriving)], sent, received, shared)
+        staying = frozenset(patch.start.tensor for patch in here)
+        return cls(merged(leaving), [*merged(here), *merged(arriving)], staying, sent, received, shared)
 
     def take(self, communicator: Communicator, kind: str, turn: int, dtype: torch.dtype, start: Tensors) -> Arrive:
         """Start to carry the pieces, from the tensors that ``start`` returns."""
@@ -80,8 +83,7 @@ class Route:
         def fill(buffer: Tensor) -> None:
             copy(self.leaving, start, lambda _: buffer)
 
-        staying = {patch.start.tensor for patch in self.arriving} - {BUFFER}
-        tensors = {name: start(name) for name in staying}
+        tensors = {name: start(name) for name in self.staying}
         wait = communicator.all_to_all(kind, turn, dtype, self.sent, self.received, fill) if self.shared else None
 
         def arrive(stop: Tensors) -> None:

@@ -128,7 +128,7 @@ class FlatBucket(ShardBucket):
         del self.D, self.S
 
     def _record(self, kind: str, flat: Tensor, times: float | Tensor = 1.0) -> None:
-        _record(kind, self.bindings, _parts(flat, self.bindings), self.dtype, times)
+        _record(kind, self.bindings, {self.group_tensor: flat}, self.dtype, times)
 
 
 @dataclass(eq=False)
@@ -137,12 +137,14 @@ class Stretch:
 
     Attributes:
         span: their elements in S.
+        bindings: the matrices that have elements in them.
         unfactored: the matrices without factors in them; rows: the elements of these in the state.
         age: see :meth:`ShampooHyperParams.weight_updates`.
     """
 
     group_tensors: list[GroupTensor]
     span: slice
+    bindings: list[Binding]
     unfactored: list[Binding]
     rows: slice
     age: int = field(init=False)
@@ -211,8 +213,11 @@ class JoinedBucket(ShardBucket):
             if now is not None:
                 tensors = list(alike)
                 start, elements = self._starts[tensors[0]], sum(tensor.shape.numel() for tensor in tensors)
-                unfactored = [binding for binding in self.unfactored if binding.group_tensor in tensors]
-                found.append(Stretch(tensors, slice(start, start + elements), unfactored, self._rows_of(unfactored)))
+                members = {*tensors}
+                bindings = [binding for binding in self.bindings if binding.group_tensor in members]
+                unfactored = [binding for binding in bindings if not binding.matrix.factored]
+                span = slice(start, start + elements)
+                found.append(Stretch(tensors, span, bindings, unfactored, self._rows_of(unfactored)))
         return found
 
     def add_norms(self, _: Tensor, __: Sequence[Binding]) -> None:
@@ -245,8 +250,7 @@ class JoinedBucket(ShardBucket):
 
     def _record(self, kind: str, stretch: Stretch, flats: Sequence[Tensor], times: float | Tensor = 1.0) -> None:
         of = dict(zip(stretch.group_tensors, flats, strict=True))
-        bindings = [binding for binding in self.bindings if binding.group_tensor in of]
-        _record(kind, bindings, _parts_of(of, bindings), self.dtype, times)
+        _record(kind, stretch.bindings, of, self.dtype, times)
 
     def _rows_of(self, unfactored: Sequence[Binding]) -> slice:
         if not unfactored:
@@ -285,10 +289,14 @@ def _parts_of(flats: Mapping[GroupTensor, Tensor], bindings: Sequence[Binding]) 
 
 
 def _record(
-    kind: str, bindings: Sequence[Binding], parts: Sequence[Tensor], dtype: torch.dtype, times: float | Tensor = 1.0
+    kind: str,
+    bindings: Sequence[Binding],
+    flats: Mapping[GroupTensor, Tensor],
+    dtype: torch.dtype,
+    times: float | Tensor = 1.0,
 ) -> None:
-    """Let a recording that is under way have the lengths of the matrices' parts of a tensor."""
+    """Let a recording that is under way have the lengths of the matrices' parts of tensors."""
     if (recording := current_recording()) is not None and bindings:
-        lengths = torch.stack(torch._foreach_norm(list(parts), dtype=dtype))
+        lengths = torch.stack(torch._foreach_norm(_parts_of(flats, bindings), dtype=dtype))
         rows = index([recording.rows[binding] for binding in bindings], lengths.device)
         recording.add(kind, rows, lengths.double().square() * times**2)
