@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from common import assert_equal, draw
 from shampoo3d import Computation, Shampoo, ShampooHyperParams
+from shampoo3d.numerics.roots import inverse_roots
+from shampoo3d.numerics.roots.guard import root_residual
 from shampoo3d.numerics.schedule import phase, root_age
 
 SHAPES = {"wide": (16, 24), "bias": (16,), "cube": (4, 6, 5), "square": (8, 8), "scalar": ()}
@@ -185,6 +187,35 @@ def test_of_diagonal_statistics_the_bounds_are_the_eigenvalues(preset: str) -> N
     assert told["shampoo/smallest_eigenvalue/min"] == pytest.approx(smallest, rel=1e-9)
     ridge = 1e-3 * largest if preset == "classic" else 0.0
     assert told["shampoo/condition/w"] == pytest.approx((largest + ridge) / (smallest + ridge), rel=1e-6)
+
+
+@pytest.mark.parametrize(("beta2", "expected"), [(1.0, 7 / 4 - 1), (0.9, 0.0)])
+def test_the_residual_tells_how_far_statistics_have_moved_since_the_root(beta2: float, expected: float) -> None:
+    """A sum of equal terms is 7/4 of what it was at step 4; a corrected average of them stays."""
+    hp = ShampooHyperParams(beta2=beta2, matrix_eps=1e-12, preconditioning_compute_steps=4, graft_type="rmsprop")
+    hp = replace(hp, variant=replace(hp.variant, bias_correction=True))
+    p = nn.Parameter(draw((6, 6), 0))
+    optimizer = Shampoo([("w", p)], lr=0.01, hyperparams=hp)
+    optimizer.watch(1)
+    for t in range(1, 8):
+        p.grad = draw(p.shape, 7)
+        optimizer.step()
+        told = optimizer.report().scalars()["shampoo/root_residual/w"]
+        assert t != 4 or told == pytest.approx(0.0, abs=1e-6)
+    assert told == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("p", [2, 4])
+@pytest.mark.parametrize("exponent", [-60, 0, 60])
+def test_the_residual_of_a_root_of_another_length(p: int, exponent: int) -> None:
+    L = (draw((5, 5), 1) @ draw((5, 5), 1).T)[None] * 2.0**exponent
+    root, _ = inverse_roots(L, p, 1e-9)
+    told = [float(root_residual(L, c * root, p, 1e-9)) for c in (1.0, 1.5)]
+    assert told == pytest.approx([0.0, 1.5**p - 1], rel=1e-6, abs=1e-6)
+    flat = torch.arange(1.0, 5.0, dtype=torch.float64)[None]
+    assert float(root_residual(flat, 2 * flat ** (-1 / p), p, 0.0)) == pytest.approx(2**p - 1)
+    assert root_residual(torch.zeros_like(L), root, p, 1e-9) == 0
+    assert root_residual(-L, root, p, 1e-9) == math.inf
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -151,7 +151,7 @@ class Stack:
         starts, r = first & (squares > 0), len(self.axes)
         c = torch.where(starts, squares, 1.0)
         scale = c.pow((1.0 / r - 1.0) / 2.0).view(-1, *[1] * len(self.shape))
-        return U * scale, c.pow(1.0 / r).mul_(starts).mul_(self._gathered(t))
+        return U * scale, c.pow(1.0 / r).mul_(starts).mul_(self.gathered(t))
 
     def _start_anew(self, rows: Rows, overflowed: Tensor) -> None:
         """Reset ``L <- 0`` where the squares of a gradient overflowed that roots of far smaller ones had whitened."""
@@ -219,14 +219,14 @@ class Stack:
         """True if roots are taken of statistics divided by their weight; bases do not depend on it."""
         return self.hp.beta2 < 1.0 and self.hp.variant.bias_correction and self.hp.variant.direction == "root"
 
-    def _gathered(self, t: int) -> float:
+    def gathered(self, t: int) -> float:
         """Return the weight by which the statistics of step t are divided for a root."""
         terms = self.hp.statistics_count(t)
         return self.hp.correction(self.hp.beta2, terms) if self.corrects_statistics and terms else 1.0
 
     def _averaged_statistics(self, index: int, rows: Rows, t: int) -> Tensor:
         """Return L, divided by the weight that it has gathered if that is corrected for."""
-        L, weight = self.statistics[index].whole(rows), self._gathered(t)
+        L, weight = self.statistics[index].whole(rows), self.gathered(t)
         return L if weight == 1.0 else L / weight
 
     def _new_roots(self, index: int, rows: Rows, t: int) -> tuple[Tensor, ...]:

@@ -1,9 +1,14 @@
-"""Bounds of the eigenvalues of factors, read off their diagonals: no decomposition and no product."""
+"""Bounds of the eigenvalues of factors, read off their diagonals, and how good roots are: no decomposition."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from shampoo3d.numerics.background import upload
+from shampoo3d.numerics.eigenbasis import turned
 from shampoo3d.numerics.preconditioner import Stack
+from shampoo3d.numerics.roots.guard import root_residual
 
 
 def spectrum(stack: Stack) -> Tensor:
@@ -28,3 +33,24 @@ def _log_condition(stack: Stack, L: Tensor, P: Tensor) -> Tensor:
         entries, p = (P if P.dim() == 2 else P.diagonal(dim1=1, dim2=2)).double(), stack.exponent
     ratio = entries.amax(1).log() - entries.amin(1).log()
     return torch.where(L.amax(1) > 0, p * ratio, 0.0)
+
+
+def residuals(stack: Stack, rows: Tensor, steps: Sequence[int]) -> Tensor:
+    """Return how far the roots of some blocks are from those of their statistics now, (rows,) float64.
+
+    It is the largest of all factors, see :func:`~.numerics.roots.guard.root_residual`; of eigenbases it is
+    :func:`~.numerics.eigenbasis.turned`.
+
+    Args:
+        steps: those that the parameter of each of the blocks has taken.
+    """
+    weights = upload([stack.gathered(t) for t in steps], stack.dtype, stack.device)
+    found = []
+    for statistics, root in zip(stack.statistics, stack.roots, strict=True):
+        L, P = statistics.whole(rows), root[rows].to(stack.dtype)
+        if stack.letter == "Q":
+            found.append(turned(L, P))
+        else:
+            L = L / weights.view(-1, *[1] * (L.dim() - 1))
+            found.append(root_residual(L, P, stack.exponent, stack.hp.matrix_eps))
+    return torch.stack(found).amax(0).double()

@@ -13,8 +13,8 @@ from shampoo3d.numerics.context import having
 from shampoo3d.numerics.masks import current_mask
 from shampoo3d.runtime.bindings import Binding, StepCounts
 
-COLUMNS = ("gradient", "direction", "update", "weight", "largest", "smallest", "condition")
-"""Squared lengths, the last before the step, and bounds as in :func:`shampoo3d.numerics.spectrum.spectrum`."""
+COLUMNS = ("gradient", "direction", "update", "weight", "largest", "smallest", "condition", "residual")
+"""Squared lengths, the last before the step, and what :mod:`shampoo3d.numerics.spectrum` finds."""
 _LENGTHS = 4
 
 
@@ -36,9 +36,10 @@ class Recording:
         """Add squared lengths, float64, of parts of the matrices in these rows."""
         self._table(squares.device)[:, COLUMNS.index(column)].index_add_(0, rows, squares)
 
-    def bound(self, rows: Tensor, bounds: Tensor) -> None:
-        """Take the bounds of blocks of the matrices in these rows."""
-        columns = self._table(bounds.device)[:, _LENGTHS:]
+    def bound(self, column: str, rows: Tensor, bounds: Tensor) -> None:
+        """Take bounds (rows, k), for this column and the next, of blocks of the matrices in these rows: the largest."""
+        first = COLUMNS.index(column)
+        columns = self._table(bounds.device)[:, first : first + bounds.shape[1]]
         columns.scatter_reduce_(0, rows[:, None].expand_as(bounds), bounds, "amax")
 
     def fail(self, roots: Tensor) -> None:

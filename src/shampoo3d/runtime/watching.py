@@ -5,9 +5,10 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 from shampoo3d.numerics.schedule import root_age
-from shampoo3d.numerics.spectrum import spectrum
+from shampoo3d.numerics.spectrum import residuals, spectrum
 from shampoo3d.runtime.bindings import Binding, StepCounts, index
 from shampoo3d.runtime.exchange import Exchange
 from shampoo3d.runtime.recording import Recording, recorded
@@ -45,8 +46,9 @@ class Watch:
             yield
             for batch, bindings in self._kept.items():
                 rows = index([self._rows[binding] for binding in bindings], batch.stack.device)
-                recording.bound(rows, spectrum(batch.stack))
+                recording.bound("largest", rows, spectrum(batch.stack))
                 recording.fail(batch.stack.root_failures)
+            self._judge_oldest(recording)
         after = _received(exchanges)
         recording.received = {kind: after[kind] - before[kind] for kind in after}
         recording.send()
@@ -60,12 +62,24 @@ class Watch:
         self._rows = {binding: row for row, binding in enumerate(of for team in teams for of in team.bindings)}
         self._home = {of: None for team in teams for bucket in team.buckets for of in bucket.bindings}
         self._kept: dict[Batch, list[Binding]] = {}
-        self._turns: defaultdict[Binding, set[int]] = defaultdict(set)
+        self._turns: defaultdict[Binding, dict[int, tuple[Batch, int]]] = defaultdict(dict)
         for team in teams:
             for batch in (batch for batch in team.batches if not batch.guests):
                 self._kept[batch] = [team.binding_of(slot) for slot in batch.slots]
-                for binding, slot in zip(self._kept[batch], batch.slots, strict=True):
-                    self._turns[binding].add(team.plan.blocks[slot].offset)
+                for row, (binding, slot) in enumerate(zip(self._kept[batch], batch.slots, strict=True)):
+                    self._turns[binding].setdefault(team.plan.blocks[slot].offset, (batch, row))
+
+    def _judge_oldest(self, recording: Recording) -> None:
+        """Find the residual of one block of each matrix, one of those whose roots are the oldest."""
+        oldest: defaultdict[Batch, list[tuple[int, Binding]]] = defaultdict(list)
+        for binding, (_, offset) in self._ages(recording.steps).items():
+            batch, row = self._turns[binding][offset]
+            oldest[batch].append((row, binding))
+        for batch, found in oldest.items():
+            rows, bindings = zip(*found, strict=True)
+            stack, steps = batch.stack, [recording.steps[of.group_tensor] for of in bindings]
+            told = residuals(stack, index(rows, stack.device), steps)
+            recording.bound("residual", index([self._rows[of] for of in bindings], stack.device), told[:, None])
 
     def numbers(self) -> Mapping[str, float]:
         """Return the numbers of the last recorded step; on an accelerator, of the last one before the last launched.
@@ -92,9 +106,9 @@ class Watch:
             for kind in LENGTHS
         }
         ratios = {name: _ratio(update, norms["weight"][name]) for name, update in norms["update"].items()}
-        largest, smallest, condition = (
+        largest, smallest, condition, residual = (
             _by_name(((of, rows[of][column]) for of in self._turns), max)
-            for column in ("largest", "smallest", "condition")
+            for column in ("largest", "smallest", "condition", "residual")
         )
         smallest = {name: -value for name, value in smallest.items()}
         condition = {name: math.exp(min(value, 700.0)) for name, value in condition.items()}
@@ -103,26 +117,22 @@ class Watch:
             found |= _named(f"{kind}_norm", of) | {f"{kind}_norm/total": math.hypot(*of.values())}
         total = _ratio(found["update_norm/total"], found["weight_norm/total"])
         found |= _named("update_ratio", ratios, max) | {"update_ratio/total": total}
-        found |= _named("root_age", self._ages(recording.steps), max)
+        ages = ((of, age) for of, (age, _) in self._ages(recording.steps).items())
+        found |= _named("root_age", _by_name(ages, max), max)
         found |= _named("largest_eigenvalue", largest, max) | _named("smallest_eigenvalue", smallest, min)
         found |= _named("condition", condition, max)
+        found |= _named("root_residual", {name: value for name, value in residual.items() if value >= 0}, max)
         seconds = recording.stopwatch.seconds()
         found |= _named("seconds", seconds) | {"seconds/total": sum(seconds.values())}
         found |= _named("received_bytes", recording.received)
         self._numbers = {f"shampoo/{name}": float(value) for name, value in found.items()}
         self._judge(steps, ratios, largest, smallest, failures)
 
-    def _ages(self, steps: StepCounts) -> dict[str, int]:
-        hp = self._teams[0].hp
-        known: dict[tuple[int, int], int] = {}
-        ages: defaultdict[str, int] = defaultdict(int)
-        for binding, offsets in self._turns.items():
-            t = steps.get(binding.group_tensor, 0)
-            for turn in ((t, offset) for offset in offsets if t):
-                if turn not in known:
-                    known[turn] = root_age(t, hp, turn[1])
-                ages[binding.matrix.name] = max(ages[binding.matrix.name], known[turn])
-        return dict(ages)
+    def _ages(self, steps: StepCounts) -> dict[Binding, tuple[int, int]]:
+        """Return the age of the oldest roots of each matrix that took part in a step, and their turn."""
+        hp, known = self._teams[0].hp, cache(root_age)
+        taking_part = ((of, turns, t) for of, turns in self._turns.items() if (t := steps.get(of.group_tensor, 0)))
+        return {of: max((known(t, hp, offset), offset) for offset in turns) for of, turns, t in taking_part}
 
     def _judge(
         self,

@@ -9,7 +9,7 @@ from shampoo3d.numerics.roots.choice import Method, choose
 from shampoo3d.numerics.roots.eigen import eigh_roots
 from shampoo3d.numerics.roots.minimax import minimax_roots
 from shampoo3d.numerics.roots.precision import products_for
-from shampoo3d.numerics.roots.scaling import RootResult, probes
+from shampoo3d.numerics.roots.scaling import SQUARINGS, RootResult, largest_eigenvalue, probes
 from shampoo3d.settings.computation import RootMethod
 
 ACCEPTED = 0.3
@@ -95,7 +95,14 @@ def scaled(stack: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _is_root(X: Tensor, A: Tensor, p: int, ridge: Tensor) -> Tensor:
-    """Return whether ``||A (X^p (A + ridge I) - I) A V|| <= ACCEPTED ||A A V||`` for a few fixed vectors V.
+    """Return whether the damped residual is small enough, (n,) bool; not where it is not finite."""
+    error, scale = _damped(X, A, p, ridge)
+    accepted: Tensor = error <= ACCEPTED * scale
+    return accepted
+
+
+def _damped(X: Tensor, A: Tensor, p: int, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``||A (X^p (A + ridge I) - I) A V||`` and ``||A A V||`` for a few fixed vectors V, (n,) both.
 
     A on both sides damps the directions of the smallest eigenvalues, where rounding alone makes any difference; a
     diverged root or one of an indefinite matrix is large there and shows all the same.
@@ -105,8 +112,27 @@ def _is_root(X: Tensor, A: Tensor, p: int, ridge: Tensor) -> Tensor:
     B = AAV + ridge * AV
     for _ in range(p):
         B = X @ B
-    accepted: Tensor = torch.linalg.matrix_norm(A @ (B - AV)) <= ACCEPTED * torch.linalg.matrix_norm(AAV)
-    return accepted
+    return torch.linalg.matrix_norm(A @ (B - AV)), torch.linalg.matrix_norm(AAV)
+
+
+def root_residual(L: Tensor, P: Tensor, p: int, eps: float) -> Tensor:
+    """Return the damped residual of P as ``(L + eps lambda_max(L) I)^(-1/p)``, (n,): products with a few vectors only.
+
+    Where P is of an earlier L it tells how far that has moved. 0 for a zero matrix; infinite where L has no roots.
+
+    Args:
+        L, P: (n, d, d) both; or (n, d), the diagonals of diagonal ones.
+    """
+    if L.dim() == 2:
+        largest = L.amax(-1, keepdim=True)
+        A = L / largest
+        error = torch.linalg.vector_norm(A * A * (P.pow(p) * largest * (A + eps) - 1), dim=-1)
+        share = torch.where(largest[:, 0] > 0, error / torch.linalg.vector_norm(A * A, dim=-1), torch.inf)
+        return torch.where((L == 0).all(-1), 0.0, share)
+    A, exponent, sound, zero = scaled(L)
+    X = P * torch.exp2(exponent.double() / p).to(P.dtype)[:, None, None]
+    error, scale = _damped(X, A, p, eps * largest_eigenvalue(A, A, 2 * SQUARINGS))
+    return torch.where(zero, 0.0, torch.where(sound, error / scale, torch.inf))
 
 
 def inverse_diagonal_roots(

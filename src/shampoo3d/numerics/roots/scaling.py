@@ -52,15 +52,19 @@ def ridge_of(A: Tensor, square: Tensor, eps: float) -> tuple[Tensor, Tensor, flo
     """Return s of :func:`bounded` and the ridge, (n, 1, 1) both, and the ridge as a fraction of lambda_max."""
     relative = max(eps, LEAST_RIDGE * torch.finfo(A.dtype).eps)
     s = torch.linalg.matrix_norm(square, keepdim=True).sqrt()
-    largest = _largest_eigenvalue(A, square / s.square()).clamp(s / A.shape[-1] ** 0.25, s)
+    largest = largest_eigenvalue(A, square / s.square(), SQUARINGS).clamp(s / A.shape[-1] ** 0.25, s)
     return s, relative * largest, relative
 
 
-def _largest_eigenvalue(A: Tensor, square: Tensor) -> Tensor:
-    """Return a lower bound of lambda_max, within a few percent: powers of a multiple of A^2 on some fixed vectors."""
+def largest_eigenvalue(A: Tensor, power: Tensor, times: int) -> Tensor:
+    """Return a lower bound of lambda_max, (n, 1, 1), within a few percent: ``power^times`` on some fixed vectors.
+
+    Args:
+        power: (n, d, d), a multiple of a power of A; of A^8 in all it takes to come so near.
+    """
     V = probes(A)
-    for _ in range(SQUARINGS):
-        V = square @ V
+    for _ in range(times):
+        V = power @ V
     norms = torch.linalg.vector_norm(torch.stack([A @ V, V]), dim=-2, keepdim=True)
     ratios: Tensor = norms[0] / norms[1].clamp_min(torch.finfo(A.dtype).tiny)
     return ratios.amax(-1, keepdim=True)
