@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 
+import torch
+
+from shampoo3d.numerics.background import upload
 from shampoo3d.numerics.schedule import root_age
 from shampoo3d.numerics.spectrum import residuals, spectrum
 from shampoo3d.runtime.bindings import Binding, StepCounts, index
@@ -76,10 +79,13 @@ class Watch:
             batch, row = self._turns[binding][offset]
             oldest[batch].append((row, binding))
         for batch, found in oldest.items():
+            device = batch.stack.device
             rows, bindings = zip(*found, strict=True)
-            stack, steps = batch.stack, [recording.steps[of.group_tensor] for of in bindings]
-            told = residuals(stack, index(rows, stack.device), steps)
-            recording.bound("residual", index([self._rows[of] for of in bindings], stack.device), told[:, None])
+            told = residuals(
+                batch.stack, upload(rows, torch.int64, device), [recording.steps[of.group_tensor] for of in bindings]
+            )
+            matrices = upload([self._rows[of] for of in bindings], torch.int64, device)
+            recording.bound("residual", matrices, told[:, None])
 
     def numbers(self) -> Mapping[str, float]:
         """Return the numbers of the last recorded step; on an accelerator, of the last one before the last launched.
