@@ -65,10 +65,11 @@ class Case:
     @property
     def settings(self) -> Settings:
         of = self.request
+        model = {"batch": of.data * 2, "micro_batches": 2 if of.pipe > 1 else 1} | self.model
         return Settings(
             output=Path("unused"), device="cpu",
             pipe=of.pipe, data=of.data, model_parallel=of.tensor, zero_stage=of.zero,
-            block_size=of.block_size or 128, batch=of.data * 2, micro_batches=2 if of.pipe > 1 else 1, **self.model,
+            block_size=of.block_size or 128, **model,
         )  # fmt: skip
 
 
