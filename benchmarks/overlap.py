@@ -1,4 +1,4 @@
-"""What a step hides: the exchange behind its computation, and roots in the background behind what follows it.
+"""Hidden parts of a step: the exchange behind its computation, and roots in the background behind what follows it.
 
 python benchmarks/overlap.py [--cycles 3] [--repeats 2] [--output benchmarks/results/overlap.json]
 
@@ -38,7 +38,7 @@ from shampoo3d.cli.train.launch import free_port
 from shampoo3d.distributed.collectives import Communicator, Waiting
 
 Seconds = dict[str, float]
-"""Of a training step, by what takes them; "travelling" and "waiting" are those of the exchange."""
+"""Those of a training step, by what takes them; "travelling" and "waiting" are those of the exchange."""
 
 SIZES = {"width": 256, "layers": 4}
 EXCHANGES = (

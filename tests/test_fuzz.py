@@ -23,7 +23,7 @@ from shampoo3d.runtime.agreement import largest_norm
 from shampoo3d.runtime.bindings import state_dtype
 
 INF = float("inf")
-QUICK, ALL = 100, 2_400
+QUICK, ALL = 100, 1_600
 
 # ---- what must hold ----
 
@@ -311,7 +311,8 @@ def test_some_cases() -> None:
 
 
 @pytest.mark.slow
-def test_all_cases() -> None:
-    found = Counter(run(seed) for seed in range(QUICK, QUICK + ALL))
-    assert found.total() == ALL
-    assert found["stepped"] > ALL / 3, found
+@pytest.mark.parametrize("half", [0, 1])
+def test_all_cases(half: int) -> None:
+    found = Counter(run(seed) for seed in range(QUICK + half, QUICK + ALL, 2))
+    assert found.total() == ALL // 2
+    assert found["stepped"] > ALL / 6, found
