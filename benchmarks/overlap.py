@@ -38,7 +38,7 @@ from shampoo3d.cli.train.launch import free_port
 from shampoo3d.distributed.collectives import Communicator, Waiting
 
 Seconds = dict[str, float]
-"""Those of a training step, by what takes them; "travelling" and "waiting" are those of the exchange."""
+"""Parts of a training step; "travelling" and "waiting" are of the exchange."""
 
 SIZES = {"width": 256, "layers": 4}
 EXCHANGES = (
