@@ -6,9 +6,10 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 from shampoo3d.cli.train.settings import RunError
 from shampoo3d.planning.assignment import make_plans
@@ -27,6 +28,8 @@ from shampoo3d.settings.hyperparams import ShampooHyperParams
 from .builtin import Parameter
 from .layout import stored
 from .request import Request
+
+K, N = TypeVar("K"), TypeVar("N", int, float)
 
 LOOKED_AT = 8
 """The number of ranks up to which the traffic of all of them is counted; of more ranks, that of so many is."""
@@ -95,12 +98,12 @@ class Forecast:
     @cached_property
     def cost(self) -> dict[int, float]:
         """The multiply-adds of a step, per rank."""
-        return {rank: cost for plan in self.plans for rank, cost in plan.load().items()}
+        return _total(plan.load() for plan in self.plans)
 
     @cached_property
     def state(self) -> dict[int, int]:
         """The bytes of state, per rank."""
-        return {rank: size for plan in self.plans for rank, size in plan.bytes().items()}
+        return _total(plan.bytes() for plan in self.plans)
 
     @cached_property
     def _counted(self) -> dict[str, Counter[int]]:
@@ -169,9 +172,11 @@ class Forecast:
         distribution = Distribution(root_copies=self.request.root_copies)
         known: dict[Ranks, dict[tuple[Ranks, str], int]] = {plan.ranks: {} for plan in self.plans}
         return {
-            rank: traffic(RankShare(plan, self.teams[plan.ranks], rank), self.hp, distribution, known[plan.ranks])
+            rank: _total(
+                traffic(RankShare(plan, self.teams[plan.ranks], rank), self.hp, distribution, known[plan.ranks])
+                for plan in self.plans_of(rank)
+            )
             for rank in self.looked_at
-            for plan in self.plans_of(rank)
         }
 
     @cached_property
@@ -213,15 +218,24 @@ class Forecast:
     def kinds(self) -> list[Kind]:
         """The parameters by kind, in the order of the model."""
         firsts: dict[object, Kind] = {}
-        for plan in self.plans:
-            for number, matrix in enumerate(self.teams[plan.ranks]):
-                name = re.sub(r"\d+(?=\.)", "*", matrix.name)
-                key = name, matrix.shape, matrix.path, matrix.reason
-                if key in firsts:
-                    firsts[key] = replace(firsts[key], count=firsts[key].count + 1)
-                else:
-                    firsts[key] = Kind(name, 1, Row.of(matrix, number, plan, self.hp), matrix.sharding.divided)
+        place = {param.name: index for index, param in enumerate(self.parameters)}
+        members = [(plan, *of) for plan in self.plans for of in enumerate(self.teams[plan.ranks])]
+        for plan, number, matrix in sorted(members, key=lambda of: place[of[2].name]):
+            name = re.sub(r"\d+(?=\.)", "*", matrix.name)
+            key = name, matrix.shape, matrix.path, matrix.reason
+            if key in firsts:
+                firsts[key] = replace(firsts[key], count=firsts[key].count + 1)
+            else:
+                firsts[key] = Kind(name, 1, Row.of(matrix, number, plan, self.hp), matrix.sharding.divided)
         return list(firsts.values())
+
+
+def _total(parts: Iterable[Mapping[K, N]]) -> dict[K, N]:
+    """Add up numbers of the same name."""
+    found: dict[K, N] = {}
+    for part in parts:
+        found |= {key: found[key] + number if key in found else number for key, number in part.items()}
+    return found
 
 
 def kind_bytes(kind: BlockKind, hp: ShampooHyperParams) -> tuple[int, int]:

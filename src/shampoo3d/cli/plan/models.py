@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shampoo3d.checkpoint.manifest import CheckpointError, Manifest, holds_checkpoint
 from shampoo3d.cli.train.settings import RunError
+from shampoo3d.engines.deepspeed import is_expert
 from shampoo3d.engines.native import names_in
 from shampoo3d.engines.roles import Roles
 from shampoo3d.planning.layout import ITEM_BYTES
@@ -68,6 +69,11 @@ def of_module(module: nn.Module, active: Mapping[str, float] | None = None) -> l
         dtype = str(param.dtype).removeprefix("torch.")
         if dtype not in ITEM_BYTES:
             raise RunError(f"parameter {name!r} is {dtype}; supported: {', '.join(ITEM_BYTES)}")
+        if is_expert(param) and (spread := getattr(param, "group_name", "")) != "ep_size_1":
+            raise RunError(
+                f"parameter {name!r} is of an expert that {spread} spreads over ranks already, so that MODEL lacks the "
+                "others: build it with ep_size=1, and say the number of ranks by --expert"
+            )
         share = next((share for part, share in (active or {}).items() if part in name), 1.0)
         kernel, role = param in roles.kernels, roles.of(param)
         found.append(Parameter(name, tuple(param.shape), role, kernel, id(param) in inputs_first, share, dtype))

@@ -24,6 +24,7 @@ class Request:
     block_size: int | None = option(None, "The largest side of a block.")
     device: str = option("cpu", "cpu or cuda.")
     tensor: int = option(1, "Tensor-parallel shards of each layer, as Megatron cuts them.", ANYBODYS)
+    expert: int = option(1, "Expert-parallel ranks among the data ranks, which share the experts; must divide --data.", ANYBODYS)
     zero: int = option(0, "DeepSpeed's ZeRO stage, 0 to 3.", ANYBODYS)
     fsdp: bool = option(False, "FSDP2: each parameter sharded over the data ranks.", ANYBODYS)
     replicas: int = option(1, "HSDP: replicas of each shard of --fsdp; must divide --data.", ANYBODYS)
@@ -36,7 +37,7 @@ class Request:
     fits: str | None = option(None, "Bytes for the state on a rank, such as 80GB.", ANYBODYS)
 
     def __post_init__(self) -> None:
-        for name in ("pipe", "data", "tensor", "replicas", "root_copies", "tokens"):
+        for name in ("pipe", "data", "tensor", "expert", "replicas", "root_copies", "tokens"):
             if getattr(self, name) < 1:
                 raise RunError(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
         if self.zero not in (0, 1, 2, 3):
@@ -52,24 +53,44 @@ class Request:
             raise RunError(f"--replicas {self.replicas} are replicas of the shards of FSDP: add --fsdp")
         if self.data % self.replicas:
             raise RunError(f"--data {self.data} is not a multiple of --replicas {self.replicas}")
+        self._check_experts()
         if self.device not in ("auto", "cpu", "cuda"):
             raise RunError(f"--device must be one of auto, cpu, cuda, not {self.device!r}")
         self._check_copies()
         assert self.limit is None or self.limit > 0
         assert self.hp
 
+    def _check_experts(self) -> None:
+        if self.data % (self.expert * self.replicas):
+            ranks = f"--data {self.data}" if self.replicas == 1 else f"the {self.shards} data ranks of a replica"
+            raise RunError(
+                f"--expert {self.expert} does not divide {ranks}: expert-parallel ranks are data ranks, take for --data "
+                f"a multiple of {self.expert * self.replicas}"
+            )
+        if self.expert > 1 and self.zero == 3:
+            raise RunError(
+                f"--zero 3 with --expert {self.expert}: DeepSpeed's MoE layers have no ZeRO 3: take at most --zero 2, "
+                "or --fsdp"
+            )
+
     def _check_copies(self) -> None:
         if self.root_copies > 1 and self.sharded:
             raise RunError(
                 f"--root-copies {self.root_copies} needs replicas, and {self.storage} has none: take --root-copies 1"
             )
-        replicas = self.replicas if self.fsdp else self.data
+        replicas = self.replicas if self.fsdp else self.data // self.expert
         if replicas % self.root_copies:
-            raise RunError(f"--root-copies {self.root_copies} does not divide the {replicas} replicas")
+            of = " of an expert" if self.expert > 1 else ""
+            raise RunError(f"--root-copies {self.root_copies} does not divide the {replicas} replicas{of}")
 
     @property
     def world(self) -> int:
         return self.pipe * self.data * self.tensor
+
+    @property
+    def unit(self) -> int:
+        """The least data ranks of such a layout, whose multiples are possible, too."""
+        return self.expert * (self.replicas if self.fsdp else self.root_copies)
 
     @property
     def shards(self) -> int:
@@ -91,7 +112,8 @@ class Request:
     @property
     def layout(self) -> str:
         """The layout in words."""
-        return f"pipe {self.pipe} x data {self.data} x tensor {self.tensor}, {self.storage}"
+        experts = f" (expert {self.expert})" if self.expert > 1 else ""
+        return f"pipe {self.pipe} x data {self.data}{experts} x tensor {self.tensor}, {self.storage}"
 
     @property
     def hp(self) -> ShampooHyperParams:

@@ -184,9 +184,6 @@ def scaling(
 ) -> Iterator[Simulation]:
     """Yield simulations for 1 to 16,384 data ranks of the same layout, with the same tokens over all of them."""
     for data in SCALES:
-        if (
-            data % request.replicas == 0
-            and (data // request.replicas if request.fsdp else data) % request.root_copies == 0
-        ):
+        if data % request.unit == 0:
             forecast = Forecast.of(replace(request, data=data), parameters)
             yield Simulation.of(forecast, hardware, micro_batches, 2)
