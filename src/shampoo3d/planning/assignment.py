@@ -160,17 +160,16 @@ def _kept(draft: Draft, owners: Sequence[int], loads: Loads) -> Run:
 
 def _one_by_one(cohort: Sequence[Draft], loads: Loads) -> list[Run] | None:
     """Give equal blocks to owners one by one, in the order of their turns; None if there is no room for one."""
-    blocks = [(draft, index) for draft in cohort for index in draft.run.indices]
-    turns = [draft.planned.turn_of(index) for draft, index in blocks]
+    turns = [turn for draft in cohort for turn in draft.planned.turns_of(draft.run.indices)]
     kind, copies, among = cohort[0].kind, cohort[0].run.copies, cohort[0].among
-    owners = [-1] * len(blocks)
-    for i in sorted(range(len(blocks)), key=turns.__getitem__):
+    owners = [-1] * len(turns)
+    for i in sorted(range(len(turns)), key=turns.__getitem__):
         owners[i] = loads.least(kind, copies, among)
         if owners[i] < 0:
             return None
         loads.give(kind, owners[i], copies)
     if kind.axes:
-        storing = [stored(draft.matrix, draft.planned.number_of(index)) for draft, index in blocks]
+        storing = [counts for draft in cohort for counts in stored(draft.matrix, draft.run.indices)]
         owners = nearest(owners, storing, loads.ranks)
     rest = iter(owners)
     return [replace(draft.run, owned=one_by_one(list(itertools.islice(rest, len(draft.run))))) for draft in cohort]

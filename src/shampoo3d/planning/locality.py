@@ -1,10 +1,13 @@
 """Choice of the rank for each of equal blocks, so that gradients travel as little as may be. Pure."""
 
+import bisect
+import itertools
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from shampoo3d.planning.blocks import Block
+from shampoo3d.planning.blocks import Block, Cuts, strides_of
 from shampoo3d.planning.layout import Matrix
 from shampoo3d.planning.runs import Owned, Run, joined
 from shampoo3d.planning.storage import Tile
@@ -13,13 +16,28 @@ Stored = Counter[int]
 """The elements of a block that each rank stores."""
 
 
-def stored(matrix: Matrix, number: int) -> Stored:
-    """Count the elements of a block that each rank stores."""
+def stored(matrix: Matrix, indices: Block) -> list[Stored]:
+    """Count the elements that each rank stores of each block of a rectangle of the grid; equal counts are one object."""
+    parts: list[tuple[tuple[int, int], ...]] = [()] * indices.elements  # of rectangles that are stored, by number
+    for number, found in enumerate(matrix.storage.all):
+        for side in itertools.product(*_sides(found.box, matrix.cuts, indices)):
+            parts[sum(place for place, _ in side)] += ((number, math.prod(length for _, length in side)),)
+    counts = {of: _counted(matrix, of) for of in set(parts)}
+    return [counts[of] for of in parts]
+
+
+def _sides(box: Block, cuts: Sequence[Cuts], indices: Block) -> Iterator[list[tuple[int, int]]]:
+    """Yield for each axis which blocks a rectangle meets: how far on they are in a row-major list, its length there."""
+    axes = zip(cuts, box.start, box.stop, indices.start, indices.stop, strides_of(indices.shape), strict=True)
+    for edges, a, b, first, last, stride in axes:
+        met = range(max(first, bisect.bisect_right(edges, a) - 1), min(last, bisect.bisect_left(edges, b)))
+        yield [((i - first) * stride, min(b, edges[i + 1]) - max(a, edges[i])) for i in met]
+
+
+def _counted(matrix: Matrix, parts: Iterable[tuple[int, int]]) -> Stored:
     counts: Stored = Counter()
-    block = matrix.blocks[number]
-    for found in matrix.storage.meeting(block):
-        inside = found.box.intersect(block)
-        counts.update(dict.fromkeys(found.ranks, inside.elements if inside else 0))
+    for number, elements in parts:
+        counts.update(dict.fromkeys(matrix.storage.all[number].ranks, elements))
     return counts
 
 
@@ -28,7 +46,9 @@ def nearest(owners: Sequence[int], storing: Sequence[Stored], ranks: Sequence[in
 
     Of all pairs of a block and a rank, those with most elements are taken first.
     """
-    apart = [i for i, counts in enumerate(storing) if len(counts) < len(ranks) or len(set(counts.values())) > 1]
+    distinct = {id(counts): counts for counts in storing}
+    alike = {key for key, of in distinct.items() if len(of) == len(ranks) and len(set(of.values())) == 1}
+    apart = [i for i, counts in enumerate(storing) if id(counts) not in alike]
     free = Counter(owners[i] for i in apart)
     found: dict[int, int] = {}
     wishes = ((-count, i, rank) for i in apart for rank, count in storing[i].items())

@@ -70,12 +70,17 @@ class PlannedMatrix:
 
     def turn_of(self, index: Shape) -> int:
         """Return the turn of the block at an index to refresh its roots; 0 without factors."""
+        [turn] = self.turns_of(Block(index, (1,) * len(index)))
+        return turn
+
+    def turns_of(self, indices: Block) -> list[int]:
+        """Return the turns of the blocks in a rectangle of one part, in their order; 0 without factors."""
         if not self.turns:
-            return 0
+            return [0] * indices.elements
         turns, part = next(
-            pair for pair in zip(self.turns, self.blocks.parts, strict=True) if pair[1].indices.has(index)
+            pair for pair in zip(self.turns, self.blocks.parts, strict=True) if pair[1].indices.has(indices.start)
         )
-        return turns.of(part.indices.number_of(index))
+        return [turns.of(part.indices.number_of(index)) for index in indices]
 
 
 class Blocks(Made[PlannedBlock]):
