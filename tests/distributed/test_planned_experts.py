@@ -1,0 +1,137 @@
+"""The bytes that `shampoo3d plan --expert` states are those that the ranks of mixtures of experts keep and receive."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from shampoo3d import Shampoo
+from shampoo3d.cli.plan.forecast import Forecast
+from shampoo3d.cli.plan.models import of_module
+from shampoo3d.cli.plan.request import Request
+
+from .harness import needs_deepspeed, run
+from .special_layouts import Experts, MixtureModel, SpreadMixture, start, train
+
+BLOCK = 8
+
+
+@dataclass(frozen=True)
+class Found:
+    """The bytes of state that a rank has allocated, those that it received in a step, and digests of its plans."""
+
+    state: int
+    received: dict[str, int]
+    plans: list[str]
+
+    @classmethod
+    def of(cls, optimizer: Shampoo, before: dict[str, int]) -> "Found":
+        received = {name: size - before.get(name, 0) for name, size in optimizer.received_bytes().items()}
+        return cls(optimizer.state_bytes(), received, [plan.digest() for plan in optimizer.plans])
+
+
+def _optimizer(given: Any) -> Shampoo:
+    params, model = given
+    return Shampoo(params, lr=1e-3, hyperparams={"preset": "recommended", "block_size": BLOCK}, model=model)
+
+
+class KnownExperts(Experts):
+    """The optimizer is also given the model, which knows the names of parameters in groups."""
+
+    def groups(self, module: nn.Module) -> Any:
+        return super().groups(module), module
+
+
+def compare(planned: Forecast, ranks: list[Found]) -> None:
+    for rank, found in enumerate(ranks):
+        assert found.state == pytest.approx(planned.state[rank], rel=0.01), rank
+        received = {name: size for name, size in found.received.items() if size and name != "norms"}
+        assert received == {name: size for name, size in planned.received[rank].items() if size}, rank
+        assert found.plans == [plan.digest() for plan in planned.plans_of(rank)], rank
+
+
+def _deepspeed(layout: Experts) -> Found:
+    engine = start(layout, _optimizer)
+    optimizer = engine.optimizer if layout.stage == 0 else engine.optimizer.optimizer
+    train(layout, engine, 0, 1)
+    before = dict(optimizer.received_bytes())
+    train(layout, engine, 1, 2)
+    return Found.of(optimizer, before)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(3))
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_experts_of_deepspeed(stage: int, ranks: int) -> None:
+    model = MixtureModel(SpreadMixture(4, 1), SpreadMixture(4, 1))
+    planned = Forecast.of(Request("", data=4, expert=ranks, zero=stage, block_size=BLOCK), of_module(model))
+    layout = KnownExperts(stage=stage, spread=(ranks, ranks))
+    compare(planned, run(_deepspeed, 4, layout))
+
+
+class Stacks(nn.Module):
+    """Layers of a router and experts in stacks, as in transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"gate": nn.Linear(16, 4), "experts": Stack()}) for _ in range(2))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 40, 16))
+        self.down_proj = nn.Parameter(torch.randn(4, 16, 20))
+
+
+def _stepped(model: nn.Module) -> tuple[Shampoo, dict[str, int]]:
+    """Take two steps, whose gradients are functions of the weights; return what was received before the last."""
+    optimizer = Shampoo(model, lr=1e-3, hyperparams={"preset": "recommended", "block_size": BLOCK})
+    before: dict[str, int] = {}
+    for _ in range(2):
+        for param in model.parameters():
+            param.grad = param.detach().sin()
+        before = dict(optimizer.received_bytes())
+        optimizer.step()
+    return optimizer, before
+
+
+def _stacks() -> nn.Module:
+    torch.manual_seed(0)
+    return Stacks().double()
+
+
+def _fsdp(ranks: int, replicas: int) -> tuple[Found, dict[str, Tensor]]:
+    """Divide stacks along an axis of a mesh, and what the ranks then hold by FSDP2, or HSDP."""
+    model, shards = _stacks(), dist.get_world_size() // replicas
+    names = ("replicate", "shard", "expert")
+    within = init_device_mesh("cpu", (replicas, shards // ranks, ranks), mesh_dim_names=names)
+    across = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=names[:2])
+    axes = names[:2] if replicas > 1 else names[1:2]
+    for layer in model.layers:  # type: ignore[union-attr]
+        for name, stack in [*layer["experts"].named_parameters()]:
+            divided = distribute_tensor(stack.detach(), within["expert"], [Shard(0)])
+            layer["experts"].register_parameter(name, nn.Parameter(divided))
+        fully_shard(layer["experts"], mesh=within[axes])
+    fully_shard(model, mesh=across[axes])
+    found = Found.of(*_stepped(model))
+    return found, {name: param.detach().full_tensor() for name, param in model.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "replicas"), [(2, 1), (4, 1), (2, 2)])
+def test_experts_in_stacks_under_fsdp(ranks: int, replicas: int) -> None:
+    """The weights are those of one process, too."""
+    request = Request("", data=4, expert=ranks, fsdp=True, replicas=replicas, block_size=BLOCK)
+    found = run(_fsdp, 4, ranks, replicas)
+    compare(Forecast.of(request, of_module(_stacks())), [of for of, _ in found])
+    _stepped(alone := _stacks())
+    for name, param in alone.named_parameters():
+        torch.testing.assert_close(found[0][1][name], param.detach(), rtol=1e-9, atol=1e-12)
