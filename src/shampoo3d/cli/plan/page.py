@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from importlib.resources import files
 from itertools import chain, groupby, pairwise, repeat
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from shampoo3d.planning.layout import Matrix
 from shampoo3d.planning.plan import Plan
 from shampoo3d.planning.runs import Kind, Run
+from shampoo3d.planning.shards import Ranks
 from shampoo3d.runtime.report import Row
 
 from .forecast import Forecast, kind_bytes
@@ -73,14 +75,14 @@ def page(forecast: Forecast, *, compare: bool) -> str:
 
 def ownership(forecast: Forecast) -> dict[str, Any]:
     """Return the owners of all blocks as plain data: kinds of blocks, looks of parameters, the runs of each team."""
-    kinds, looks = Numbers[Kind](), Numbers[Look]()
+    kinds, looks, called = Numbers[Kind](), Numbers[Look](), _names(forecast)
     places = {param.name: (number, layer_of(param)) for number, param in enumerate(forecast.parameters)}
     teams = []
     for plan in forecast.plans:
         matrices = forecast.teams[plan.ranks]
         rows = [Row.of(matrix, number, plan, forecast.hp) for number, matrix in enumerate(matrices)]
         parameters = [
-            (*places[row.name], row.name, looks[_look(row, matrix)], len(row.owners))
+            (*places[row.name], called[plan.ranks, row.name], looks[_look(row, matrix)], len(row.owners))
             for row, matrix in zip(rows, matrices, strict=True)
         ]
         runs = [_run(run, kinds) for run in plan.runs if matrices[run.matrices[0]].cuts]
@@ -91,6 +93,19 @@ def ownership(forecast: Forecast) -> dict[str, Any]:
         "kinds": [_kind(kind, forecast) for kind in kinds],
         "looks": [look._asdict() for look in looks],
         "teams": teams,
+    }
+
+
+def _names(forecast: Forecast) -> dict[tuple[Ranks, str], str]:
+    """Name matrices as checkpoints do: with the index of their ranks where several sets of them mean others by it."""
+    ranks_of = defaultdict[str, list[Ranks]](list)
+    for ranks in sorted(forecast.teams):
+        for matrix in forecast.teams[ranks]:
+            ranks_of[matrix.name].append(ranks)
+    return {
+        (ranks, name): f"{name}@{index}" if len(of) > 1 else name
+        for name, of in ranks_of.items()
+        for index, ranks in enumerate(of)
     }
 
 

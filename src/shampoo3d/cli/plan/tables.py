@@ -22,6 +22,11 @@ TENSOR = (
     "embeddings by words, as their names tell; all else is on every tensor-parallel rank"
 )
 
+EXPERTS = (
+    "data-parallel neighbours hold other experts each, as in DeepSpeed; those at the same place of each such set hold the "
+    "same ones{}"
+)
+
 
 class Summary(NamedTuple):
     """A number of each rank: the least, the mean, the most and the rank that has it."""
@@ -170,6 +175,9 @@ def remarks(forecast: Forecast) -> list[str]:
         lines.append(f"what is received was counted on {len(forecast.looked_at)} of {request.world} ranks")
     lines += [f"assumed for the pipeline: {PIPELINE}"] if request.pipe > 1 else []
     lines += [f"assumed for tensor parallelism: {TENSOR}"] if request.tensor > 1 else []
+    if request.expert > 1:
+        tensor = ", each divided by tensor parallelism (enable_expert_tensor_parallelism)" if request.tensor > 1 else ""
+        lines.append(f"assumed for expert parallelism: {EXPERTS.format(tensor)}")
     return lines + _fit(forecast)
 
 

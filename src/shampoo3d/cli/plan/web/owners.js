@@ -175,7 +175,7 @@ function parametersOf({ teams, looks }) {
   const all = [];
   for (const team of teams) {
     const ranks = unpack(team.ranks);
-    [team.first, team.last] = [ranks[0], ranks[ranks.length - 1]];
+    [team.first, team.last, team.size] = [ranks[0], ranks[ranks.length - 1], ranks.length];
     team.members = team.parameters.map((of, number) => new Parameter(team, number, of, looks));
     team.runs = team.runs.map((of) => new Run(of));
     for (const run of team.runs) run.matrices.forEach((matrix) => team.members[matrix].runs.push(run));

@@ -179,11 +179,11 @@ function crumbs(of) {
 }
 
 function showLegend(of) {
-  const stages = data.ownership.teams.length;
+  const teams = data.ownership.teams.length;
   const [first, last] = of ? [of.team.first, of.team.last] : [0, world - 1];
   const scale = make("span", { className: "scale" });
   scale.style.background = `linear-gradient(to right, ${STOPS.map(css).join(", ")})`;
-  const ends = of || stages === 1 ? [`rank ${first}`, `rank ${last}`] : ["first rank of its stage", "last"];
+  const ends = of || teams === 1 ? [`rank ${first}`, `rank ${last}`] : ["first of the ranks that share it", "last"];
   $("legend").replaceChildren("A block has the colour of its owner: ", ends[0], scale, ends[1]);
 }
 
@@ -279,9 +279,14 @@ for (const form of document.forms) form.addEventListener("submit", (event) => ev
 // The table of parameters.
 
 const many = data.ownership.teams.length > 1;
+
+function ranksOf({ first, last, size }) {
+  return `${size <= last - first ? `${count(size)} of ` : ""}${first} to ${last}`;
+}
+
 const COLUMNS = [
   ["parameter", (of) => of.name, (of) => make("a", { href: address({ layer: of.layer, parameter: of.name }) }, of.name)],
-  ...(many ? [["ranks", (of) => of.team.first, (of) => `${of.team.first} to ${of.team.last}`]] : []),
+  ...(many ? [["ranks", (of) => of.team.first, (of) => ranksOf(of.team)]] : []),
   ["shape", (of) => of.elements, (of) => sides(of.shape)],
   ["elements", (of) => of.elements, (of) => count(of.elements)],
   ["moved by", (of) => of.moved_by, (of) => of.moved_by + (of.reason ? ` (${of.reason})` : "")],
