@@ -17,7 +17,9 @@ from shampoo3d.cli.plan.models import of_module
 from shampoo3d.cli.plan.request import Request
 
 from .harness import needs_deepspeed, run
-from .special_layouts import Experts, MixtureModel, SpreadMixture, start, train
+from .models import ColumnParallel, RowParallel, Shards
+from .special_layouts import WIDTH, Experts, MixtureModel, SpreadMixture, gather_equal_shapes, start, train
+from .training import Mpu, Topology, prepare_deepspeed
 
 BLOCK = 8
 
@@ -41,11 +43,18 @@ def _optimizer(given: Any) -> Shampoo:
     return Shampoo(params, lr=1e-3, hyperparams={"preset": "recommended", "block_size": BLOCK}, model=model)
 
 
+def split_experts(model: nn.Module, stage: int) -> Any:
+    """Return the parameters in the groups that ZeRO needs."""
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+
+    return split({"params": list(model.parameters()), "name": "all"}) if stage else model.parameters()
+
+
 class KnownExperts(Experts):
     """The optimizer is also given the model, which knows the names of parameters in groups."""
 
     def groups(self, module: nn.Module) -> Any:
-        return super().groups(module), module
+        return split_experts(module, self.stage), module
 
 
 def compare(planned: Forecast, ranks: list[Found]) -> None:
@@ -74,6 +83,65 @@ def test_experts_of_deepspeed(stage: int, ranks: int) -> None:
     planned = Forecast.of(Request("", data=4, expert=ranks, zero=stage, block_size=BLOCK), of_module(model))
     layout = KnownExperts(stage=stage, spread=(ranks, ranks))
     compare(planned, run(_deepspeed, 4, layout))
+
+
+class Divided(nn.Module):
+    """A perceptron that tensor parallelism divides, under the names by which a plan knows it."""
+
+    def __init__(self, shards: Shards) -> None:
+        super().__init__()
+        self.shards = shards
+        self.up_proj, self.down_proj = ColumnParallel(WIDTH, 16, shards), RowParallel(16, WIDTH, shards)
+
+    def __deepcopy__(self, memo: Any) -> "Divided":
+        """Make an expert as DeepSpeed does of a given one; copies of parameters would have no attributes."""
+        return Divided(self.shards)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(torch.tanh(self.up_proj(x)))
+
+
+class DividedExperts(nn.Module):
+    def __init__(self, shards: Shards, ranks: int) -> None:
+        from deepspeed.moe.layer import MoE
+
+        super().__init__()
+        options = {"use_rts": False, "enable_expert_tensor_parallelism": True}
+        self.mlp, self.norm = Divided(shards), nn.LayerNorm(WIDTH)
+        self.moe = MoE(WIDTH, Divided(shards), 4, ranks, min_capacity=4, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mlp(x)
+        return x + self.moe(self.norm(x))[0]
+
+
+def _divided(stage: int) -> Found:
+    """Train on 2 data ranks, which are expert-parallel ranks, too, x 2 tensor-parallel ones."""
+    deepspeed, mpu = prepare_deepspeed(), Mpu(Topology(data=2, model=2))
+    gather_equal_shapes()
+    model = DividedExperts(Shards(mpu.get_model_parallel_rank(), 2, mpu.model), 2)
+    for name, param in model.named_parameters():
+        torch.nn.init.normal_(param, generator=torch.Generator().manual_seed(len(name)))
+    config = {
+        **{"train_micro_batch_size_per_gpu": 2, "steps_per_print": 10**9, "zero_allow_untested_optimizer": True},
+        "zero_optimization": {"stage": stage},
+    }
+    optimizer = _optimizer((split_experts(model, stage), model))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=mpu, config=config)
+    before: dict[str, int] = {}
+    for _ in range(2):
+        engine.backward(engine(torch.randn(2, 5, WIDTH)).square().mean())
+        before = dict(optimizer.received_bytes())
+        engine.step()
+    return Found.of(optimizer, before)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(3))
+def test_experts_that_tensor_parallelism_divides(stage: int) -> None:
+    request = Request("", data=2, tensor=2, expert=2, zero=stage, block_size=BLOCK)
+    compare(Forecast.of(request, of_module(DividedExperts(Shards(), 1))), run(_divided, 4, stage))
 
 
 class Stacks(nn.Module):

@@ -12,9 +12,17 @@ from torch import Tensor, nn
 
 from shampoo3d import Shampoo, ShampooHyperParams
 
-from .harness import needs_deepspeed, patches
+from .harness import needs_deepspeed
 from .settings import cases, paired, shampoo, spread
-from .special_layouts import AutoTensorParallel, Experts, Layout, Stripes, Transformer, worst_distance
+from .special_layouts import (
+    AutoTensorParallel,
+    Experts,
+    Layout,
+    Stripes,
+    Transformer,
+    gather_equal_shapes,
+    worst_distance,
+)
 
 pytestmark = needs_deepspeed
 
@@ -65,13 +73,7 @@ class ExpertsOnShards(Experts):
     """The ranks of a tensor-parallel pair, which share the head, hold different experts under the same names."""
 
     def local(self) -> nn.Module:
-        from deepspeed import comm
-
-        def gather(output: Tensor, part: Tensor, *rest: Any, **options: Any) -> Any:  # gloo wants equal shapes
-            return original(output, part.flatten() if output.dim() == 1 else part, *rest, **options)
-
-        original = comm.all_gather_into_tensor
-        patches.setattr(comm, "all_gather_into_tensor", gather)
+        gather_equal_shapes()
         return super().local()
 
     def given(self, name: str, full: Tensor) -> Tensor:

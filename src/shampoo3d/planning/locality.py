@@ -17,7 +17,7 @@ Stored = Counter[int]
 
 
 def stored(matrix: Matrix, indices: Block) -> list[Stored]:
-    """Count the elements that each rank stores of each block of a rectangle of the grid; equal counts are one object."""
+    """Count the elements that ranks store of each block of a rectangle of the grid; equal counts are one object."""
     parts: list[tuple[tuple[int, int], ...]] = [()] * indices.elements  # of rectangles that are stored, by number
     for number, found in enumerate(matrix.storage.all):
         for side in itertools.product(*_sides(found.box, matrix.cuts, indices)):

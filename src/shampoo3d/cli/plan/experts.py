@@ -46,7 +46,9 @@ def check_experts(parameters: Sequence[Parameter], ranks: int, *, stacked: bool)
     for mixture, count in counts.items():
         if count % ranks:
             possible = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
-            raise RunError(f"--expert {ranks} does not divide the {count} experts of {mixture!r}: take one of {possible}")
+            raise RunError(
+                f"--expert {ranks} does not divide the {count} experts of {mixture!r}: take one of {possible}"
+            )
     single = next((param for param in parameters if (of := expert_of(param)) and of.number is not None), None)
     if stacked and single:
         raise RunError(

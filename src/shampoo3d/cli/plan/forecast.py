@@ -29,7 +29,8 @@ from .builtin import Parameter
 from .layout import stored
 from .request import Request
 
-K, N = TypeVar("K"), TypeVar("N", int, float)
+K = TypeVar("K")
+N = TypeVar("N", int, float)
 
 LOOKED_AT = 8
 """The number of ranks up to which the traffic of all of them is counted; of more ranks, that of so many is."""

@@ -37,7 +37,7 @@ def stored(request: Request, parameters: Sequence[Parameter]) -> dict[Ranks, lis
         for data, some in _by_data_ranks(request, members):
             ranks = tuple(first + i * request.tensor + t for i in data for t in range(request.tensor))
             found[ranks] = _shardings(request, some, data, first)
-            if len(ranks) != request.data and not request.fsdp:  # as the ranks agree on it
+            if not request.fsdp and (request.tensor > 1 or len(data) < request.data):  # as the ranks agree on it
                 found[ranks].sort(key=lambda sharding: sharding.name)
     return found
 

@@ -24,7 +24,9 @@ class Request:
     block_size: int | None = option(None, "The largest side of a block.")
     device: str = option("cpu", "cpu or cuda.")
     tensor: int = option(1, "Tensor-parallel shards of each layer, as Megatron cuts them.", ANYBODYS)
-    expert: int = option(1, "Expert-parallel ranks among the data ranks, which share the experts; must divide --data.", ANYBODYS)
+    expert: int = option(
+        1, "Expert-parallel ranks among the data ranks, which share the experts; must divide --data.", ANYBODYS
+    )
     zero: int = option(0, "DeepSpeed's ZeRO stage, 0 to 3.", ANYBODYS)
     fsdp: bool = option(False, "FSDP2: each parameter sharded over the data ranks.", ANYBODYS)
     replicas: int = option(1, "HSDP: replicas of each shard of --fsdp; must divide --data.", ANYBODYS)
@@ -64,8 +66,8 @@ class Request:
         if self.data % (self.expert * self.replicas):
             ranks = f"--data {self.data}" if self.replicas == 1 else f"the {self.shards} data ranks of a replica"
             raise RunError(
-                f"--expert {self.expert} does not divide {ranks}: expert-parallel ranks are data ranks, take for --data "
-                f"a multiple of {self.expert * self.replicas}"
+                f"--expert {self.expert} does not divide {ranks}: expert-parallel ranks are data ranks; take a multiple "
+                f"of {self.expert * self.replicas} for --data"
             )
         if self.expert > 1 and self.zero == 3:
             raise RunError(

@@ -23,8 +23,8 @@ TENSOR = (
 )
 
 EXPERTS = (
-    "data-parallel neighbours hold other experts each, as in DeepSpeed; those at the same place of each such set hold the "
-    "same ones{}"
+    "data-parallel neighbours hold other experts each, as in DeepSpeed; those at the same place of each such set hold "
+    "the same ones{}"
 )
 
 
