@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .harness import patches, run
+from .harness import run
 from .models import ColumnParallel, RowParallel, Shards, loss_of
 from .training import Mpu, Topology, prepare_deepspeed
 
@@ -271,17 +271,6 @@ class Experts(Layout):
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
 
         return split({"params": list(module.parameters()), "name": "all"}) if self.stage else module.parameters()
-
-
-def gather_equal_shapes() -> None:
-    """Let DeepSpeed gather the tokens of tensor-parallel ranks over gloo, which wants equal shapes."""
-    from deepspeed import comm
-
-    def gather(output: Tensor, part: Tensor, *rest: Any, **options: Any) -> Any:
-        return original(output, part.flatten() if output.dim() == 1 else part, *rest, **options)
-
-    original = comm.all_gather_into_tensor
-    patches.setattr(comm, "all_gather_into_tensor", gather)
 
 
 class SpreadMixture(nn.Module):

@@ -18,8 +18,8 @@ from shampoo3d.cli.plan.request import Request
 
 from .harness import needs_deepspeed, run
 from .models import ColumnParallel, RowParallel, Shards
-from .special_layouts import WIDTH, Experts, MixtureModel, SpreadMixture, gather_equal_shapes, start, train
-from .training import Mpu, Topology, prepare_deepspeed
+from .special_layouts import WIDTH, Experts, MixtureModel, SpreadMixture, start, train
+from .training import Mpu, Topology, gather_equal_shapes, prepare_deepspeed
 
 BLOCK = 8
 

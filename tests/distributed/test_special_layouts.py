@@ -14,15 +14,8 @@ from shampoo3d import Shampoo, ShampooHyperParams
 
 from .harness import needs_deepspeed
 from .settings import cases, paired, shampoo, spread
-from .special_layouts import (
-    AutoTensorParallel,
-    Experts,
-    Layout,
-    Stripes,
-    Transformer,
-    gather_equal_shapes,
-    worst_distance,
-)
+from .special_layouts import AutoTensorParallel, Experts, Layout, Stripes, Transformer, worst_distance
+from .training import gather_equal_shapes
 
 pytestmark = needs_deepspeed
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .harness import run
+from .harness import patches, run
 from .models import (
     Shape,
     Shards,
@@ -276,6 +276,17 @@ def prepare_deepspeed() -> Any:
     get_accelerator().supported_dtypes = lambda: [torch.float32, torch.float64, torch.bfloat16]
     deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False, verbose=False)
     return deepspeed
+
+
+def gather_equal_shapes() -> None:
+    """Let DeepSpeed gather the tokens of tensor-parallel ranks over gloo, which wants equal shapes."""
+    from deepspeed import comm
+
+    def gather(output: Tensor, part: Tensor, *rest: Any, **options: Any) -> Any:
+        return original(output, part.flatten() if output.dim() == 1 else part, *rest, **options)
+
+    original = comm.all_gather_into_tensor
+    patches.setattr(comm, "all_gather_into_tensor", gather)
 
 
 def with_deepspeed(shape: Shape, topology: Topology, make_optimizer: MakeOptimizer, **config: Any) -> Session:

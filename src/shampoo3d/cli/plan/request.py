@@ -66,8 +66,8 @@ class Request:
         if self.data % (self.expert * self.replicas):
             ranks = f"--data {self.data}" if self.replicas == 1 else f"the {self.shards} data ranks of a replica"
             raise RunError(
-                f"--expert {self.expert} does not divide {ranks}: expert-parallel ranks are data ranks; take a multiple "
-                f"of {self.expert * self.replicas} for --data"
+                f"--expert {self.expert} does not divide {ranks}: expert-parallel ranks are data ranks; take a "
+                f"multiple of {self.expert * self.replicas} for --data"
             )
         if self.expert > 1 and self.zero == 3:
             raise RunError(
