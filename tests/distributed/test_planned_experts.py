@@ -115,11 +115,7 @@ class DividedExperts(nn.Module):
         return x + self.moe(self.norm(x))[0]
 
 
-def _divided(stage: int) -> Found:
-    """Train on 2 data ranks, which are expert-parallel ranks, too, x 2 tensor-parallel ones."""
-    deepspeed, mpu = prepare_deepspeed(), Mpu(Topology(data=2, model=2))
-    gather_equal_shapes()
-    model = DividedExperts(Shards(mpu.get_model_parallel_rank(), 2, mpu.model), 2)
+def _trained(model: nn.Module, stage: int, mpu: Any = None) -> Found:
     for name, param in model.named_parameters():
         torch.nn.init.normal_(param, generator=torch.Generator().manual_seed(len(name)))
     config = {
@@ -127,7 +123,7 @@ def _divided(stage: int) -> Found:
         "zero_optimization": {"stage": stage},
     }
     optimizer = _optimizer((split_experts(model, stage), model))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=mpu, config=config)
+    engine, *_ = prepare_deepspeed().initialize(model=model, optimizer=optimizer, mpu=mpu, config=config)
     before: dict[str, int] = {}
     for _ in range(2):
         engine.backward(engine(torch.randn(2, 5, WIDTH)).square().mean())
@@ -136,12 +132,46 @@ def _divided(stage: int) -> Found:
     return Found.of(optimizer, before)
 
 
+def _divided(stage: int) -> Found:
+    """Train on 2 data ranks, which are expert-parallel ranks, too, x 2 tensor-parallel ones."""
+    prepare_deepspeed()
+    gather_equal_shapes()
+    mpu = Mpu(Topology(data=2, model=2))
+    return _trained(DividedExperts(Shards(mpu.get_model_parallel_rank(), 2, mpu.model), 2), stage, mpu)
+
+
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", range(3))
 def test_experts_that_tensor_parallelism_divides(stage: int) -> None:
     request = Request("", data=2, tensor=2, expert=2, zero=stage, block_size=BLOCK)
     compare(Forecast.of(request, of_module(DividedExperts(Shards(), 1))), run(_divided, 4, stage))
+
+
+class Stacked(nn.Module):
+    """A mixture, and beside it a stack with the marks of one of DeepSpeed's experts."""
+
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.mixture, self.experts = SpreadMixture(4, ranks), nn.Module()
+        stack: Any = nn.Parameter(torch.empty(4 // ranks, WIDTH, 20))
+        stack.allreduce, stack.group_name = False, f"ep_size_{ranks}"
+        self.experts.up_proj = stack
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixture(x).unsqueeze(1) @ self.experts.up_proj
+
+
+def _stacked(stage: int) -> Found:
+    return _trained(Stacked(2), stage)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(3))
+def test_experts_in_stacks_of_deepspeed(stage: int) -> None:
+    request = Request("", data=4, expert=2, zero=stage, block_size=BLOCK)
+    compare(Forecast.of(request, of_module(Stacked(1))), run(_stacked, 4, stage))
 
 
 class Stacks(nn.Module):
