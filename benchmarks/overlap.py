@@ -7,10 +7,10 @@ Two processes over gloo, one thread each, on two cores, which should have no oth
 Exchange: of each collective that travels beside the computation the seconds from its start to its end, and those in
 which the step waits for it; and the step again with each collective awaited where it is started.
 
-Roots, on a pipeline of two stages: a training step with roots in the step, in the background ("asynchronous"), and with
-none after the first steps. The difference between the first and the last is what roots take, that between the second
-and the last what the background does not hide. A stage is idle while its process neither computes nor is served: the
-elapsed seconds of passes without those of its thread.
+Roots, on a pipeline of two stages: a training step with all roots in each step, all in the background
+("asynchronous"), and none after the first steps. The difference between the first and the last is what roots take, that
+between the second and the last what the background does not hide. A stage is idle in the elapsed seconds without those
+in which its thread computes.
 """
 
 import argparse
@@ -47,16 +47,16 @@ EXCHANGES = (
     Case("data 2, replicas", SIZES, {"data": 2}, deepspeed=True),
 )
 ROOTS: Mapping[str, dict[str, Any]] = {
-    "in the step": {},
-    "in the background": {"asynchronous": True},
+    "in the step": {"preconditioning_compute_steps": 1},
+    "in the background": {"preconditioning_compute_steps": 1, "asynchronous": True},
     "none": {"preconditioning_compute_steps": 10**6},
 }
 MICRO_BATCHES = (2, 4, 8)
 
 
 def pipeline(micro_batches: int, roots: str) -> Case:
-    """Two stages, 16 sequences of a step in so many micro-batches."""
-    model = SIZES | {"batch": 16, "micro_batches": micro_batches}
+    """Two stages, 8 sequences of a step in so many micro-batches."""
+    model = SIZES | {"batch": 8, "micro_batches": micro_batches}
     return Case(f"pipe 2, {micro_batches} micro-batches, roots {roots}", model, {"pipe": 2, **ROOTS[roots]}, True)
 
 
@@ -205,16 +205,20 @@ def least(of: list[Seconds]) -> Seconds:
     return min(of, key=lambda seconds: seconds["training step"])
 
 
+PARTS: Mapping[str, Callable[[int, int], Iterator[dict[str, Any]]]] = {"exchange": exchanges, "roots": roots}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "overlap.json")
     options = parser.parse_args()
     result: dict[str, Any] = {"setting": setting(what="overlap", model=SIZES, backend="gloo", cycles=options.cycles)}
-    for name, rows in (("exchange", exchanges), ("roots", roots)):
+    for name in options.only:
         result[name] = []
-        for row in rows(options.cycles, options.repeats):
+        for row in PARTS[name](options.cycles, options.repeats):
             result[name].append(row)
             print(
                 {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True
