@@ -76,8 +76,7 @@ def _deepspeed(layout: Experts) -> Found:
 
 @needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", range(3))
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 4), (1, 2), (2, 4)])
 def test_experts_of_deepspeed(stage: int, ranks: int) -> None:
     model = MixtureModel(SpreadMixture(4, 1), SpreadMixture(4, 1))
     planned = Forecast.of(Request("", data=4, expert=ranks, zero=stage, block_size=BLOCK), of_module(model))
@@ -142,7 +141,7 @@ def _divided(stage: int) -> Found:
 
 @needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", range(3))
+@pytest.mark.parametrize("stage", [0, 2])
 def test_experts_that_tensor_parallelism_divides(stage: int) -> None:
     request = Request("", data=2, tensor=2, expert=2, zero=stage, block_size=BLOCK)
     compare(Forecast.of(request, of_module(DividedExperts(Shards(), 1))), run(_divided, 4, stage))
@@ -168,7 +167,7 @@ def _stacked(stage: int) -> Found:
 
 @needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", range(3))
+@pytest.mark.parametrize("stage", [1])
 def test_experts_in_stacks_of_deepspeed(stage: int) -> None:
     request = Request("", data=4, expert=2, zero=stage, block_size=BLOCK)
     compare(Forecast.of(request, of_module(Stacked(1))), run(_stacked, 4, stage))
