@@ -9,7 +9,7 @@ PYTEST := $(ENV) $(BIN)/python -m pytest
 tests = $(PYTEST) -n 2 --ignore tests/distributed tests $(1); units=$$?; $(PYTEST) tests/distributed $(1) && exit $$units
 
 # Tests that are run on the installed wheel: the package itself, and a little of each wing.
-PACKAGED := tests/test_package.py tests/test_optimizer.py tests/planning tests/settings/test_names.py
+PACKAGED := tests/test_package.py tests/test_optimizer.py tests/planning/test_plan.py tests/settings/test_names.py
 
 # `make test-versions` takes the interpreters that are here, and the first and last release of DeepSpeed that pass.
 PYTHONS    ?= $(foreach v,3.10 3.11 3.12 3.13,$(shell python$v -c 'print("$v")' 2>/dev/null))
