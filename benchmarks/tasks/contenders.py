@@ -6,11 +6,13 @@ one other value of one more setting. None decays weights: these runs are too sho
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch import nn
@@ -101,8 +103,19 @@ class Muon:
     def step(self) -> None:
         for param, matrix in self.matrices:
             matrix.grad = None if param.grad is None else param.grad.view_as(matrix)
-        for part in self.parts:
-            part.step()
+        with _products():
+            for part in self.parts:
+                part.step()
+
+
+@contextmanager
+def _products() -> Iterator[None]:
+    """Let the products of Muon be in float32 on a CPU without units for bfloat16, which takes several times as long."""
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        yield
+        return
+    with mock.patch.object(torch.Tensor, "bfloat16", lambda x: x.to(torch.float32, copy=True)):
+        yield
 
 
 # ---- pytorch_optimizer's ---------------------------------------------------------------------------------------------
