@@ -75,7 +75,7 @@ def shard_of(param: DTensor, name: str) -> Shard:
             )
         stripes = indices[dim].chunk(getattr(placement, "split_factor", 1))
         indices[dim] = torch.cat([_share(stripe, mesh.size(axis), coordinate[axis]) for stripe in stripes])
-    shard = Shard.of([_spans(numbers.tolist()) for numbers in indices])
+    shard = Shard.of([_spans(numbers) for numbers in indices])
     stored = tuple(param.to_local().shape)
     if shard.shape != stored:
         raise ValueError(
@@ -91,12 +91,11 @@ def _share(numbers: Tensor, parts: int, part: int) -> Tensor:
     return numbers[part * size : (part + 1) * size]
 
 
-def _spans(numbers: Sequence[int]) -> list[Span]:
+def _spans(numbers: Tensor) -> list[Span]:
     """Merge consecutive numbers into spans."""
-    runs: list[Span] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number:
-            runs[-1] = (runs[-1][0], number + 1)
-        else:
-            runs.append((number, number + 1))
-    return runs or [(0, 0)]
+    if not len(numbers):
+        return [(0, 0)]
+    last = (numbers.diff() != 1).nonzero()[:, 0]  # of each span but the last one
+    starts = torch.cat([numbers[:1], numbers[last + 1]])
+    ends = torch.cat([numbers[last], numbers[-1:]]) + 1
+    return [*zip(starts.tolist(), ends.tolist(), strict=True)]

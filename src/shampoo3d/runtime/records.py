@@ -184,6 +184,8 @@ def _differences(ranks: Ranks, table: Sequence[Common]) -> str:
     """Describe how ranks of a team differ in settings or in parameters."""
     first = table[0]
     for rank, row in zip(ranks, table, strict=True):
+        if row is first:
+            continue
         pairs: list[tuple[str, Any, Any]] = [(name, first.settings[name], row.settings[name]) for name in row.settings]
         shardings = enumerate(zip(first.shardings, row.shardings, strict=False))
         pairs += ((f"parameter {number}", one, other) for number, (one, other) in shardings)
@@ -192,7 +194,7 @@ def _differences(ranks: Ranks, table: Sequence[Common]) -> str:
             for sharding, one, other in zip(first.shardings, first.steps, row.steps, strict=False)
         )
         pairs.append(("number of parameters", len(first.shardings), len(row.shardings)))
-        for subject, one, other in pairs if row is not first else ():
+        for subject, one, other in pairs:
             if one != other:
                 return _differ(subject, ranks[0], one, rank, other)
     return ""
