@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from common import REFUSED, assert_equal, draw, replicated, saved_and_loaded, snapshot
 from shampoo3d import Shampoo, ShampooHyperParams, StepRefusedError, Variant
+from shampoo3d.cli.plan.forecast import Forecast
+from shampoo3d.cli.plan.models import of_module
+from shampoo3d.cli.plan.request import Request
 from shampoo3d.engines.parameters import ParameterRegistry
 from shampoo3d.engines.roles import Roles
 from shampoo3d.planning.blocks import Split, concatenate_cuts, lengths_of, merge_dims
@@ -264,3 +267,65 @@ def test_state_of_other_splits_is_refused() -> None:
     saved = trained([W], G, {}, splits={"w0": 3}).state_dict()
     with pytest.raises(ValueError, match="other splits"):
         trained([W], G, {}, splits={"w0": 2}).load_state_dict(saved)
+
+
+class Attention(nn.Module):
+    """Divides what it projects into parts, as GPT-2 of transformers does."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__()
+        self.split_size = width
+        self.c_attn = Conv1D(width, parts * width)
+
+
+class Conv1D(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(draw((inputs, outputs), 3))
+
+
+def attention(width: int = 20) -> nn.MultiheadAttention:
+    module = nn.MultiheadAttention(width, 2, dtype=torch.float64)
+    for seed, param in enumerate(module.parameters()):
+        param.data = draw(param.shape, seed)
+    return module
+
+
+def steps(module: nn.Module, preset: str = "default", **given: Any) -> Shampoo:
+    optimizer = Shampoo(module.parameters(), hyperparams=getattr(ShampooHyperParams, preset)(), model=module, **given)
+    for t in range(3):
+        for seed, param in enumerate(module.parameters()):
+            param.grad = draw(param.shape, 10 * t + seed)
+        optimizer.step()
+    return optimizer
+
+
+SPLIT, WHOLE = ({"splits": {"in_proj_weight": parts}} for parts in (3, 1))
+
+
+def test_queries_keys_and_values_are_known_from_the_module() -> None:
+    found, told, whole = (steps(attention(), **given) for given in ({}, SPLIT, WHOLE))
+    assert_equal(weights_of(found), weights_of(told))
+    row, *_ = (row for row in found.report().rows if row.name == "in_proj_weight")
+    assert (row.blocks, row.largest) == (3, (20, 20))
+    assert (weights_of(found)[0] - weights_of(whole)[0]).abs().max() > 1e-4
+    assert_equal(weights_of(steps(attention(), "classic")), weights_of(steps(attention(), "classic", **WHOLE)))
+
+
+@pytest.mark.parametrize(("parts", "blocks"), [(3, 3), (2, 2)])  # with cross-attention keys and values only
+def test_outputs_that_a_module_divides_are_matrices(parts: int, blocks: int) -> None:
+    [row] = steps(Attention(16, parts)).report().rows
+    assert (row.shape, row.blocks, row.largest) == ((16, 16 * parts), blocks, (16, 16))
+
+
+def test_a_plan_knows_of_them_what_a_run_does() -> None:
+    module = attention()
+    planned = Forecast.of(Request(""), of_module(module))
+    assert [plan.digest() for plan in planned.plans] == [plan.digest() for plan in steps(module).plans]
+
+
+def test_state_of_a_matrix_that_was_not_known_to_be_several_loads_if_it_is_told() -> None:
+    saved = saved_and_loaded(steps(attention(), **WHOLE).state_dict())
+    with pytest.raises(ValueError, match=r"other splits \(splits={'in_proj_weight': 1}"):
+        steps(attention()).load_state_dict(saved)
+    steps(attention(), **WHOLE).load_state_dict(saved)

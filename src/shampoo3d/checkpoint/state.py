@@ -241,8 +241,8 @@ def check_loadable(binding: Binding, saved: ParamState, hp: ShampooHyperParams) 
         missing, extra = sorted(set(blocks) - keys), sorted(keys - set(blocks))
         raise ValueError(
             f"the loaded state of {matrix.name!r} has {len(keys)} blocks where the optimizer has {len(blocks)}: "
-            f"missing {missing[:3]}, unknown {extra[:3]}; it was saved with another block_size or shape, other splits, "
-            "or not by all ranks"
+            f"missing {missing[:3]}, unknown {extra[:3]}; it was saved with another block_size or shape, other splits "
+            f"(splits={{{matrix.name!r}: 1}} if it was one matrix), or not by all ranks"
         )
     if not isinstance(saved.get("step"), int):
         raise ValueError(f"the loaded state of {matrix.name!r} has no step count: 'step' is {saved.get('step')!r}")

@@ -1,4 +1,4 @@
-"""Roles of parameters, found in the modules that hold them: embeddings, output layers, kernels of convolutions.
+"""Roles of parameters, found in the modules that hold them: embeddings, output layers, kernels, fused matrices.
 
 Embeddings and output layers have a row for each word of a vocabulary, and most words are rare: factors, in which all
 rows take part, tell little about one of them, and cost most.
@@ -16,7 +16,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from shampoo3d.engines import native
+from shampoo3d.engines.splits import fused_in
 from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.blocks import Split
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.validation import short
 
@@ -88,13 +90,14 @@ def collected(given: Embeddings | None) -> Mapping[Tensor | str, bool] | Verdict
 
 @dataclass
 class Roles:
-    """Roles of the parameters that the settings leave without factors, and those that are kernels of convolutions.
+    """Roles of the parameters that the settings leave without factors, and what else modules tell of theirs.
 
     Attributes:
         given: the user's ``embeddings`` argument.
         verdicts: the user's answer for single parameters.
         found: the role of every parameter that has one, as known last.
         kernels: the parameters of convolutions.
+        fused: the parameters that are several matrices, and how.
     """
 
     hp: ShampooHyperParams
@@ -102,6 +105,7 @@ class Roles:
     verdicts: dict[Tensor, bool] = field(default_factory=dict)
     found: dict[Tensor, str] = field(default_factory=dict)
     kernels: set[Tensor] = field(default_factory=set)
+    fused: dict[Tensor, Split] = field(default_factory=dict)
     _models: list[nn.Module] = field(default_factory=list)
     _held: set[Tensor] = field(default_factory=set)  # the parameters of these models when roles were found last
 
@@ -120,7 +124,7 @@ class Roles:
             raise ValueError(
                 "embeddings was given, but hyperparams.ignore_embedding_layer is False: set it, or leave embeddings out"
             )
-        if not self.ignored and self.hp.variant.kernels == "axes":
+        if not self.hp.heeds_modules:
             return
         asked = {param: verdict for param, name in names.items() if (verdict := self._asked(param, name)) is not None}
         self.verdicts |= asked
@@ -130,8 +134,10 @@ class Roles:
         if unheld := names.keys() - self._parameters():
             self._add(_roots_of(unheld))
         self._held = self._parameters()
-        convolutions = (module for module in self._modules() if isinstance(module, _ConvNd))
+        modules = self._modules()
+        convolutions = (module for module in modules if isinstance(module, _ConvNd))
         self.kernels = {param for module in convolutions for param in module.parameters()}
+        self.fused = fused_in(modules)
         self.find(self.facts({}))
 
     def _parameters(self) -> set[Tensor]:
@@ -182,7 +188,8 @@ class Roles:
         """Return a copy with what is known about these parameters."""
         found = {param: role for param, role in self.found.items() if param in params}
         kernels = {param for param in self.kernels if param in params}
-        return replace(self, found=found, kernels=kernels, _models=[], _held=set())
+        fused = {param: split for param, split in self.fused.items() if param in params}
+        return replace(self, found=found, kernels=kernels, fused=fused, _models=[], _held=set())
 
 
 def _told(modules: Iterable[nn.Module]) -> set[Tensor]:

@@ -1,8 +1,8 @@
-"""Parameters that are several matrices in one, such as fused queries, keys and values, as the user declares."""
+"""Parameters that are several matrices in one, such as queries, keys and values: as declared, or as modules tell."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from shampoo3d.engines.native import bare
 from shampoo3d.planning.blocks import Split
@@ -63,3 +63,20 @@ def _checked(value: Parts | Mapping[int, Parts], name: str) -> Split:
     if () in checked.values() or min(checked, default=0) < 0 or min(lengths, default=1) < 1:
         raise ValueError(message)
     return tuple(sorted(checked.items()))
+
+
+def fused_in(modules: Iterable[nn.Module]) -> dict[Tensor, Split]:
+    """Return the queries, keys and values that are one parameter of a module, where it is known how it divides them.
+
+    These are PyTorch's attention, and those of transformers that divide the outputs of ``c_attn`` into parts of
+    ``split_size``, such as GPT-2's.
+    """
+    found: dict[Tensor, Split] = {}
+    for module in modules:
+        if isinstance(module, nn.MultiheadAttention) and isinstance(module.in_proj_weight, Tensor):
+            found[module.in_proj_weight] = ((0, 3),)
+        projection, size = getattr(module, "c_attn", None), getattr(module, "split_size", 0)
+        weight = getattr(projection, "weight", None)
+        if type(projection).__name__ == "Conv1D" and isinstance(weight, Tensor) and size:
+            found[weight] = ((1, weight.shape[1] // size),)
+    return found

@@ -106,8 +106,8 @@ def _sharding(s: LocalShard, groups: Sequence[Mapping[str, Any]], registry: Para
     if not groups[s.group]["precondition"]:
         excluded = "its parameter group has precondition=False"
     dtype, model_dtype = (str(tensor.dtype).removeprefix("torch.") for tensor in (s.tensor, s.original))
-    name, split = registry.names[s.original], registry.split.get(s.original, ())
-    kernel = s.original in registry.roles.kernels
+    name, roles = registry.names[s.original], registry.roles
+    split, kernel = registry.split.get(s.original, roles.fused.get(s.original, ())), s.original in roles.kernels
     return Sharding(name, s.shape, dtype, Holders(), s.sharded, s.divided, excluded, model_dtype, split, kernel)
 
 

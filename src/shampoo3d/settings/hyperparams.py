@@ -213,6 +213,11 @@ class ShampooHyperParams:
         return self.variant.beta1 > 0.0
 
     @property
+    def heeds_modules(self) -> bool:
+        """True if it matters what the module of a parameter says of it: an embedding, a kernel, several matrices."""
+        return self.ignore_embedding_layer or self.ignore_output_layer or self.variant.kernels == "matrix"
+
+    @property
     def initial_scale(self) -> float:
         """The scale c of ``L = c I`` before the first gradient: ``matrix_eps``, or 0 where L has gradients only."""
         v = self.variant

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.blocks import Split
 
 EMBEDDING, HEAD = "embedding", "output layer"
 
@@ -17,6 +18,7 @@ class Parameter:
     Attributes:
         role: "embedding", "output layer" or empty.
         kernel: True for a convolution's.
+        split: by axis, the matrices that it is, if several.
         transposed: True if rows are inputs and columns outputs.
         active: the share of it that computes for one token: experts that are chosen.
     """
@@ -28,6 +30,7 @@ class Parameter:
     transposed: bool = False
     active: float = 1.0
     dtype: str = "float32"
+    split: Split = ()
 
 
 def gpt2(layers: int, width: int) -> Iterator[Parameter]:
@@ -40,7 +43,8 @@ def gpt2(layers: int, width: int) -> Iterator[Parameter]:
         for norm, some in (("ln_1", linear), ("ln_2", perceptron)):
             yield from _normed(f"{name}.{norm}", width)
             for inner, inputs, outputs in some:
-                yield Parameter(f"{name}.{inner}.weight", (inputs, outputs), transposed=True)
+                fused = ((1, 3),) if outputs == 3 * width else ()
+                yield Parameter(f"{name}.{inner}.weight", (inputs, outputs), transposed=True, split=fused)
                 yield Parameter(f"{name}.{inner}.bias", (outputs,))
     yield from _normed("transformer.ln_f", width)
 

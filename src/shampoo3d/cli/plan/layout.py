@@ -70,7 +70,8 @@ def _shardings(request: Request, members: Sequence[Parameter], data: range, firs
             divided_axis(param) if request.tensor > 1 else None,
             param.role if ignored.get(param.role) else "",
             param.dtype,
-            kernel=param.kernel,
+            param.split if hp.heeds_modules else (),
+            param.kernel,
         )
         for group in _groups(request, members, data)
         for param, holders in zip(group, _holders(request, group, data, first), strict=True)

@@ -75,8 +75,8 @@ def of_module(module: nn.Module, active: Mapping[str, float] | None = None) -> l
                 "others: build it with ep_size=1, and say the number of ranks by --expert"
             )
         share = next((share for part, share in (active or {}).items() if part in name), 1.0)
-        kernel, role = param in roles.kernels, roles.of(param)
-        found.append(Parameter(name, tuple(param.shape), role, kernel, id(param) in inputs_first, share, dtype))
+        kernel, role, split = param in roles.kernels, roles.of(param), roles.fused.get(param, ())
+        found.append(Parameter(name, tuple(param.shape), role, kernel, id(param) in inputs_first, share, dtype, split))
     return found
 
 
