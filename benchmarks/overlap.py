@@ -19,7 +19,6 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,20 +71,16 @@ class Travels:
     waiting: float = 0.0
     pending: list[Any] = field(default_factory=list)
 
-    def starting(self, start: Callable[..., Waiting | None]) -> Callable[..., Waiting | None]:
-        """Return what starts collectives as ``start`` does, and sees them end."""
-
-        def started(*arguments: Any) -> Waiting | None:
-            began = time.perf_counter()
-            work: Any = start(*arguments)
-            if work is None:
-                return None
-            self.pending.append(work.get_future().then(lambda _: self.travelling.append(time.perf_counter() - began)))
-            if self.at_once:
-                self.wait(work)
-            return _Timed(work, self)
-
-        return started
+    def started(self, start: Callable[..., Waiting | None], *arguments: Any) -> Waiting | None:
+        """Start a collective, and see it end."""
+        began = time.perf_counter()
+        work: Any = start(*arguments)
+        if work is None:
+            return None
+        self.pending.append(work.get_future().then(lambda _: self.travelling.append(time.perf_counter() - began)))
+        if self.at_once:
+            self.wait(work)
+        return _Timed(work, self)
 
     def wait(self, work: Any) -> None:
         began = time.perf_counter()
@@ -116,14 +111,8 @@ def run(rank: int, port: int, case: Case, at_once: bool, cycles: int, results: A
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
     torch.set_num_threads(1)
-    travels = Travels(at_once)
-    with ExitStack() as stack:
-        start = Communicator._start
-        stack.enter_context(
-            mock.patch.object(
-                Communicator, "_start", lambda self, *given: travels.starting(lambda *a: start(self, *a))(*given)
-            )
-        )
+    travels, start = Travels(at_once), Communicator._start
+    with mock.patch.object(Communicator, "_start", lambda *arguments: travels.started(start, *arguments)):
         optimizer, step = (in_deepspeed if case.deepspeed else in_torch)(case, 2)
         results.put((rank, mean_step(optimizer, step, travels, cycles)))
     dist.barrier()

@@ -24,11 +24,13 @@ class Recording:
     Attributes:
         rows: the row of each matrix; those of a team are consecutive.
         received: bytes that came from other ranks in this step, by kind.
+        ages: the age of the oldest roots of each matrix that took part, and their turn.
     """
 
     def __init__(self, rows: Mapping[Binding, int], steps: StepCounts, device: torch.device) -> None:
         self.rows, self.steps, self.stopwatch = rows, steps, Stopwatch(device)
         self.received: Mapping[str, int] = {}
+        self.ages: Mapping[Binding, tuple[int, int]] = {}
         self._tables: dict[torch.device, Tensor] = {}
         self._sent: list[Tensor | Late] = []
 

@@ -51,7 +51,8 @@ class Watch:
                 rows = index([self._rows[binding] for binding in bindings], batch.stack.device)
                 recording.bound("largest", rows, spectrum(batch.stack))
                 recording.fail(batch.stack.root_failures)
-            self._judge_oldest(recording)
+            recording.ages = self._ages(steps)
+            self._find_residuals(recording)
         after = _received(exchanges)
         recording.received = {kind: after[kind] - before[kind] for kind in after}
         recording.send()
@@ -72,10 +73,10 @@ class Watch:
                 for row, (binding, slot) in enumerate(zip(self._kept[batch], batch.slots, strict=True)):
                     self._turns[binding].setdefault(team.plan.blocks[slot].offset, (batch, row))
 
-    def _judge_oldest(self, recording: Recording) -> None:
+    def _find_residuals(self, recording: Recording) -> None:
         """Find the residual of one block of each matrix, one of those whose roots are the oldest."""
         oldest: defaultdict[Batch, list[tuple[int, Binding]]] = defaultdict(list)
-        for binding, (_, offset) in self._ages(recording.steps).items():
+        for binding, (_, offset) in recording.ages.items():
             batch, row = self._turns[binding][offset]
             oldest[batch].append((row, binding))
         for batch, found in oldest.items():
@@ -123,7 +124,7 @@ class Watch:
             found |= _named(f"{kind}_norm", of) | {f"{kind}_norm/total": math.hypot(*of.values())}
         total = _ratio(found["update_norm/total"], found["weight_norm/total"])
         found |= _named("update_ratio", ratios, max) | {"update_ratio/total": total}
-        ages = ((of, age) for of, (age, _) in self._ages(recording.steps).items())
+        ages = ((of, age) for of, (age, _) in recording.ages.items())
         found |= _named("root_age", _by_name(ages, max), max)
         found |= _named("largest_eigenvalue", largest, max) | _named("smallest_eigenvalue", smallest, min)
         found |= _named("condition", condition, max)
