@@ -6,15 +6,8 @@ import pytest
 import torch
 from test_checkpoint_folder import HP, made, train
 
+from command_line import called
 from common import snapshot
-from shampoo3d.cli import commands as cli
-
-
-def called(arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments.split())
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
 
 
 def test_inspect_tells_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

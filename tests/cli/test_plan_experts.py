@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from command_line import called, check_refused
 from distributed.harness import needs_deepspeed
-from shampoo3d.cli import commands as cli
 from shampoo3d.cli.plan.builtin import Parameter, llama
 from shampoo3d.cli.plan.experts import LARGEST_GROUP, expert_of, held_by, parameter_groups
 from shampoo3d.cli.plan.forecast import Forecast
@@ -30,13 +30,6 @@ SINGLE = [
     ),
     *(Parameter(f"layers.{i}.moe.shared_experts.w1.weight", (48, 16)) for i in range(2)),
 ]
-
-
-def called(arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments.split())
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
 
 
 @pytest.mark.parametrize(
@@ -190,10 +183,7 @@ WRONG = {
 
 @pytest.mark.parametrize("arguments", WRONG)
 def test_wrong_input_is_one_line(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = called(f"plan {arguments}", capsys)
-    assert code == 2
-    assert WRONG[arguments] in err
-    assert err.count("\n") == 1
+    check_refused(f"plan {arguments}", WRONG[arguments], capsys)
 
 
 def test_fsdp_divides_stacks_only() -> None:

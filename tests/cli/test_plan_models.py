@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from command_line import called, check_refused
 from distributed.harness import needs_deepspeed, run
 from shampoo3d import Shampoo
 from shampoo3d.cli import commands as cli
@@ -43,13 +44,6 @@ class Small(nn.Module):
 
 def small() -> nn.Module:
     return Small()
-
-
-def called(arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments.split())
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
 
 
 def forecast(model: str = "", **asked: Any) -> Forecast:
@@ -285,10 +279,7 @@ WRONG = {
 
 @pytest.mark.parametrize("arguments", WRONG)
 def test_wrong_input_is_one_line(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = called(f"plan {arguments}", capsys)
-    assert code == 2
-    assert WRONG[arguments] in err
-    assert err.count("\n") == 1
+    check_refused(f"plan {arguments}", WRONG[arguments], capsys)
 
 
 def test_an_odd_configuration_is_told(tmp_path: Path) -> None:

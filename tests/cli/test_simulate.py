@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from shampoo3d.cli import commands as cli
+from command_line import called, check_refused
 from shampoo3d.cli.plan.builtin import Parameter
 from shampoo3d.cli.plan.forecast import Forecast
 from shampoo3d.cli.plan.request import Request
@@ -34,13 +34,6 @@ LAYERS = [Parameter(f"layers.{i}.weight", (256, 128)) for i in range(4)]
 
 def simulated(hardware: Hardware, parameters: list[Parameter], **asked: Any) -> Simulation:
     return Simulation.of(Forecast.of(Request("", **asked), parameters), hardware)
-
-
-def called(arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments.split())
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
 
 
 # ---- hardware --------------------------------------------------------------------------------------------------------
@@ -227,10 +220,7 @@ def test_the_command_shows_writes_and_draws(
     ],
 )
 def test_bad_input_is_told_in_one_line(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = called(arguments, capsys)
-    assert code == 2
-    assert message in err
-    assert err.count("\n") == 1
+    check_refused(arguments, message, capsys)
 
 
 def test_a_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
