@@ -72,9 +72,8 @@ def live_state(teams: Sequence[Team]) -> dict[Tensor, ParamState]:
             tensors = {FLAT_NAMES[name]: tensor for name, tensor in kept if tensor.numel()}
             state[group_tensor.tensor] |= tensors
         for bucket in team.stacked_buckets:
-            for row, (binding, fragment) in enumerate(bucket.members):
-                views = {name: tensor[row] for name, tensor in bucket.momenta.tensors().items()}
-                state[binding.group_tensor.tensor].setdefault(fragment.box.key, {}).update(views)
+            for binding, fragment in bucket.members:
+                state[binding.group_tensor.tensor].setdefault(fragment.box.key, {}).update(bucket.state(fragment))
         for binding, block, views, _ in factors_of(team):
             if not binding.matrix.sharded:
                 state[binding.group_tensor.tensor].setdefault(block.key, {}).update(views)
@@ -156,18 +155,18 @@ def _homes(team: Team) -> Iterator[tuple[int, int, Piece]]:
 
 def _momenta_here(team: Team) -> Callable[[int, Piece], list[Tensor]]:
     """Find the momenta of a piece of a matrix that are at home on this rank."""
-    rows = {
-        (binding.number, transfer.box.key): (bucket, row)
+    stacked = {
+        (binding.number, fragment.box.key): (bucket, fragment)
         for bucket in team.stacked_buckets
-        for row, (binding, transfer) in enumerate(bucket.members)
+        for binding, fragment in bucket.members
     }
 
     def here(matrix: int, piece: Piece) -> list[Tensor]:
         binding = team.bindings[matrix]
         if binding.matrix.sharded:
             return [*team.shard_buckets[binding.group_tensor].state(binding, piece).values()]
-        bucket, row = rows[matrix, piece.box.key]
-        return [tensor[row] for tensor in bucket.momenta.tensors().values()]
+        bucket, fragment = stacked[matrix, piece.box.key]
+        return [*bucket.state(fragment).values()]
 
     return here
 
@@ -307,10 +306,10 @@ def _load_momenta(team: Team, saved: Mapping[Tensor, ParamState]) -> None:
                 for name, tensor in whole[binding.number].items():
                     tensor[block.slices] = state[block.key][name]
     for bucket in team.stacked_buckets:
-        for row, (binding, fragment) in enumerate(bucket.members):
+        for binding, fragment in bucket.members:
             if binding.number in whole:
-                for name, tensor in bucket.momenta.tensors().items():
-                    tensor[row].copy_(whole[binding.number][name][fragment.box.slices])
+                for name, values in bucket.state(fragment).items():
+                    values.copy_(whole[binding.number][name][fragment.box.slices])
     for binding in team.bindings:
         if binding.number in whole and binding.matrix.sharded:
             flat = team.shard_buckets[binding.group_tensor]

@@ -288,11 +288,10 @@ def block_name(block: Block) -> str:
 
 def _momenta(team: Team, *, everything: bool) -> Iterator[Rectangle]:
     for bucket in team.stacked_buckets:
-        tensors = bucket.momenta.tensors()
-        for row, (binding, fragment) in enumerate(bucket.members):
+        for binding, fragment in bucket.members:
             if everything or fragment.shard_group == first_shard_group(binding):
-                for kind, values in tensors.items():
-                    yield binding, kind, binding.matrix.merged, fragment.box, values[row]
+                for kind, values in bucket.state(fragment).items():
+                    yield binding, kind, binding.matrix.merged, fragment.box, values
     for binding in (binding for binding in team.bindings if binding.matrix.sharded):
         flat = team.shard_buckets[binding.group_tensor]
         for shard in parts_of(team, binding, everything=everything):

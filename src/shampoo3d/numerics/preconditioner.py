@@ -1,5 +1,6 @@
 """The mathematics of Shampoo on a stack of equal blocks (Gupta et al. 2018, arXiv 1802.09568, Algorithm 2)."""
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -137,7 +138,7 @@ class Stack:
             if starting:
                 L.add_diagonal(rows, added)
             total = total + squares
-        overflowed = ~total.isfinite()
+        overflowed = ~(total < math.inf)  # or not a number
         if any_or_unknown(overflowed):
             self._start_anew(rows, overflowed)
 
@@ -285,7 +286,7 @@ class Stack:
 
     def _usable(self, S: Tensor) -> Tensor:
         """Return S, with 0 for blocks in which it has no finite length: their roots are of far smaller gradients."""
-        overflowed = torch.linalg.vector_norm(S, dim=tuple(range(1, S.dim()))).isfinite().logical_not()
+        overflowed = ~(torch.linalg.vector_norm(S, dim=tuple(range(1, S.dim()))) < math.inf)  # or not a number
         if not any_or_unknown(overflowed):
             return S
         self.root_failures += counted(overflowed).sum()

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -89,21 +90,29 @@ class Run:
 
 
 class StackedBucket:
-    """Fragments of one shape whose home is this rank and of which other ranks store replicas.
+    """Fragments whose home is this rank and of which other ranks store replicas: of one shape, or vectors.
 
-    During a step S is one tensor (n, *shape): first the gradients, then the directions.
+    During a step S is one tensor (n, *shape): first the gradients, then the directions. Each fragment is a row of it;
+    of vectors, which may differ in length, each element is one, and ``shape`` is ().
     """
 
-    def __init__(self, members: Sequence[tuple[Binding, Fragment]], hp: ShampooHyperParams) -> None:
+    def __init__(
+        self, members: Sequence[tuple[Binding, Fragment]], hp: ShampooHyperParams, *, vectors: bool = False
+    ) -> None:
         self.members, self.hp = list(members), hp
-        self.rows = {fragment: row for row, (_, fragment) in enumerate(members)}
         binding, fragment = members[0]
         flat = binding.group_tensor.flat
-        self.shape = fragment.box.shape
+        self.axes = len(fragment.box.shape)
+        self.shape: Shape = () if vectors else fragment.box.shape
         self.device, self.dtype = flat.device, state_dtype(flat.dtype)
         self.factored = binding.matrix.factored
-        shape = len(members), *self.shape
-        self.momenta = Momenta(shape, hp, self.dtype, self.device, factored=self.factored)
+        stops = accumulate(math.prod(fragment.box.shape) if vectors else 1 for _, fragment in members)
+        self.rows = {
+            fragment: slice(start, stop)
+            for (_, fragment), (start, stop) in zip(members, pairwise((0, *stops)), strict=True)
+        }
+        self._n = self.rows[members[-1][1]].stop
+        self.momenta = Momenta((self._n, *self.shape), hp, self.dtype, self.device, factored=self.factored)
         self.bindings = list(dict.fromkeys(binding for binding, _ in members))
         self._group_tensors = list(dict.fromkeys(binding.group_tensor for binding in self.bindings))
         self._runs = PhaseIndex[bool, list[Run]](self._group_tensors, lambda t: phase(t, hp).started)
@@ -119,13 +128,13 @@ class StackedBucket:
             run.age = self.hp.weight_updates(steps[run.group_tensor])
         if not self.runs:
             return False
-        self.S = torch.empty((len(self.members), *self.shape), dtype=self.dtype, device=self.device)
+        self.S = torch.empty((self._n, *self.shape), dtype=self.dtype, device=self.device)
         stacks = [self._stack(run) for run in self.runs]
         patches = [patch for run in self.runs for patch in run.patches]
         copy(patches, lambda tensor: tensor.present_gradient, stacks.__getitem__)
         for run, G in zip(self.runs, stacks, strict=True):
             kept(G)
-            self._record("gradient", run, [G])
+            self._record("gradient", run, G)
             D = self._borrow(run, G)
             if isinstance(run.rows, Tensor):
                 self.S[run.rows] = G
@@ -151,22 +160,27 @@ class StackedBucket:
 
     def _make_runs(self, phases: Phases[bool]) -> list[Run]:
         """Divide the members that step into runs, by group and phase."""
-        kinds: defaultdict[Any, list[int]] = defaultdict(list)
-        for row, (binding, _) in enumerate(self.members):
+        kinds: defaultdict[Any, list[tuple[Binding, Fragment]]] = defaultdict(list)
+        for binding, fragment in self.members:
             group_tensor = binding.group_tensor
             if group_tensor in phases:
-                kinds[group_tensor.group, phases[group_tensor]].append(row)
-        return [self._run(number, rows, started) for number, ((_, (_, started)), rows) in enumerate(kinds.items())]
+                kinds[group_tensor.group, phases[group_tensor]].append((binding, fragment))
+        return [self._run(number, alike, started) for number, ((_, (_, started)), alike) in enumerate(kinds.items())]
 
-    def _run(self, number: int, rows: list[int], started: bool) -> Run:
-        members = [self.members[row] for row in rows]
+    def _run(self, number: int, members: list[tuple[Binding, Fragment]], started: bool) -> Run:
         numbers = index([binding.number for binding, _ in members], self.device)
         group_tensor = members[0][0].group_tensor
-        selected = rows_of(rows, len(self.members), self.device)
+        rows = [row for _, fragment in members for row in range(self._n)[self.rows[fragment]]]
+        selected = rows_of(rows, self._n, self.device)
         return Run(selected, len(rows), stacked_patches(members, number), group_tensor, started, numbers)
 
+    def state(self, fragment: Fragment) -> dict[str, Tensor]:
+        """Return views of the state of a fragment, by its name in a checkpoint."""
+        rows, shape = self.rows[fragment], fragment.box.shape
+        return {name: tensor[rows].view(shape) for name, tensor in self.momenta.tensors().items()}
+
     def place(self, _: Binding, fragment: Fragment) -> Place:
-        return _row(self, self.rows[fragment], self.shape)
+        return laid(self, self.rows[fragment].start * math.prod(self.shape), fragment.box.shape)
 
     def add_norms(self, norms: Tensor, _: Sequence[Binding]) -> None:
         """Add the squared norms of S and D to those of their matrices, (matrices, 2); all are of one team."""
@@ -194,19 +208,20 @@ class StackedBucket:
 
         turn(settings, S, run.D)
         self._record("weight", run, views)
-        self._record("direction", run, [S if run.D is None else run.D])
+        self._record("direction", run, S if run.D is None else run.D)
         u = self.momenta.update(add_weights, S, run.D, settings, started=run.started, rows=run.rows)
-        self._record("update", run, [u], settings["lr"])
+        self._record("update", run, u, settings["lr"])
         descend(views, stops(run.patches, lambda _: u), settings["lr"])
         for group_tensor in dict.fromkeys(patch.start.tensor for patch in run.patches):
             group_tensor.store(flat(group_tensor))
 
-    def _record(self, kind: str, run: Run, views: Sequence[Tensor], times: float | Tensor = 1.0) -> None:
-        """Let a recording that is under way have the lengths of the members of a run, as views have them."""
+    def _record(self, kind: str, run: Run, of: Tensor | Sequence[Tensor], times: float | Tensor = 1.0) -> None:
+        """Let a recording that is under way have the lengths of the members of a run, as a stack or views have them."""
         if (recording := current_recording()) is not None:
             binding, _ = self.members[0]
+            views = stops(run.patches, lambda _: of) if isinstance(of, Tensor) else of
             rows = run.matrices + (recording.rows[binding] - binding.number)  # those of a team are consecutive
-            recording.add(kind, rows, squared_norms_of(views, len(self.shape), self.dtype) * times**2)
+            recording.add(kind, rows, squared_norms_of(views, self.axes, self.dtype) * times**2)
 
 
 def descend(W: Sequence[Tensor], u: Sequence[Tensor], lr: float | Tensor) -> None:
@@ -218,15 +233,13 @@ def descend(W: Sequence[Tensor], u: Sequence[Tensor], lr: float | Tensor) -> Non
 
 
 def stacked_patches(members: Sequence[tuple[Binding, Fragment]], stack: int = 0) -> list[Patch]:
-    """Return the patches of fragments of one shape in their group tensors, and in a stack of them."""
+    """Return the patches of fragments in their group tensors, and one after the other in a stack of them."""
+    shapes = [fragment.box.shape for _, fragment in members]
+    offsets = accumulate(map(math.prod, shapes[:-1]), initial=0)
     return merged(
-        Patch(fragment.box.shape, binding.place(fragment.piece), _row(stack, row, fragment.box.shape))
-        for row, (binding, fragment) in enumerate(members)
+        Patch(shape, binding.place(fragment.piece), laid(stack, offset, shape))
+        for (binding, fragment), shape, offset in zip(members, shapes, offsets, strict=True)
     )
-
-
-def _row(stack: object, number: int, shape: Shape) -> Place:
-    return laid(stack, number * math.prod(shape), shape)
 
 
 def turn(settings: Mapping[str, Any], *directions: Tensor | None) -> None:

@@ -226,11 +226,13 @@ class Team:
         for transfer in self.share.transfers:
             binding = self.bindings[transfer.matrix]
             if transfer.home == self.rank and not binding.matrix.sharded and transfer not in in_batches:
-                flat = binding.group_tensor.flat
-                kind = transfer.box.shape, flat.dtype, flat.device, binding.matrix.factored
+                flat, shape = binding.group_tensor.flat, transfer.box.shape
+                # Where no lengths are borrowed, what happens to an element of a vector does not depend on the others.
+                vector = len(shape) == 1 and not binding.matrix.factored and not self.hp.borrows_lengths
+                kind = None if vector else shape, flat.dtype, flat.device, binding.matrix.factored
                 kinds[kind].append((binding, transfer))
         stacked = [batch.bucket for batch in self.batches if batch.bucket]
-        return stacked + [StackedBucket(members, self.hp) for members in kinds.values()]
+        return stacked + [StackedBucket(members, self.hp, vectors=not kind[0]) for kind, members in kinds.items()]
 
 
 def _at(steps: StepCounts, rounds: Iterable[Sequence[WorkItem]]) -> Iterator[list[WorkItem]]:
