@@ -14,7 +14,6 @@ in which its thread computes.
 """
 
 import argparse
-import os
 import statistics
 import time
 from collections import defaultdict
@@ -24,16 +23,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import Case, on_ranks
 from record import setting, write
-from simulate import Case, in_deepspeed, in_torch
 
 from shampoo3d.cli.simulate.simulation import cycle
-from shampoo3d.cli.train.launch import free_port
 from shampoo3d.distributed.collectives import Communicator, Waiting
 
 Seconds = dict[str, float]
@@ -107,21 +101,14 @@ class _Timed:
         return None
 
 
-def run(rank: int, port: int, case: Case, at_once: bool, cycles: int, results: Any) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(port)
-    torch.set_num_threads(1)
+def mean_step(optimizer: Any, step: Callable[[], Any], at_once: bool, cycles: int) -> Seconds:
+    """Return the mean step of a refresh cycle, each of its steps the median of those of so many cycles."""
     travels, start = Travels(at_once), Communicator._start
     with mock.patch.object(Communicator, "_start", lambda *arguments: travels.started(start, *arguments)):
-        optimizer, step = (in_deepspeed if case.deepspeed else in_torch)(case, 2)
-        results.put((rank, mean_step(optimizer, step, travels, cycles)))
-    dist.barrier()
-    time.sleep(0.2)
-    os._exit(0)  # DeepSpeed's threads need not be waited for
+        return _mean_step(optimizer, step, travels, cycles)
 
 
-def mean_step(optimizer: Any, step: Callable[[], Any], travels: Travels, cycles: int) -> Seconds:
-    """Return the mean step of a refresh cycle, each of its steps the median of those of so many cycles."""
+def _mean_step(optimizer: Any, step: Callable[[], Any], travels: Travels, cycles: int) -> Seconds:
     stepping: list[float] = []
     optimizer.register_step_pre_hook(lambda *_: stepping.append(-time.perf_counter()))
     optimizer.register_step_post_hook(lambda *_: stepping.append(time.perf_counter()))
@@ -145,14 +132,7 @@ def mean_step(optimizer: Any, step: Callable[[], Any], travels: Travels, cycles:
 
 def measured(case: Case, cycles: int, at_once: bool = False) -> Seconds:
     """Return the seconds of the slower rank, and the mean idle ones of both."""
-    context = mp.get_context("spawn")
-    results, port = context.SimpleQueue(), free_port()
-    ranks = [context.Process(target=run, args=(rank, port, case, at_once, cycles, results)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    found = [results.get()[1] for _ in ranks]
-    for process in ranks:
-        process.join()
+    found = on_ranks(case, mean_step, at_once, cycles)
     return {name: (statistics.mean if name == "idle" else max)(of[name] for of in found) for name in found[0]}
 
 

@@ -178,7 +178,8 @@ class Stacks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"gate": nn.Linear(16, 4), "experts": Stack()}) for _ in range(2))
+        layers = (nn.ModuleDict({"gate": nn.Linear(16, 4), "experts": Stack()}) for _ in range(2))
+        self.layers = nn.ModuleDict({str(number): layer for number, layer in enumerate(layers)})
 
 
 class Stack(nn.Module):
@@ -188,9 +189,10 @@ class Stack(nn.Module):
         self.down_proj = nn.Parameter(torch.randn(4, 16, 20))
 
 
-def _stepped(model: nn.Module) -> tuple[Shampoo, dict[str, int]]:
+def _stepped(model: nn.Module, topology: Any = None) -> tuple[Shampoo, dict[str, int]]:
     """Take two steps, whose gradients are functions of the weights; return what was received before the last."""
-    optimizer = Shampoo(model, lr=1e-3, hyperparams={"preset": "recommended", "block_size": BLOCK})
+    hyperparams = {"preset": "recommended", "block_size": BLOCK}
+    optimizer = Shampoo(model, lr=1e-3, hyperparams=hyperparams, topology=topology)
     before: dict[str, int] = {}
     for _ in range(2):
         for param in model.parameters():
@@ -205,30 +207,33 @@ def _stacks() -> nn.Module:
     return Stacks().double()
 
 
-def _fsdp(ranks: int, replicas: int) -> tuple[Found, dict[str, Tensor]]:
-    """Divide stacks along an axis of a mesh, and what the ranks then hold by FSDP2, or HSDP."""
-    model, shards = _stacks(), dist.get_world_size() // replicas
-    names = ("replicate", "shard", "expert")
-    within = init_device_mesh("cpu", (replicas, shards // ranks, ranks), mesh_dim_names=names)
-    across = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=names[:2])
-    axes = names[:2] if replicas > 1 else names[1:2]
-    for layer in model.layers:  # type: ignore[union-attr]
+def _fsdp(ranks: int, replicas: int, pipe: int) -> tuple[Found, dict[str, Tensor]]:
+    """Divide stacks along an axis of a mesh, and what the ranks then hold by FSDP2, or HSDP; a stage has a layer."""
+    model, shards = _stacks(), dist.get_world_size() // replicas // pipe
+    names = ("pipe", "replicate", "shard", "expert")
+    within = init_device_mesh("cpu", (pipe, replicas, shards // ranks, ranks), mesh_dim_names=names)
+    across = init_device_mesh("cpu", (pipe, replicas, shards), mesh_dim_names=names[:3])
+    axes = names[1:3] if replicas > 1 else names[2:3]
+    if pipe > 1:
+        del model.layers[str(1 - within.get_local_rank("pipe"))]  # type: ignore[operator]
+    for layer in model.layers.values():  # type: ignore[operator, union-attr]
         for name, stack in [*layer["experts"].named_parameters()]:
             divided = distribute_tensor(stack.detach(), within["expert"], [Shard(0)])
             layer["experts"].register_parameter(name, nn.Parameter(divided))
         fully_shard(layer["experts"], mesh=within[axes])
     fully_shard(model, mesh=across[axes])
-    found = Found.of(*_stepped(model))
+    found = Found.of(*_stepped(model, across if pipe > 1 else None))
     return found, {name: param.detach().full_tensor() for name, param in model.named_parameters()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "replicas"), [(2, 1), (4, 1), (2, 2)])
-def test_experts_in_stacks_under_fsdp(ranks: int, replicas: int) -> None:
+@pytest.mark.parametrize(("ranks", "replicas", "pipe"), [(2, 1, 1), (4, 1, 1), (2, 2, 1), (2, 1, 2)])
+def test_experts_in_stacks_under_fsdp(ranks: int, replicas: int, pipe: int) -> None:
     """The weights are those of one process, too."""
-    request = Request("", data=4, expert=ranks, fsdp=True, replicas=replicas, block_size=BLOCK)
-    found = run(_fsdp, 4, ranks, replicas)
+    request = Request("", data=4 // pipe, expert=ranks, fsdp=True, replicas=replicas, pipe=pipe, block_size=BLOCK)
+    found = run(_fsdp, 4, ranks, replicas, pipe)
     compare(Forecast.of(request, of_module(_stacks())), [of for of, _ in found])
     _stepped(alone := _stacks())
+    weights = {name: weight for _, weights in found for name, weight in weights.items()}
     for name, param in alone.named_parameters():
-        torch.testing.assert_close(found[0][1][name], param.detach(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(weights[name], param.detach(), rtol=1e-9, atol=1e-12)
