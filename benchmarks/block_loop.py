@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shampoo3d import Computation, Shampoo, ShampooHyperParams
-from shampoo3d.planning.blocks import Grid, cut, parts_at_most
+from shampoo3d.planning.blocks import Grid, cut_at_most
 
 
 class BlockLoop(torch.optim.Optimizer):
@@ -44,7 +44,7 @@ class BlockLoop(torch.optim.Optimizer):
     def _begin(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         blocks = []
         if param.dim() == 2:
-            for block in Grid([cut(d, parts_at_most(d, group["block_size"])) for d in param.shape]):
+            for block in Grid([cut_at_most(d, group["block_size"]) for d in param.shape]):
                 eyes = [torch.eye(d, dtype=param.dtype, device=param.device) for d in block.shape]
                 blocks.append((block.slices, [group["matrix_eps"] * eye for eye in eyes], eyes))
         state: dict[str, Any] = {"t": 0, "momentum": torch.zeros_like(param), "blocks": blocks}

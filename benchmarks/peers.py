@@ -3,7 +3,7 @@
 import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +16,10 @@ from shampoo3d import Computation, Shampoo, ShampooHyperParams
 
 LR, MOMENTUM, BETA2, MATRIX_EPS = 1e-3, 0.9, 0.95, 1e-6
 OURS, OURS_REDUCED = "3D-Shampoo", "3D-Shampoo, bfloat16 products and roots"
+PRESETS = {
+    "3D-Shampoo, default()": ShampooHyperParams.default(),
+    "3D-Shampoo, soap()": ShampooHyperParams.soap(),
+}
 LOOP, PYTORCH_OPTIMIZER = "per-block loop", "pytorch_optimizer Shampoo"
 LOOP_BLOCKS = (64, 128)
 
@@ -61,6 +65,13 @@ def shampoo(params: Params, block_size: int, refresh: int, exponent: int, comput
     return Shampoo(params, LR, MOMENTUM, hp)
 
 
+def preset(params: Params, block_size: int, refresh: int, exponent: int, hp: ShampooHyperParams) -> Shampoo:
+    """Make a preset's step as it is later in training; embeddings, too, have factors here, without a model to tell."""
+    computation = replace(hp.computation, fresh_steps=0)
+    hp = replace(hp, block_size=block_size, preconditioning_compute_steps=refresh, computation=computation)
+    return Shampoo(params, LR, hyperparams=hp)
+
+
 def contenders() -> Iterator[Contender]:
     """Ours and what comes with PyTorch."""
     same = f"beta2 {BETA2}, matrix_eps {MATRIX_EPS}, SGD graft, Nesterov momentum {MOMENTUM}, vectors grafted only"
@@ -73,6 +84,10 @@ def contenders() -> Iterator[Contender]:
     for name, computation in variants.items():
         make = partial(shampoo, computation=computation)
         yield Contender(name, same, make, threads=computation.asynchronous, everywhere=name == OURS)
+    for name, hp in PRESETS.items():
+        yield Contender(
+            name, "the preset, with this block size and interval, from its 21st step on", partial(preset, hp=hp)
+        )
     yield Contender(LOOP, f"{same}; eigh of one factor at a time", BlockLoop, only_blocks=LOOP_BLOCKS)
     for name, settings, plain in (("AdamW", "; fused on a GPU", _adamw), ("Muon", "; matrices only", _muon)):
         settings = f"PyTorch's defaults{settings}"

@@ -28,7 +28,7 @@ from step_report import COLUMNS, PRODUCTS, show, show_targets, targets
 from torch import Tensor, nn
 
 from shampoo3d import Computation
-from shampoo3d.planning.blocks import Grid, cut, parts_at_most
+from shampoo3d.planning.blocks import Grid, cut_at_most
 
 LAYERS = {256: 4, 512: 2, 768: 1, 1024: 1}
 VOCABULARY = CONTEXT = 128
@@ -54,7 +54,7 @@ class Case:
     @property
     def stacks(self) -> Counter[tuple[int, ...]]:
         """Count the blocks of each shape."""
-        cuts = ([cut(d, parts_at_most(d, self.block)) for d in shape] for shape in self.shapes if len(shape) == 2)
+        cuts = ([cut_at_most(d, self.block) for d in shape] for shape in self.shapes if len(shape) == 2)
         return Counter(block.shape for axes in cuts for block in Grid(axes))
 
     @property

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shampoo3d.planning.blocks import Block, Grid, cut, merge_dims, parts_at_most, rectangles, strides_of
+from shampoo3d.planning.blocks import Block, Grid, cut_at_most, merge_dims, rectangles, strides_of
 
 SIDES = st.lists(st.integers(1, 12), min_size=1, max_size=4)
 
@@ -16,7 +16,7 @@ SIDES = st.lists(st.integers(1, 12), min_size=1, max_size=4)
 @given(shape=SIDES, block_size=st.integers(0, 9))
 def test_blocks_tile_the_matrix(shape: list[int], block_size: int) -> None:
     count = np.zeros(shape, dtype=int)
-    blocks = Grid(tuple(cut(n, parts_at_most(n, block_size)) for n in shape))
+    blocks = Grid(tuple(cut_at_most(n, block_size) for n in shape))
     for block in blocks:
         count[block.slices] += 1
         assert all(n <= (block_size or n) for n in block.shape)
@@ -33,10 +33,15 @@ def test_blocks_tile_the_matrix(shape: list[int], block_size: int) -> None:
         (5, 0, [5]),
         (1, 4, [1]),
         (7, 3, [3, 2, 2]),
+        (416, 104, [104] * 4),
+        (440, 120, [110] * 4),
+        (440, 160, [152, 144, 144]),
+        (11008, 1024, [1008] + [1000] * 10),
+        (11008, 1020, [1001] * 8 + [1000] * 3),
     ],
 )
-def test_sizes_differ_by_at_most_one_larger_first(length: int, block_size: int, sizes: list[int]) -> None:
-    edges = cut(length, parts_at_most(length, block_size))
+def test_sizes_are_nearly_equal_and_large_ones_aligned(length: int, block_size: int, sizes: list[int]) -> None:
+    edges = cut_at_most(length, block_size)
     assert [b - a for a, b in itertools.pairwise(edges)] == sizes
 
 

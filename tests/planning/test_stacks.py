@@ -8,7 +8,7 @@ from torch import nn
 
 from common import draw
 from shampoo3d import Shampoo, ShampooHyperParams
-from shampoo3d.planning.blocks import auto_block_size, cut, parts_at_most
+from shampoo3d.planning.blocks import auto_block_size, cut_at_most
 
 STACKS = [(3, 20, 18), (2, 2, 4, 17), (1, 17, 18)]
 
@@ -63,7 +63,7 @@ def test_a_matrix_of_one_row_is_a_vector(shape: tuple[int, ...]) -> None:
     assert {row.reason for row in optimizer.report().rows} == {"vector"}
 
 
-WIDTHS = {1: 128, 128: 128, 512: 128, 768: 128, 1023: 128, 1024: 256, 2048: 512, 4095: 512, 4096: 1024, 16384: 1024}
+WIDTHS = {1: 128, 256: 128, 257: 136, 384: 192, 768: 384, 1023: 512, 2048: 512, 2560: 640, 4096: 1024, 16384: 1024}
 
 
 def test_blocks_grow_with_the_shorter_side() -> None:
@@ -77,7 +77,7 @@ def test_blocks_grow_with_the_shorter_side() -> None:
 def test_large_models_have_few_blocks(layers: int, width: int, inner: int, keys: int, most: int) -> None:
     """Llamas of 7 and 70 billion parameters, whose embeddings have none."""
     shapes = [(width, width), (keys, width), (keys, width), (width, width), *[(inner, width)] * 2, (width, inner)]
-    blocks = sum(prod(len(cut(n, parts_at_most(n, auto_block_size(s)))) - 1 for n in s) for s in shapes)
+    blocks = sum(prod(len(cut_at_most(n, auto_block_size(s))) - 1 for n in s) for s in shapes)
     assert layers * blocks <= most
 
 

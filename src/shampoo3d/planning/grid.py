@@ -14,8 +14,8 @@ from shampoo3d.planning.blocks import (
     auto_block_size,
     concatenate_cuts,
     cut,
+    cut_at_most,
     merge_dims,
-    parts_at_most,
 )
 from shampoo3d.planning.factors import factor_axes
 from shampoo3d.planning.layout import Matrix, Sharding
@@ -78,7 +78,7 @@ def _cuts(sharding: Sharding, group: Sequence[int], size: int, hp: ShampooHyperP
     """Return the boundaries of the blocks along a merged axis: each matrix in it is cut separately."""
     fair = hp.fair_blocks and sharding.divided in group
     return concatenate_cuts(
-        cut(length, min(world_size, length) if fair else parts_at_most(length, size))
+        cut(length, min(world_size, length)) if fair else cut_at_most(length, size)
         for length in _lengths(sharding, group)
     )
 
@@ -98,5 +98,5 @@ def _without_factors(sharding: Sharding, path: str, reason: str) -> Matrix:
 def _by_rows(box: Block) -> Iterator[Block]:
     rows = box.shape[0]
     at_most = max(1, GRAFTED_BLOCK // max(1, math.prod(box.shape[1:])))
-    for a, b in itertools.pairwise(cut(rows, parts_at_most(rows, at_most))):
+    for a, b in itertools.pairwise(cut_at_most(rows, at_most)):
         yield Block((box.start[0] + a, *box.start[1:]), (b - a, *box.shape[1:]))
