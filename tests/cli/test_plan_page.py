@@ -120,7 +120,7 @@ def test_the_page_zooms_to_a_block_and_says_of_its_owner_what_the_plan_says(page
     [plan] = planned.plans
     number = [matrix.name for matrix in plan.matrices].index("transformer.h.7.mlp.c_proj.weight")
     owner = plan.owners(number)[plan.matrices[number].number_of((1, 1))]
-    assert page.facts("block") | {"owner": f"rank {owner}", "elements": "128:256, 128:256"} == page.facts("block")
+    assert page.facts("block") | {"owner": f"rank {owner}", "elements": "384:768, 384:768"} == page.facts("block")
     page.one("#block a").click()
     assert page.facts("rank-numbers")["blocks"] == str(int(planned.by_rank["blocks"][owner]))
     page.one("#plane").send_keys(page.keys.ESCAPE)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import shampoo3d
 from common import RANDOM, Numbers, a_storage, a_team, replicated, some_hyperparams, stored
+from shampoo3d.planning import routes
 from shampoo3d.planning.assignment import make_plan
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import ITEM_BYTES, Matrix, Sharding
@@ -251,6 +252,14 @@ def replicas_of_two_shards(blocks: int) -> tuple[list[Matrix], Plan]:
     found = [Sharding(f"w{i}", (6, 4), "float32", holders, divided=0) for i in range(blocks)]
     matrices = [describe(sharding, ShampooHyperParams(), 8) for sharding in found]
     return matrices, make_plan(matrices, range(8), ShampooHyperParams())
+
+
+def test_an_accelerator_has_more_elements_in_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "BUCKET_ELEMENTS", 24)
+    matrices, plan = replicas_of_two_shards(72)
+    assert travels(plan, matrices)
+    shares = {device: RankShare(plan, matrices, 0, device) for device in ("cpu", "cuda", "xpu")}
+    assert {device: len(share.rounds) for device, share in shares.items()} == {"cpu": 9, "cuda": 2, "xpu": 2}
 
 
 def test_homes_of_replicas_are_balanced_as_the_owners_are() -> None:

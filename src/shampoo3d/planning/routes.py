@@ -21,6 +21,9 @@ T = TypeVar("T")
 BUCKET_ELEMENTS = 2**22
 """Elements that a rank receives in one collective: bounds the buffers, whatever the model's size."""
 
+ACCELERATED = 2**3
+"""How many times as many they are on an accelerator, which few elements at a time would leave waiting for its host."""
+
 CACHED_ELEMENTS = 2**18
 """Elements that a CPU works on together, from statistics to direction: as many as its cache holds."""
 
@@ -101,6 +104,11 @@ def local_blocks(matrices: Sequence[Matrix], transfers: Iterable[Transfer], rank
         slot: transfers_[0] for slot, transfers_ in mine.items() if len(transfers_) == 1 and transfers_[0].home == rank
     }
     return {slot: t for slot, t in whole.items() if t.elements == matrices[t.matrix].blocks[t.block].elements}
+
+
+def bucket_elements(device_type: str) -> int:
+    """Return how many elements a rank receives in one collective of a step."""
+    return BUCKET_ELEMENTS * (1 if device_type == "cpu" else ACCELERATED)
 
 
 Dtypes = tuple[str, str]

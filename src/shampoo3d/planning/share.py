@@ -12,9 +12,9 @@ from shampoo3d.planning.cost import bytes_of
 from shampoo3d.planning.layout import ITEM_BYTES, Matrix, Sharding
 from shampoo3d.planning.plan import Plan
 from shampoo3d.planning.routes import (
-    BUCKET_ELEMENTS,
     Rounds,
     Transfer,
+    bucket_elements,
     buckets,
     local_blocks,
     transfers_of,
@@ -32,11 +32,13 @@ class RankShare:
 
     Attributes:
         matrices: those of the team, in the order of the plan.
+        device_type: that of the device with the parameters.
     """
 
     plan: Plan
     matrices: Sequence[Matrix]
     rank: int
+    device_type: str = "cpu"
 
     @cached_property
     def transfers(self) -> tuple[Transfer, ...]:
@@ -56,7 +58,7 @@ class RankShare:
     @cached_property
     def all_rounds(self) -> Rounds:
         """The rounds of a step of the team."""
-        return Rounds(self.plan, BUCKET_ELEMENTS if self.travels else math.inf)
+        return Rounds(self.plan, bucket_elements(self.device_type) if self.travels else math.inf)
 
     @cached_property
     def rounds(self) -> list[list[int]]:
@@ -132,7 +134,7 @@ def traffic(
     for ranks, dtype in share.replica_groups:
         if (ranks, dtype) not in known:
             items = [(transfer.home, transfer.elements) for transfer in share.replica_copies.get((ranks, dtype), ())]
-            padded = sum(width(bucket, items) for bucket in buckets(ranks, items, BUCKET_ELEMENTS))
+            padded = sum(width(bucket, items) for bucket in buckets(ranks, items, bucket_elements(share.device_type)))
             known[ranks, dtype] = padded * (len(ranks) - 1) * ITEM_BYTES[dtype]
         received["weights"] += known[ranks, dtype]
     copied = any(run.copies for run in plan.runs)

@@ -17,7 +17,7 @@ from shampoo3d.numerics.preconditioner import Stack
 from shampoo3d.numerics.schedule import equivalent_step, phase
 from shampoo3d.numerics.state_names import copied_names
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.routes import Transfer
+from shampoo3d.planning.routes import Transfer, bucket_elements
 from shampoo3d.runtime.bindings import Binding, GroupTensor, PhaseIndex, Phases, StepCounts
 from shampoo3d.runtime.buckets import ElementBucket
 from shampoo3d.runtime.patches import Place, Tensors, laid
@@ -228,10 +228,10 @@ class Exchange:
 
     def _make_gatherings(self, phases: Phases[None]) -> list[list[Gathering]]:
         """Find the gatherings of new weights, for each group of replicas."""
-        found = []
+        found, most = [], bucket_elements(self.team.share.device_type)
         for communicator, _, transfers in self._copies:
             stepping = [transfer for transfer in transfers if self._binding(transfer).group_tensor in phases]
-            found.append([*Gathering.of(self.rank, communicator.group.ranks, stepping, self._stored)])
+            found.append([*Gathering.of(self.rank, communicator.group.ranks, stepping, self._stored, most)])
         return found
 
     def _stored(self, transfer: Transfer) -> Place:

@@ -13,7 +13,7 @@ from torch import Tensor
 from shampoo3d.distributed.collectives import Communicator
 from shampoo3d.numerics.masks import overwrite
 from shampoo3d.numerics.tiles import Shape
-from shampoo3d.planning.routes import BUCKET_ELEMENTS, Transfer, buckets, width
+from shampoo3d.planning.routes import Transfer, buckets, width
 from shampoo3d.runtime.patches import Patch, Place, Tensors, copy, ends, laid, merged
 
 T = TypeVar("T")
@@ -109,11 +109,16 @@ class Gathering:
 
     @classmethod
     def of(
-        cls, rank: int, ranks: Sequence[int], transfers: Sequence[Transfer], place: Callable[[Transfer], Place]
+        cls,
+        rank: int,
+        ranks: Sequence[int],
+        transfers: Sequence[Transfer],
+        place: Callable[[Transfer], Place],
+        most: int,
     ) -> "Iterator[Gathering]":
-        """Find the gatherings that bring the pieces from their homes to all ranks."""
+        """Find the gatherings, of about ``most`` elements, that bring the pieces from their homes to all ranks."""
         items = [(transfer.home, transfer.elements) for transfer in transfers]
-        for bucket in buckets(ranks, items, BUCKET_ELEMENTS):
+        for bucket in buckets(ranks, items, most):
             elements = width(bucket, items)
             leaving: list[Patch] = []
             arriving: list[Patch] = []

@@ -84,7 +84,8 @@ class Team:
     def __post_init__(self) -> None:
         sharded = (binding.group_tensor for binding in self.bindings if binding.matrix.sharded)
         self.shard_buckets = {group_tensor: self.shard_buckets[group_tensor] for group_tensor in sharded}
-        self.share = RankShare(self.plan, [binding.matrix for binding in self.bindings], self.rank)
+        device_type = self.device_type or self.device.type
+        self.share = RankShare(self.plan, [binding.matrix for binding in self.bindings], self.rank, device_type)
         hp = self.hp
         self._work = PhaseIndex[tuple[bool, bool], list[list[WorkItem]]](self.group_tensors, lambda t: work_kind(t, hp))
         self._due = PhaseIndex[int, list[list[WorkItem]]](self.group_tensors, lambda t: equivalent_step(t, hp))

@@ -172,13 +172,12 @@ class Forecast:
         """The bytes that ranks receive in a step, by kind."""
         distribution = Distribution(root_copies=self.request.root_copies)
         known: dict[Ranks, dict[tuple[Ranks, str], int]] = {plan.ranks: {} for plan in self.plans}
-        return {
-            rank: _total(
-                traffic(RankShare(plan, self.teams[plan.ranks], rank), self.hp, distribution, known[plan.ranks])
-                for plan in self.plans_of(rank)
-            )
-            for rank in self.looked_at
-        }
+
+        def of(plan: Plan, rank: int) -> dict[str, int]:
+            share = RankShare(plan, self.teams[plan.ranks], rank, self._device)
+            return traffic(share, self.hp, distribution, known[plan.ranks])
+
+        return {rank: _total(of(plan, rank) for plan in self.plans_of(rank)) for rank in self.looked_at}
 
     @cached_property
     def peaks(self) -> dict[int, Memory]:
@@ -209,8 +208,11 @@ class Forecast:
         """Count what a rank keeps and allocates, by a step on tensors without data."""
         distribution = Distribution(root_copies=self.request.root_copies)
         teams = [(plan, self.teams[plan.ranks]) for plan in self.plans_of(rank)]
-        device = "cuda" if self.request.device == "cuda" else "cpu"
-        return memory(teams, rank, self.hp, distribution, device=device)
+        return memory(teams, rank, self.hp, distribution, device=self._device)
+
+    @property
+    def _device(self) -> str:
+        return "cuda" if self.request.device == "cuda" else "cpu"
 
     def plans_of(self, rank: int) -> Iterator[Plan]:
         return (plan for plan in self.plans if rank in plan.ranks)

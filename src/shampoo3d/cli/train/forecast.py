@@ -66,7 +66,7 @@ def foresee(settings: Settings, vocabulary: int) -> Forecast:
     for rank in range(settings.world):
         teams = [(plan, matrices[plan.ranks]) for plan in plans if rank in plan.ranks]
         kept[rank] = memory(teams, rank, hp, distribution, device=device)
-        arriving = (traffic(RankShare(plan, shared, rank), hp, distribution) for plan, shared in teams)
+        arriving = (traffic(RankShare(plan, shared, rank, device), hp, distribution) for plan, shared in teams)
         received[rank] = dict(sum(map(Counter, arriving), Counter()))
     return Forecast(sorted(plans, key=lambda plan: plan.ranks), kept, received)
 
