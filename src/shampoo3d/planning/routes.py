@@ -22,7 +22,7 @@ BUCKET_ELEMENTS = 2**22
 """Elements that a rank receives in one collective: bounds the buffers, whatever the model's size."""
 
 ACCELERATED = 2**3
-"""How many times as many they are on an accelerator, which few elements at a time would leave waiting for its host."""
+"""Factor by which there are more on an accelerator, which few at a time would leave waiting for its host."""
 
 CACHED_ELEMENTS = 2**18
 """Elements that a CPU works on together, from statistics to direction: as many as its cache holds."""
