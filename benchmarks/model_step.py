@@ -57,9 +57,10 @@ def measured(name: str, cycles: int) -> list[dict[str, Any]]:
         param.grad = 1e-3 * torch.randn_like(param)
     optimizers = {told: make(model) for told, make in OPTIMIZERS.items()}
     seconds: dict[str, list[float]] = {told: [] for told in optimizers}
-    for number in range(FIRST + cycles * CYCLE):
+    steps = FIRST + cycles * CYCLE
+    for number in range(steps):
         for told, optimizer in optimizers.items():
-            if told in SAME and 0 < number < FIRST + cycles * CYCLE - SAME[told]:
+            if told in SAME and 0 < number < steps - SAME[told]:
                 continue
             start = time.process_time()
             optimizer.step()

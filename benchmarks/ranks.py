@@ -56,7 +56,7 @@ class Case:
 
 
 def on_ranks(case: Case, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Return what ``work(*training, *arguments)`` returns in each process of a layout, by rank."""
+    """Return what ``work(optimizer, step, *arguments)`` returns in each process of a layout, by rank."""
     context, world = mp.get_context("spawn"), case.request.world
     results, port = context.SimpleQueue(), free_port()
     processes = [
@@ -77,14 +77,14 @@ def _on_rank(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
     torch.set_num_threads(1)
-    results.put((rank, work(*training(case), *arguments)))
+    results.put((rank, work(*_training(case), *arguments)))
     if world > 1:
         dist.barrier()
         time.sleep(0.2)
         os._exit(0)  # DeepSpeed's threads need not be waited for
 
 
-def training(case: Case) -> Training:
+def _training(case: Case) -> Training:
     """Make this rank's part of a training."""
     return _in_deepspeed(case) if case.deepspeed else _in_torch(case)
 
