@@ -123,7 +123,7 @@ def test_a_run_that_is_killed_again_and_again(layout: str, kills: int, tmp_path:
     def enough() -> bool:
         return killed.total() >= kills and len(killed) == 2  # at training and at saving
 
-    while not enough():
+    while not enough() and number < 4 * kills:
         number += 1
         folder = tmp_path / f"run-{number}"
         folder.mkdir()
@@ -141,3 +141,5 @@ def test_a_run_that_is_killed_again_and_again(layout: str, kills: int, tmp_path:
                 for name, weight in other.items():
                     assert torch.equal(one[name], weight), f"{name} after step {step} of run {number}"
     print(f"{layout}: killed {dict(killed)}, in {number} runs")
+    assert killed.total() >= kills
+    assert len(killed) == 2, "all at the same work"
