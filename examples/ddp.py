@@ -25,10 +25,7 @@ def batches(rank: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield x, (x @ teacher).tanh()
 
 
-def main() -> None:
-    cuda = torch.cuda.is_available()
-    dist.init_process_group("nccl" if cuda else "gloo")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+def train(device: torch.device) -> None:
     torch.manual_seed(0)
     layers = [nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 8)]
     model = DistributedDataParallel(nn.Sequential(*layers).to(device))
@@ -44,6 +41,13 @@ def main() -> None:
             print(f"step {step + 1}: loss {loss.item():.4f}", flush=True)
     if dist.get_rank() == 0:
         print(optimizer.report(), flush=True)
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    train(torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu"))
+    # The model is gone by now: DistributedDataParallel that outlives its group may wait for it for ever, over gloo.
     dist.barrier()  # nobody leaves while another may still need the connection
     dist.destroy_process_group()
 
