@@ -31,6 +31,8 @@ PRESETS = {
 for _name in ("default", "classic"):
     _hp = PRESETS[_name]
     PRESETS[f"{_name}, asynchronous"] = replace(_hp, computation=replace(_hp.computation, asynchronous=True))
+FAST = ["default", "soap", "classic, asynchronous"]
+NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +59,7 @@ def values(params: list[nn.Parameter]) -> list[Tensor]:
     return [p.detach().cpu().clone() for p in params]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_steps_are_those_of_the_cpu_and_the_host_reads_nothing_else(name: str) -> None:
     hp = PRESETS[name]
     expected, on_cpu = made(hp, "cpu")
@@ -77,7 +79,7 @@ def test_steps_are_those_of_the_cpu_and_the_host_reads_nothing_else(name: str) -
                 torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-9 * float((a - w).norm()))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_with_gradients_that_are_not_checked_the_host_reads_nothing(name: str) -> None:
     with accelerator() as gpu:
         params, optimizer = made(replace(PRESETS[name], nonfinite_gradient="ignore"), DEVICE)
@@ -88,7 +90,7 @@ def test_with_gradients_that_are_not_checked_the_host_reads_nothing(name: str) -
             assert t == 0 or not gpu.reads, t
 
 
-@pytest.mark.parametrize("name", ["default", "soap", "classic, asynchronous"])
+@pytest.mark.parametrize("name", FAST)
 def test_numbers_of_the_step_before_arrive_without_a_read(name: str) -> None:
     """Numbers are those of the CPU, one step late, and never of a step that did not count."""
     expected, on_cpu = made(PRESETS[name], "cpu")
@@ -154,7 +156,7 @@ def state_of(optimizer: Shampoo) -> dict[str, Any]:
     return tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, optimizer.state_dict())  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_step_that_is_skipped_never_was(name: str) -> None:
     """All weights and all state are those of a run that never got it, and the host reads nothing in it nor after it."""
     with accelerator() as gpu:
