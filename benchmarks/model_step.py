@@ -26,6 +26,8 @@ from shampoo3d import ShampooHyperParams
 
 CYCLE = 10
 FIRST = 21  # the first, and those after which roots are made less often
+LONGEST = ShampooHyperParams.default().longest_interval
+LONG_RUN = f".default(), roots every {LONGEST} steps"  # as from step 400 on
 SAME = {"AdamW": 10, "Muon": 3}  # optimizers whose steps cost the same, and how many of them are counted
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -45,6 +47,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "AdamW": lambda model: adamw(model, 1e-3),
     "Muon": lambda model: Muon(model, 1e-3),
     ".default()": lambda model: shampoo(model, 1e-3, hyperparams=ShampooHyperParams.default()),
+    LONG_RUN: lambda model: shampoo(
+        model, 1e-3, hyperparams=ShampooHyperParams.default(preconditioning_compute_steps=LONGEST)
+    ),
     ".soap()": lambda model: shampoo(model, 1e-3, hyperparams=ShampooHyperParams.soap()),
 }
 

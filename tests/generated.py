@@ -56,6 +56,7 @@ COMPUTATION: dict[str, list[Any]] = {
     "root_method": ["auto", "auto", "eigh", "minimax"],
     "refresh": ["staggered", "together"],
     "fresh_steps": [0, 1, 3],
+    "refresh_growth": [1, 4],
     "asynchronous": [False, True],
     "products": ["state", "bfloat16"],
     "root_storage": ["state", "bfloat16"],

@@ -30,6 +30,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "update-rule.md"
 EVERY = st.integers(1, 12)
 STARTS = st.integers(1, 40)
 TURNS = st.integers(0, 30)
+GROWTH = st.sampled_from([1, 2, 4, 8])
 COSTS = st.lists(st.sampled_from([1.0, 2.0, 2.0, 3.5, 100.0, 0.1]) | st.floats(1e-3, 1e9), max_size=60)
 
 
@@ -72,18 +73,19 @@ def test_eigenbases_are_found_at_the_first_step_and_followed_in_turns() -> None:
     assert refreshes(fresh, 2, 10) == [1, 2, 4, 5, 8]
 
 
-@given(EVERY, STARTS, st.integers(1, 200), TURNS)
-def test_steps_that_are_alike_refresh_the_same_blocks(every: int, start: int, t: int, offset: int) -> None:
+@given(EVERY, STARTS, st.integers(1, 200) | st.integers(200, 9999), TURNS, GROWTH)
+def test_steps_that_are_alike_refresh_the_same_blocks(every: int, start: int, t: int, offset: int, growth: int) -> None:
     """Whatever the blocks: so what is due need be found for one interval of steps only."""
     settings = itertools.product(("staggered", "together"), (0, 3, 30), ("root", "adam"))
     for refresh, fresh, direction in settings:
         if direction == "adam" and start > 1:
             continue
         hp = hyperparams(every, start, refresh)
-        computation, variant = replace(hp.computation, fresh_steps=fresh), Variant(direction=direction)  # type: ignore[arg-type]
+        computation = replace(hp.computation, fresh_steps=fresh, refresh_growth=growth)
+        variant = Variant(direction=direction)  # type: ignore[arg-type]
         hp = replace(hp, beta2=0.9, computation=computation, variant=variant)
         same = equivalent_step(t, hp)
-        assert 0 <= same <= min(t, max(every, start, fresh) + every)
+        assert 0 <= same <= min(t, max(every, start, fresh) + growth * every)
         assert phase(t, hp, offset).refresh == (same > 0 and phase(same, hp, offset).refresh)
 
 
@@ -128,6 +130,37 @@ def test_roots_in_use_are_at_most_k_minus_1_steps_old(every: int, start: int, of
         elif t < start - every:
             assert computed is None
     assert computed is not None
+
+
+@given(every=EVERY, start=STARTS, offset=TURNS, growth=GROWTH, refresh=st.sampled_from(["staggered", "together"]))
+def test_the_interval_doubles_where_it_is_a_20th_of_the_steps(
+    every: int, start: int, offset: int, growth: int, refresh: str
+) -> None:
+    hp = hyperparams(every, start, refresh)
+    hp = replace(hp, computation=replace(hp.computation, refresh_growth=growth))
+    last = 41 * every * growth + start
+    seen = refreshes(hp, offset, last)
+    for a, b in itertools.pairwise(seen):
+        allowed = [every * 2**i for i in range(10) if 2**i <= growth and (i == 0 or 10 * every * 2**i <= b)]
+        assert b - a <= max(allowed)
+    assert {b - a for a, b in itertools.pairwise(seen[1:]) if b < 20 * every} <= {every}
+    assert seen[-1] - seen[-2] == every * growth == hp.longest_interval
+
+
+@given(every=EVERY, growth=GROWTH)
+def test_no_step_of_a_longer_interval_has_two_turns(every: int, growth: int) -> None:
+    hp = replace(hyperparams(every), computation=Computation(refresh_growth=growth))
+    steps = range(10 * hp.longest_interval + 1, 13 * hp.longest_interval + 1)
+    found = [[turn for turn in range(every) if phase(t, hp, turn).refresh] for t in steps]
+    assert max(map(len, found)) == 1
+    assert sum(map(len, found)) == 3 * every
+
+
+def test_ten_turns_are_spread_over_forty_steps() -> None:
+    hp = ShampooHyperParams.default()
+    due = sorted((t - 1000, turn) for turn in range(10) for t in range(1000, 1040) if phase(t, hp, turn).refresh)
+    assert [t for t, _ in due] == [1, 5, 9, 10, 14, 18, 23, 27, 32, 36]
+    assert [turn for _, turn in due] == [1, 5, 9, 0, 4, 8, 3, 7, 2, 6]
 
 
 @given(start=STARTS, offset=TURNS, refresh=st.sampled_from(["staggered", "together"]))

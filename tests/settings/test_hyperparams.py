@@ -101,6 +101,7 @@ BAD_COMPUTATION: dict[str, list[Any]] = {
     "root_method": ["", "qr", "Eigh", True, None],
     "refresh": ["", "never", 1, None],
     "fresh_steps": [-1, 0.5, 1.0, True, None],
+    "refresh_growth": [0, -2, 3, 12, 2.0, True, None],
     "asynchronous": [1, "yes", None],
     "products": ["float16", "", None],
     "root_storage": ["float32", torch.bfloat16, None],
@@ -111,6 +112,7 @@ GOOD_COMPUTATION: dict[str, list[Any]] = {
     "root_method": ["auto", "eigh", "minimax"],
     "refresh": ["staggered", "together"],
     "fresh_steps": [0, 1, 10**6],
+    "refresh_growth": [1, 2, 2**20],
     "asynchronous": [True, False],
     "products": ["state", "bfloat16"],
     "root_storage": ["state", "bfloat16"],
@@ -371,6 +373,7 @@ def test_the_defaults_are_those_of_the_thesis() -> None:
             "root_method": "auto",
             "refresh": "staggered",
             "fresh_steps": 0,
+            "refresh_growth": 1,
             "asynchronous": False,
             "products": "state",
             "root_storage": "state",
@@ -380,15 +383,6 @@ def test_the_defaults_are_those_of_the_thesis() -> None:
     }
     defaults = Shampoo([parameter()], hyperparams=ShampooHyperParams()).defaults
     assert (defaults["lr"], defaults["momentum"]) == (0.1, 0.9)
-
-
-def test_without_settings_it_is_the_recommended_preset_at_a_rate_of_adamw() -> None:
-    optimizer = Shampoo([parameter()])
-    assert optimizer.hyperparams == ShampooHyperParams.default()
-    assert (optimizer.defaults["lr"], optimizer.defaults["momentum"]) == (
-        torch.optim.AdamW([parameter()]).defaults["lr"],
-        0.0,
-    )
 
 
 def test_settings_cannot_be_changed_and_travel_well() -> None:

@@ -116,3 +116,10 @@ def test_a_matrix_whose_first_gradients_are_zero_starts_with_the_first_that_is_n
             optimizer.step()
         moved.append(W.detach())
     torch.testing.assert_close(*moved, rtol=1e-9, atol=1e-12)
+
+
+def test_without_settings_it_is_the_recommended_preset_at_a_rate_of_adamw() -> None:
+    params = [nn.Parameter(torch.ones(2, 2))]
+    optimizer = Shampoo(params)
+    assert optimizer.hyperparams == ShampooHyperParams.default()
+    assert (optimizer.defaults["lr"], optimizer.defaults["momentum"]) == (torch.optim.AdamW(params).defaults["lr"], 0.0)

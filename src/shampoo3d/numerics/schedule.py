@@ -20,20 +20,19 @@ def phase(t: int, hp: ShampooHyperParams, offset: int = 0) -> Phase:
     """Return the phase of a block at step t of its parameter, counted from 1.
 
     The first refresh is at the same step for all blocks, so that a matrix, whose graft takes the norm of the whole,
-    never has roots for some of its blocks only. Then each has its turn, k steps apart, so roots in use are at most
-    k - 1 steps old. That first step is the last multiple of k up to the start step, or k: earlier roots would not be
-    used. With fresh steps it is the one with the first gradient, and up to the last of them each has its turn every
-    other step.
+    never has roots for some of its blocks only. Then each has its turn, an interval apart, so roots in use are at most
+    an interval less one step old. That first step is the last multiple of k up to the start step, or k: earlier roots
+    would not be used. With fresh steps it is the one with the first gradient, and up to the last of them each has its
+    turn every other step.
 
     Args:
         offset: the block's turn among the k steps; without effect if refreshes are "together".
     """
-    k, first, fresh = hp.preconditioning_compute_steps, _first_refresh(hp), hp.fresh_steps
-    turn = offset if hp.computation.refresh == "staggered" else 0
-    if t <= fresh:
+    first, turn = _first_refresh(hp), _turn(offset, hp)
+    if t <= hp.fresh_steps:
         refresh = t <= hp.statistics_compute_steps or (t - turn) % 2 == 0
     else:
-        refresh = t == first or (t > first and (t - first - turn) % k == 0)
+        refresh = t == first or (t > first and _due(t, hp) == turn)
     return Phase(
         accumulate=hp.statistics_count(t) > hp.statistics_count(t - 1),
         refresh=refresh,
@@ -43,14 +42,16 @@ def phase(t: int, hp: ShampooHyperParams, offset: int = 0) -> Phase:
 
 def equivalent_step(t: int, hp: ShampooHyperParams) -> int:
     """Return the earliest step that refreshes the same blocks as step t; 0 if step t refreshes none."""
-    k, first, fresh = hp.preconditioning_compute_steps, _first_refresh(hp), hp.fresh_steps
+    first, fresh = _first_refresh(hp), hp.fresh_steps
     if t <= fresh:
         together = hp.statistics_compute_steps
         return 1 if t <= together else together + 1 + (t - together - 1) % 2
     if t <= first:
         return t if t == first else 0
-    last = max(first, fresh)
-    return last + 1 + (t - last - 1) % k
+    if (turn := _due(t, hp)) is None:
+        return 0
+    k, start = hp.preconditioning_compute_steps, max(first, fresh) + 1
+    return next(s for s in range(start + (t - start) % k, t + 1, k) if _due(s, hp) == turn)
 
 
 def root_age(t: int, hp: ShampooHyperParams, offset: int = 0) -> int:
@@ -65,6 +66,22 @@ def root_age(t: int, hp: ShampooHyperParams, offset: int = 0) -> int:
 def unconditional(t: int, hp: ShampooHyperParams) -> bool:
     """Return whether a basis due at step t is computed even if it could stay: the first, and up to ``fresh_steps``."""
     return t <= max(_first_refresh(hp), hp.fresh_steps)
+
+
+def _due(t: int, hp: ShampooHyperParams) -> int | None:
+    """Return the turn that is due at a step after the first ones, if any is.
+
+    At an interval of k turn n is due n steps after turn 0. At m k it keeps every m-th of its steps, turn n + 1 those
+    that are k - 1 before turn n's: so no step has more to do than before, and those with roots are spread.
+    """
+    k, since = hp.preconditioning_compute_steps, t - _first_refresh(hp)
+    turn = _turn(since, hp)
+    return None if (since + (k - 1) * turn) % hp.refresh_interval(t) else turn
+
+
+def _turn(number: int, hp: ShampooHyperParams) -> int:
+    """Return one of the turns: the only one, if refreshes are together."""
+    return number % hp.preconditioning_compute_steps if hp.computation.refresh == "staggered" else 0
 
 
 def _first_refresh(hp: ShampooHyperParams) -> int:

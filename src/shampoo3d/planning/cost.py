@@ -45,13 +45,13 @@ def applied_cost(elements: int, factors: Iterable[int], hp: ShampooHyperParams) 
 
 
 def block_cost(elements: int, factors: Shape, hp: ShampooHyperParams, diagonals: Shape = ()) -> float:
-    """Estimate the work of a step on a block with these factors, in multiply-adds; refreshes count per step on average.
+    """Estimate the work of a step on a block with these factors, in multiply-adds; roots by the longest interval.
 
     For "kl" the gradient is preconditioned along all axes but one for the statistics of that one, which costs as much
     as the statistics of those others. The work on diagonal factors is part of the cost per element.
     """
     products = elements * sum(factors) * (len(factors) + len(diagonals) if hp.variant.statistics == "kl" else 1)
-    roots = refresh_cost(factors, hp) / hp.preconditioning_compute_steps
+    roots = refresh_cost(factors, hp) / hp.longest_interval
     sparing = hp.statistics_compute_steps * hp.variant.statistics_sampling
     return applied_cost(elements, factors, hp) + products / sparing + roots
 

@@ -111,7 +111,7 @@ class Plan:
         runs: their blocks, by kind, with their owners.
         resident: per rank, bytes of momenta that stay where their elements are stored (ZeRO, FSDP), whoever owns the
             blocks.
-        every: steps between two refreshes of a root: roots in use are at most ``every - 1`` steps old.
+        every: steps between two refreshes of a root at first, among which blocks have turns.
     """
 
     ranks: Ranks

@@ -49,7 +49,7 @@ class Report:
     """All parameters of this rank, and the steps that were skipped. ``str(report)`` is a table.
 
     Attributes:
-        every, oldest: steps between two refreshes of a root, and the largest age of a root in use, in steps.
+        refreshed, oldest: how often roots are, and the largest age of one in use, in steps; "" before the first step.
         absent: trainable parameters of the model that the optimizer does not have.
         state_bytes: of statistics, roots and momenta on this rank.
         traffic: bytes that this rank receives in a step, see ``share.traffic``.
@@ -58,7 +58,7 @@ class Report:
 
     rows: tuple[Row, ...]
     skipped_steps: int
-    every: int
+    refreshed: str
     oldest: int
     state_bytes: int
     traffic: Mapping[str, int]
@@ -86,9 +86,9 @@ class Report:
         for team in teams:
             received.update(traffic(team.share, team.hp, distribution))
         rows = tuple(rows_by_name[name] for name in names.values() if name in rows_by_name)
-        every = max((team.plan.every for team in teams), default=0)
-        oldest = every - 1 + any(hp.computation.asynchronous for hp in (team.hp for team in teams))
-        return cls(rows, skipped_steps, every, oldest, state_bytes(teams), dict(received), tuple(absent), numbers)
+        hp = teams[0].hp if teams else None
+        refreshed, oldest = (hp.intervals, hp.longest_interval - 1 + hp.computation.asynchronous) if hp else ("", 0)
+        return cls(rows, skipped_steps, refreshed, oldest, state_bytes(teams), dict(received), tuple(absent), numbers)
 
     def scalars(self) -> dict[str, float]:
         """Return numbers for a logger, by sorted names such as "shampoo/gradient_norm/layers.0.weight".
@@ -113,9 +113,9 @@ class Report:
             count = len(self.absent)
             lines.append(f"trainable parameters of the model that are not in the optimizer: {count}, such as {shown}")
         lines.append(f"steps skipped for non-finite gradients: {self.skipped_steps}")
-        if not self.every:
+        if not self.refreshed:
             return "\n".join([*lines, "no step was taken yet: paths and state are known after the first, or bind()"])
-        lines.append(f"roots are refreshed every {self.every} steps, and are at most {self.oldest} steps old")
+        lines.append(f"roots are refreshed {self.refreshed}, and are at most {self.oldest} steps old")
         lines.append(f"bytes of state on this rank: {self.state_bytes}")
         received = ", ".join(f"{kind} {count}" for kind, count in self.traffic.items() if count)
         lines.append(f"bytes from other ranks in a step, roots only when they are refreshed: {received or 'none'}")

@@ -20,6 +20,8 @@ class Computation:
             step; "together": all of them at every k-th step.
         fresh_steps: up to this step roots are computed every other step, half of them at each, while gradients still
             turn quickly; all of them at the first. Later steps follow ``refresh``.
+        refresh_growth: the interval between two refreshes of a root, k at first, doubles where it is a 20th of the
+            steps so far, until it is so many times k; a power of two.
         asynchronous: compute roots beside the next forward and backward, on a thread or a side stream, and use them one
             step later.
         products: the precision of the operands in the products of statistics and of preconditioning: that of the
@@ -37,6 +39,7 @@ class Computation:
     root_method: RootMethod = "auto"
     refresh: Literal["staggered", "together"] = "staggered"
     fresh_steps: int = 0
+    refresh_growth: int = 1
     asynchronous: bool = False
     products: Precision = "state"
     root_storage: Precision = "state"
@@ -47,6 +50,9 @@ class Computation:
         check_choice("root_method", self.root_method, ("auto", "eigh", "minimax"))
         check_choice("refresh", self.refresh, ("staggered", "together"))
         check_integer("fresh_steps", self.fresh_steps, least=0)
+        check_integer("refresh_growth", self.refresh_growth, least=1)
+        if self.refresh_growth & (self.refresh_growth - 1):
+            raise ValueError(f"refresh_growth must be a power of two, got {self.refresh_growth}")
         check_bool("asynchronous", self.asynchronous)
         for name in ("products", "root_storage", "momentum_storage"):
             check_choice(name, getattr(self, name), ("state", "bfloat16"))

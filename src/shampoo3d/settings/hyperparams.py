@@ -53,7 +53,7 @@ class ShampooHyperParams:
         inverse_exponent_override: p in ``L^(-1/p)``; 0 means twice the number of axes that have a factor.
         start_preconditioning_step: the first step t (counted from 1) that uses the preconditioned direction.
         preconditioning_compute_steps: the roots of a block are computed every so many steps; ``computation.refresh``
-            says at which.
+            says at which, ``computation.refresh_growth`` by how much they become more.
         statistics_compute_steps: statistics are accumulated at each step t that is a multiple of this.
         block_size: the largest side of a block; 0 keeps every matrix whole. "auto": half of the shorter side of the
             matrix, from 128 to 512; from 2048 on a quarter of it, at most 1024.
@@ -189,7 +189,7 @@ class ShampooHyperParams:
             "variant": variant,
             "inverse_exponent_override": 2,
             "graft_type": LayerwiseGrafting.ADAM,
-            "computation": replace(_AVERAGED["computation"], fresh_steps=20),
+            "computation": replace(_AVERAGED["computation"], fresh_steps=20, refresh_growth=4),
         }
         return replace(cls(**_AVERAGED | own), **changes)
 
@@ -250,6 +250,23 @@ class ShampooHyperParams:
         """
         kl = self.variant.statistics == "kl" and self.variant.direction == "root"
         return max(self.computation.fresh_steps, self.statistics_compute_steps if kl else 0)
+
+    def refresh_interval(self, t: int) -> int:
+        """Return the steps between two refreshes of a root at step t."""
+        k = self.preconditioning_compute_steps
+        times = min(self.computation.refresh_growth, max(1, t // (10 * k)))
+        return k << (times.bit_length() - 1)
+
+    @property
+    def longest_interval(self) -> int:
+        """The steps between two refreshes of a root in the long run, from step 10 times as many on."""
+        return self.preconditioning_compute_steps * self.computation.refresh_growth
+
+    @property
+    def intervals(self) -> str:
+        """The steps between two refreshes of a root, in words."""
+        k, longest = self.preconditioning_compute_steps, self.longest_interval
+        return f"every {k} steps" + (f", later every {longest}" if longest > k else "")
 
     @property
     def statistics_weight(self) -> float:

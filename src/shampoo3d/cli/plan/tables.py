@@ -158,7 +158,7 @@ def remarks(forecast: Forecast) -> list[str]:
     """Say in sentences what the tables leave out: settings, balance, what is assumed, whether it fits."""
     request, hp = forecast.request, forecast.hp
     lines = [
-        f"settings: {request.preset}, block size {hp.block_size}, roots every {hp.preconditioning_compute_steps} steps",
+        f"settings: {request.preset}, block size {hp.block_size}, roots {hp.intervals}",
         f"max / mean of the work: {forecast.imbalance:.2f}; ranks without a block that has factors: {forecast.idle}",
     ]
     if forecast.share is None:

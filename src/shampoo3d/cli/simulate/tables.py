@@ -71,9 +71,7 @@ def _scaling_table(curve: Sequence[Simulation]) -> Table:
 
 def _remarks(of: Simulation) -> list[str]:
     request, hp = of.forecast.request, of.forecast.hp
-    lines = [
-        f"settings: {request.preset}, block size {hp.block_size}, roots every {hp.preconditioning_compute_steps} steps"
-    ]
+    lines = [f"settings: {request.preset}, block size {hp.block_size}, roots {hp.intervals}"]
     if len(of.ranks) < request.world:
         lines.append(f"simulated: ranks {', '.join(map(str, of.ranks))} of {request.world}, the one with most work too")
     if len(of.ranks) > 1:
