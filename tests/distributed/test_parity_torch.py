@@ -1,6 +1,7 @@
 """Under plain PyTorch's ways to cut a model, Shampoo follows the same trajectory as one process."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from common import draw, slow_but
-from shampoo3d import Shampoo
+from shampoo3d import Computation, Shampoo
 
 from .fsdp import Sharding, distance_from_one_process, with_torch
 from .harness import run
@@ -44,6 +45,16 @@ def test_two_axes(sharding: Sharding, name: str, steps: int) -> None:
 def test_single_precision(sharding: Sharding, steps: int) -> None:
     make_optimizer = shampoo("adagrad-decay", "float32")
     assert distance_from_one_process(sharding, make_optimizer, steps, "float32") < 1e-5
+
+
+@pytest.mark.parametrize("sharding", slow_but(FAST[1:2], FAST), ids=str)
+def test_intervals_that_grow(sharding: Sharding) -> None:
+    """Turns of 2 steps, from step 40 on of 4, while the weights still move."""
+    default = shampoo("default")
+    hp = replace(
+        default.keywords["hyperparams"], preconditioning_compute_steps=2, computation=Computation(refresh_growth=2)
+    )
+    assert distance_from_one_process(sharding, partial(default, lr=0.01, hyperparams=hp), 46) < 1e-9
 
 
 @pytest.mark.parametrize("name", slow_but(["refresh-3-start-4"], ["uneven-blocks", "refresh-3-start-4"]))
