@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import astuple, replace
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from common import MODELS, put_gradients, replicated, slow_but
 from shampoo3d import Computation, Shampoo, ShampooHyperParams, Variant
+from shampoo3d.cli.plan.builtin import Parameter
+from shampoo3d.cli.plan.forecast import Forecast
+from shampoo3d.cli.plan.request import Request
 from shampoo3d.numerics import background, momenta
 from shampoo3d.numerics.roots import choice
 from shampoo3d.planning.assignment import make_plan
@@ -202,6 +206,16 @@ def test_any_rank_of_any_number_of_ranks_without_a_process_group() -> None:
     assert min(of.buffers for of in told) > 0
     assert 0 < memory([planned(shapes, hp, 64)], 37, hp).state < told[0].state
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("layout", [{"fsdp": True}, {"zero": 1}])
+def test_shards_take_room_for_all_directions_and_the_blocks_of_one_round(layout: dict[str, Any]) -> None:
+    """And not, beside all directions, for the blocks of all rounds, or for what those of an embedding need."""
+    shapes = {f"layers.{i}.weight": (2048, 1024) for i in range(96)}
+    layers = [Parameter("embedding.weight", (8192, 1024), "embedding"), *starmap(Parameter, shapes.items())]
+    told = Forecast.of(Request("", data=4, **layout), layers).memory_of(3)
+    directions = 4 * sum(math.prod(layer.shape) for layer in layers) // 4
+    assert directions <= told.transient < 1.3 * directions
 
 
 # ---- the tables of the documentation ----

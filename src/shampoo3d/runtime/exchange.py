@@ -117,10 +117,13 @@ class Exchange:
         return route.take(self.communicator, "gradients", number, dtype, gradient)
 
     def _send_home(self, number: int, routes: Sequence[tuple[Route, Route]], items: Sequence[WorkItem]) -> Arrive:
-        """Start to send the directions of a round from the owners to the homes of their elements."""
+        """Start to send the directions of a round, which the work items give away, to the homes of their elements."""
         dtype = self.team.share.sharding_of(number).update_dtype(self._update_precision)
         blocks = [item.blocks for item in items]
-        return routes[number][1].take(self.communicator, "updates", number, getattr(torch, dtype), blocks.__getitem__)
+        going = routes[number][1].take(self.communicator, "updates", number, getattr(torch, dtype), blocks.__getitem__)
+        for item in items:  # else a step would hold the blocks of all its rounds
+            del item.blocks
+        return going
 
     @cached_property
     def _sharing(self) -> Moment:

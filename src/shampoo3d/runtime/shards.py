@@ -193,19 +193,25 @@ class JoinedBucket(ShardBucket):
         self.stretches = self._stretches.at(steps, self._make_stretches)
         if not self.stretches:
             return False
+        directions = [part for stretch in self.stretches for part in self._directions(stretch, steps)]
+        # Only now: S is as large as all weights, and what came before, and is gone, may be so, too.
         self.S = torch.zeros(self.elements, dtype=self.dtype, device=self.device)
-        for stretch in self.stretches:
-            stretch.age = self.hp.weight_updates(steps[stretch.group_tensors[0]])
-            gradients = {tensor: tensor.present_gradient for tensor in stretch.group_tensors}
-            self._record("gradient", stretch, [*gradients.values()])
-            if stretch.age and stretch.unfactored:
-                G = kept(torch.cat(_parts_of(gradients, stretch.unfactored)).to(self.dtype))
-                average, D = self.momenta.direction(G, stretch.rows, stretch.age)
-                direction = D if self.hp.variant.vectors == "diagonal" else average
-                sizes = [binding.elements for binding in stretch.unfactored]
-                into = [self.S.narrow(0, self._start(b), b.elements) for b in stretch.unfactored]
-                torch._foreach_copy_(into, list(direction.split_with_sizes(sizes)))
+        moved = [binding for stretch in self.stretches if stretch.age for binding in stretch.unfactored]
+        if moved:
+            torch._foreach_copy_([self.S.narrow(0, self._start(b), b.elements) for b in moved], directions)
         return True
+
+    def _directions(self, stretch: Stretch, steps: StepCounts) -> Iterable[Tensor]:
+        """Return the directions of the unfactored matrices of a stretch, one after the other."""
+        stretch.age = self.hp.weight_updates(steps[stretch.group_tensors[0]])
+        gradients = {tensor: tensor.present_gradient for tensor in stretch.group_tensors}
+        self._record("gradient", stretch, [*gradients.values()])
+        if not stretch.age or not stretch.unfactored:
+            return []
+        G = kept(torch.cat(_parts_of(gradients, stretch.unfactored)).to(self.dtype))
+        average, D = self.momenta.direction(G, stretch.rows, stretch.age)
+        direction = D if self.hp.variant.vectors == "diagonal" else average
+        return direction.split_with_sizes([binding.elements for binding in stretch.unfactored])
 
     def _make_stretches(self, phases: Phases[bool]) -> list[Stretch]:
         found = []
