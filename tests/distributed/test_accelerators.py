@@ -64,6 +64,7 @@ def test_checkpoints_go_out_and_in(cases: list[tuple[str, str]], tmp_path: Path)
     on_ranks(2, "checkpoints", calls)
 
 
+@pytest.mark.slow
 def test_depth_and_blocks_add_no_launches() -> None:
     layouts = ("replicas", "root copies", "one slice", "fsdp2")
     cases = [(layout, layers, 8) for layout in layouts for layers in (2, 4)]
