@@ -67,7 +67,7 @@ def shampoo(params: Params, block_size: int, refresh: int, exponent: int, comput
 
 def preset(params: Params, block_size: int, refresh: int, exponent: int, hp: ShampooHyperParams) -> Shampoo:
     """Make a preset's step as it is later in training; embeddings, too, have factors here, without a model to tell."""
-    computation = replace(hp.computation, fresh_steps=0, refresh_growth=1)
+    computation = replace(hp.computation, fresh_steps=0)
     hp = replace(hp, block_size=block_size, preconditioning_compute_steps=refresh, computation=computation)
     return Shampoo(params, LR, hyperparams=hp)
 

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from shampoo3d import Shampoo, ShampooHyperParams
+from shampoo3d import Shampoo
 from shampoo3d.cli.plan.request import Request
 from shampoo3d.cli.train import gpt
 from shampoo3d.cli.train.launch import free_port
@@ -24,15 +24,6 @@ from shampoo3d.cli.train.text import read_text, training_batches
 
 Training = tuple[Shampoo, Callable[[], Any]]
 """An optimizer, and what trains its model for a step."""
-
-
-class Early(Request):
-    """A layout with the refreshes of the first hundreds of steps: a run is as short."""
-
-    @property
-    def hp(self) -> ShampooHyperParams:
-        hp = super().hp
-        return replace(hp, computation=replace(hp.computation, refresh_growth=1))
 
 
 @dataclass(frozen=True)
@@ -50,8 +41,8 @@ class Case:
     deepspeed: bool = False
 
     @property
-    def request(self) -> Early:
-        return Early("the demo's GPT", **({"block_size": 128} | self.layout))
+    def request(self) -> Request:
+        return Request("the demo's GPT", **({"block_size": 128} | self.layout))
 
     @property
     def settings(self) -> Settings:

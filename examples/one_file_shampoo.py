@@ -26,7 +26,6 @@ class Shampoo(torch.optim.Optimizer):
         block_size: the longest side of a block.
         every: each block has its turn to compute new roots once in so many steps,
         fresh_steps: and every other step up to this one, at least `every`; all do at the first.
-        growth: in the long run once in so many times `every`; that doubles where it is a 20th of the steps so far.
         sampling: a step has every so-many-th row or column in its statistics, in turns; the first has all.
     """
 
@@ -40,13 +39,11 @@ class Shampoo(torch.optim.Optimizer):
         block_size: int = 128,
         every: int = 10,
         fresh_steps: int = 20,
-        growth: int = 4,
         sampling: int = 8,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         (self.beta1, self.beta2, self.gamma), (self.eps_d, self.eps_m) = betas, eps
-        self.block_size, self.sampling = block_size, sampling
-        self.every, self.fresh_steps, self.growth = every, fresh_steps, growth
+        self.block_size, self.every, self.fresh_steps, self.sampling = block_size, every, fresh_steps, sampling
         for W in (W for group in self.param_groups for W in group["params"]):
             zeros, blocks = torch.zeros_like(as_matrix(W.detach())), []
             for block in cut(zeros, block_size):
@@ -85,19 +82,13 @@ class Shampoo(torch.optim.Optimizer):
         S = torch.empty_like(E)
         for block, G_b, E_b, S_b in zip(state["blocks"], *(cut(X, self.block_size) for X in (G, E, S)), strict=True):
             self.update_statistics(block, G_b, t)
-            if t == 1 or self.due(block["turn"], t):
+            if t == 1 or (t - block["turn"]) % (2 if t <= self.fresh_steps else self.every) == 0:
                 self.update_roots(block, t)
             P1, P2 = block["P"]
             S_b.copy_(P1 @ E_b @ P2)
             adams, ours = (E_b**2 / self.squares(block, G_b, t).sqrt()).sum(), (E_b * S_b).sum()
             S_b.mul_(adams / ours if ours > 0 else 0.0)
         return S
-
-    def due(self, turn: int, t: int) -> bool:
-        if t <= self.fresh_steps:
-            return (t - turn) % 2 == 0
-        doublings = min(self.growth, max(1, t // (10 * self.every))).bit_length() - 1
-        return (t - self.every + (self.every - 1) * turn) % (self.every * 2**doublings) == 0
 
     def squares(self, block: dict[str, Any], G: Tensor, t: int) -> Tensor:
         """The average of G^2, from its means over rows and over columns (Shazeer and Stern 2018, arXiv 1804.04235)."""

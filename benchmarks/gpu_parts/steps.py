@@ -39,9 +39,9 @@ WHOLE = (ADAMW, DEFAULT, AUTO, BESIDE, SOAP)
 def preset(
     params: Params, block: int | str, refresh: int, exponent: int, *, name: str, beside: bool = False
 ) -> Shampoo:
-    """Make a preset without fresh first steps, which are few and dear, and with one interval between roots."""
+    """Make a preset without fresh first steps, which cost more than later ones and are few."""
     hp: ShampooHyperParams = PRESETS[name](block_size=block, preconditioning_compute_steps=refresh)
-    computation = replace(hp.computation, fresh_steps=0, refresh_growth=1, asynchronous=beside)
+    computation = replace(hp.computation, fresh_steps=0, asynchronous=beside)
     return Shampoo(params, LR, hyperparams=replace(hp, computation=computation))
 
 
@@ -51,7 +51,7 @@ def auto(params: Params, block: int, refresh: int, exponent: int) -> Shampoo:
 
 
 def ours() -> Iterator[Contender]:
-    yield Contender(DEFAULT, "preset, fresh_steps=0, refresh_growth=1", partial(preset, name="default"))
+    yield Contender(DEFAULT, "preset, fresh_steps=0", partial(preset, name="default"))
     yield Contender(AUTO, "block_size='auto'", auto, blocks=False, everywhere=False)
     beside = partial(preset, name="default", beside=True)
     yield Contender(BESIDE, "roots beside the training", beside, threads=True, everywhere=False)

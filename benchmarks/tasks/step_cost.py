@@ -11,8 +11,6 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,7 @@ from tasks.contenders import BASELINE, Contender, Settings, contenders
 from tasks.problems import ALL_NAMES, NAMES, Task, tasks
 from tasks.training import Stopwatch, training_step
 
-from shampoo3d import ShampooHyperParams
-
 OPTIMIZERS = (BASELINE, "3D-Shampoo", "Muon", "SOAP")
-LATER = {"preconditioning_compute_steps": ShampooHyperParams.default().longest_interval}
-"""What makes a first step one of the long run."""
 ROUNDS, STEPS, WARMUP = 5, 10, 12
 
 Found = dict[str, Any]
@@ -95,12 +89,9 @@ def main(given: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     known = {contender.name: contender for contender in contenders()}
     these = [known[name] for name in OPTIMIZERS if name in known]
-    own = known["3D-Shampoo"]
-    these.append(replace(own, name=f"{own.name}, later", make=partial(own.make, **LATER)))
     path = RESULTS / "tasks.json"
     chosen = json.loads(path.read_text())["tuned"] if path.exists() else []
     tuned = {(one["what"]["task"], one["what"]["optimizer"]): one["best"] for one in chosen}
-    tuned |= {(task, these[-1].name): best for (task, name), best in tuned.items() if name == own.name}
     rows = [row for task in tasks(options.tasks, options.text, options.images) for row in measured(task, these, tuned)]
     write(options.output, {"setting": setting(device="CPU, one thread"), "rows": rows})
     print(markdown(rows, {name: lambda row, name=name: str(row[name]) for name in rows[0]}))

@@ -157,7 +157,7 @@ def test_no_step_of_a_longer_interval_has_two_turns(every: int, growth: int) -> 
 
 
 def test_ten_turns_are_spread_over_forty_steps() -> None:
-    hp = ShampooHyperParams.default()
+    hp = replace(hyperparams(10), computation=Computation(refresh_growth=4))
     due = sorted((t - 1000, turn) for turn in range(10) for t in range(1000, 1040) if phase(t, hp, turn).refresh)
     assert [t for t, _ in due] == [1, 5, 9, 10, 14, 18, 23, 27, 32, 36]
     assert [turn for _, turn in due] == [1, 5, 9, 0, 4, 8, 3, 7, 2, 6]

@@ -189,7 +189,7 @@ class ShampooHyperParams:
             "variant": variant,
             "inverse_exponent_override": 2,
             "graft_type": LayerwiseGrafting.ADAM,
-            "computation": replace(_AVERAGED["computation"], fresh_steps=20, refresh_growth=4),
+            "computation": replace(_AVERAGED["computation"], fresh_steps=20),
         }
         return replace(cls(**_AVERAGED | own), **changes)
 
