@@ -26,7 +26,6 @@ from shampoo3d import ShampooHyperParams
 
 CYCLE = 10
 FIRST = 21  # the first, and those after which roots are made less often
-LONG_RUN = ".default(), roots every 40 steps"  # as with refresh_growth=4 from step 400 on
 SAME = {"AdamW": 10, "Muon": 3}  # optimizers whose steps cost the same, and how many of them are counted
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -46,9 +45,6 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "AdamW": lambda model: adamw(model, 1e-3),
     "Muon": lambda model: Muon(model, 1e-3),
     ".default()": lambda model: shampoo(model, 1e-3, hyperparams=ShampooHyperParams.default()),
-    LONG_RUN: lambda model: shampoo(
-        model, 1e-3, hyperparams=ShampooHyperParams.default(preconditioning_compute_steps=40)
-    ),
     ".soap()": lambda model: shampoo(model, 1e-3, hyperparams=ShampooHyperParams.soap()),
 }
 
