@@ -1,4 +1,4 @@
-"""What the README and `docs/plan.md` say of one command is what it does."""
+"""The README and `docs/plan.md` tell of one command the numbers that it prints."""
 
 import re
 from pathlib import Path
