@@ -193,7 +193,9 @@ class JoinedBucket(ShardBucket):
         self.stretches = self._stretches.at(steps, self._make_stretches)
         if not self.stretches:
             return False
-        directions = [part for stretch in self.stretches for part in self._directions(stretch, steps)]
+        for stretch in self.stretches:
+            stretch.age = self.hp.weight_updates(steps[stretch.group_tensors[0]])
+        directions = [part for stretch in self.stretches for part in self._directions(stretch)]
         # Only now: S is as large as all weights, and what came before, and is gone, may be so, too.
         self.S = torch.zeros(self.elements, dtype=self.dtype, device=self.device)
         moved = [binding for stretch in self.stretches if stretch.age for binding in stretch.unfactored]
@@ -201,9 +203,8 @@ class JoinedBucket(ShardBucket):
             torch._foreach_copy_([self.S.narrow(0, self._start(b), b.elements) for b in moved], directions)
         return True
 
-    def _directions(self, stretch: Stretch, steps: StepCounts) -> Iterable[Tensor]:
+    def _directions(self, stretch: Stretch) -> Iterable[Tensor]:
         """Return the directions of the unfactored matrices of a stretch, one after the other."""
-        stretch.age = self.hp.weight_updates(steps[stretch.group_tensors[0]])
         gradients = {tensor: tensor.present_gradient for tensor in stretch.group_tensors}
         self._record("gradient", stretch, [*gradients.values()])
         if not stretch.age or not stretch.unfactored:

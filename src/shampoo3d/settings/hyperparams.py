@@ -20,6 +20,9 @@ class LayerwiseGrafting(enum.IntEnum):
     ADAM = 4
 
 
+_INTERVALS = 10
+"""Least number of longer intervals that the steps so far make, where the interval grows."""
+
 _AVERAGED: dict[str, Any] = {
     "beta2": 0.95,
     "diagonal_eps": 1e-8,
@@ -254,13 +257,19 @@ class ShampooHyperParams:
     def refresh_interval(self, t: int) -> int:
         """Return the steps between two refreshes of a root at step t."""
         k = self.preconditioning_compute_steps
-        times = min(self.computation.refresh_growth, max(1, t // (10 * k)))
+        times = min(self.computation.refresh_growth, max(1, t // (_INTERVALS * k)))
         return k << (times.bit_length() - 1)
 
     @property
     def longest_interval(self) -> int:
-        """The steps between two refreshes of a root in the long run, from step 10 times as many on."""
+        """The steps between two refreshes of a root in the long run."""
         return self.preconditioning_compute_steps * self.computation.refresh_growth
+
+    @property
+    def long_run(self) -> int:
+        """The step from which the interval is the longest, at least the first interval."""
+        k, longest = self.preconditioning_compute_steps, self.longest_interval
+        return _INTERVALS * longest if longest > k else k
 
     @property
     def intervals(self) -> str:

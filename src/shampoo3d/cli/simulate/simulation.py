@@ -40,9 +40,8 @@ def events_of(forecast: Forecast, hardware: Hardware, rank: int, steps: Iterable
 
 def cycle(hp: ShampooHyperParams) -> range:
     """Return the steps of one refresh cycle in the long run."""
-    k, every = hp.preconditioning_compute_steps, hp.longest_interval
-    grown = 10 * every if every > k else k
-    first = max(grown, hp.start_preconditioning_step, hp.fresh_steps) + every
+    every = hp.longest_interval
+    first = max(hp.long_run, hp.start_preconditioning_step, hp.fresh_steps) + every
     return range(first, first + every)
 
 
