@@ -81,15 +81,23 @@ class _Processes:
             rank, record = self.messages.get()
             if record is None:
                 running -= 1
-                code = self.processes[rank].wait()
-                if code != 0:
-                    raise RunError(self._failure(rank, code, errors.get(rank)))
+                if self.processes[rank].wait() != 0:
+                    raise RunError(self._failure(rank, errors))
             elif record["event"] == "error":
                 errors[rank] = record["message"]
             else:
                 report(record)
 
-    def _failure(self, rank: int, code: int, message: str | None) -> str:
+    def _failure(self, ended: int, errors: dict[int, str]) -> str:
+        """Say what went wrong first: ranks that lose a peer fail, too, and may be heard before it.
+
+        Signals come from outside, but for SIGABRT: with it libraries end a process that has lost a peer.
+        """
+        codes = [process.poll() or 0 for process in self.processes]
+        killed = [rank for rank, code in enumerate(codes) if code < 0 and code != -signal.SIGABRT]
+        rank = next(iter(killed or errors), ended)
+        code = codes[rank]
+        message = None if killed else errors.get(rank)
         log = rank_log(self.settings.output, rank)
         name = f"rank {rank} of {self.settings.world}"
         advice = f"continue with: shampoo3d train --resume --output {self.settings.output}"
