@@ -12,9 +12,10 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from common import draw, slow_but
 from shampoo3d import Computation, Shampoo
+from shampoo3d.runtime import copies
 
 from .fsdp import Sharding, distance_from_one_process, with_torch
-from .harness import run
+from .harness import patches, run
 from .settings import cases, paired, shampoo, spread
 from .training import one_process, relative_distance, unfreeze_after_3
 from .zero import ODD
@@ -55,6 +56,19 @@ def test_intervals_that_grow(sharding: Sharding) -> None:
         default.keywords["hyperparams"], preconditioning_compute_steps=2, computation=Computation(refresh_growth=2)
     )
     assert distance_from_one_process(sharding, partial(default, lr=0.01, hyperparams=hp), 46) < 1e-9
+
+
+def _by_index(make_optimizer: partial[Shampoo], params: Any) -> Shampoo:
+    """Let all pieces of an exchange be rows that are found by index, however few and wide they are."""
+    for name, value in {"VIEWS": 0, "FEWEST": 1, "NARROWEST": 1}.items():
+        patches.setattr(copies, name, value)
+    return make_optimizer(params)
+
+
+@pytest.mark.parametrize("sharding", slow_but(FAST[1:2], [*FAST, *TWO_AXES]), ids=str)
+def test_pieces_that_are_found_by_index(sharding: Sharding) -> None:
+    make_optimizer = partial(_by_index, shampoo("uneven-blocks"))
+    assert distance_from_one_process(sharding, make_optimizer, STEPS) < 1e-9
 
 
 @pytest.mark.parametrize("name", slow_but(["refresh-3-start-4"], ["uneven-blocks", "refresh-3-start-4"]))

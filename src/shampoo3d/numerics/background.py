@@ -55,10 +55,12 @@ class Background(Generic[T]):
         return self._done.result()
 
 
-def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+def upload(numbers: Sequence[float] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return numbers of the host as a tensor on the device; the host does not wait for the copy."""
-    pinned = device.type == "cuda"  # from other memory a copy would wait
-    return torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=pinned).to(device, non_blocking=True)
+    host = torch.as_tensor(numbers, dtype=dtype, device="cpu")
+    if device.type == "cuda":  # from other memory a copy would wait
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 class Late:

@@ -2,9 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import cache, cached_property
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import cache, cached_property, partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +20,12 @@ from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.routes import Transfer, bucket_elements
 from shampoo3d.runtime.bindings import Binding, GroupTensor, PhaseIndex, Phases, StepCounts
 from shampoo3d.runtime.buckets import ElementBucket
+from shampoo3d.runtime.copies import Copies
 from shampoo3d.runtime.patches import Place, Tensors, laid
 from shampoo3d.runtime.route import Arrive, Gathering, Route
 from shampoo3d.runtime.team import Team, WorkItem, work_kind
+
+T = TypeVar("T")
 
 Moment = Literal["before", "between", "after"]
 MakeCommunicator = Callable[[int, Group, torch.device], Communicator]
@@ -42,6 +45,8 @@ class Exchange:
         self.communicator = communicator(parallel.rank, team.group, team.device)
         self._update_precision = update_precision
         share = team.share
+        self._most = bucket_elements(share.device_type)
+        self._make_copies = partial(Copies, device=team.device, most=self._most)
         self._transfers: list[list[Transfer]] = [[] for _ in share.rounds]
         for transfer in share.transfers:
             if share.matrices[transfer.matrix].axes and transfer.slot not in share.local_blocks:
@@ -185,9 +190,7 @@ class Exchange:
             for transfer in self._transfers[number]
             if transfer.gathered and self._binding(transfer).group_tensor in wanted
         ]
-        return Route.of(
-            self.rank, self.team.group.ranks, pieces, self._stored, _in_blocks(items), self._travels(wanted)
-        )
+        return self._route(pieces, self._stored, _in_blocks(items), self._travels(wanted))
 
     def _direction_route(self, number: int, directed: Collection[GroupTensor], items: Sequence[WorkItem]) -> Route:
         pieces = [
@@ -195,9 +198,16 @@ class Exchange:
             for transfer in self._transfers[number]
             if self._binding(transfer).group_tensor in directed
         ]
-        return Route.of(
-            self.rank, self.team.group.ranks, pieces, _in_blocks(items), self.team.home, self._travels(directed)
-        )
+        return self._route(pieces, _in_blocks(items), self.team.home, self._travels(directed))
+
+    def _route(
+        self,
+        pieces: Iterable[tuple[T, Shape, int, int]],
+        start: Callable[[T], Place],
+        stop: Callable[[T], Place],
+        shared: bool,
+    ) -> Route:
+        return Route.of(self.rank, self.team.group.ranks, pieces, start, stop, shared, self._make_copies)
 
     def _travels(self, stepping: Collection[GroupTensor]) -> bool:
         """Return, the same on all ranks, whether any rank may have to send something of these."""
@@ -217,7 +227,7 @@ class Exchange:
         for slots in team.share.rounds:
             due = [slot for slot in slots if renewed(team.binding_of(slot).group_tensor, planned[slot].offset)]
             pieces = [piece for slot in due for piece in self._roots(slot)]
-            routes.append(Route.of(self.rank, team.group.ranks, pieces, _at_both_ends, _at_both_ends, shared=True))
+            routes.append(self._route(pieces, _at_both_ends, _at_both_ends, shared=True))
         return routes
 
     def _roots(self, slot: int) -> Iterator[tuple[Place, Shape, int, int]]:
@@ -231,10 +241,11 @@ class Exchange:
 
     def _make_gatherings(self, phases: Phases[None]) -> list[list[Gathering]]:
         """Find the gatherings of new weights, for each group of replicas."""
-        found, most = [], bucket_elements(self.team.share.device_type)
+        found = []
         for communicator, _, transfers in self._copies:
             stepping = [transfer for transfer in transfers if self._binding(transfer).group_tensor in phases]
-            found.append([*Gathering.of(self.rank, communicator.group.ranks, stepping, self._stored, most)])
+            ranks = communicator.group.ranks
+            found.append([*Gathering.of(self.rank, ranks, stepping, self._stored, self._most, self._make_copies)])
         return found
 
     def _stored(self, transfer: Transfer) -> Place:

@@ -102,31 +102,37 @@ def unseen() -> AbstractContextManager[None]:
     return having(_UNSEEN, True)
 
 
+def is_unseen() -> bool:
+    """Return whether copies are left out."""
+    return _UNSEEN.get()
+
+
 def starts(patches: Iterable[Patch], tensors: Tensors) -> list[Tensor]:
     """Return the views where the patches start."""
-    flat = _flattened(tensors)
+    flat = flattened(tensors)
     return [patch.start.of(flat(patch.start.tensor), patch.shape) for patch in patches]
 
 
 def stops(patches: Iterable[Patch], tensors: Tensors) -> list[Tensor]:
     """Return the views where the patches stop."""
-    flat = _flattened(tensors)
+    flat = flattened(tensors)
     return [patch.stop.of(flat(patch.stop.tensor), patch.shape) for patch in patches]
 
 
 def copy(patches: Sequence[Patch], start: Tensors, stop: Tensors) -> None:
     """Copy all pieces from where they start to where they stop."""
-    if patches and not _UNSEEN.get():
+    if patches and not is_unseen():
         torch._foreach_copy_(stops(patches, stop), starts(patches, start))
 
 
 def ends(patches: Sequence[Patch], start: Tensors, stop: Tensors) -> tuple[list[Tensor], list[Tensor]]:
     """Return the views where the patches stop, and where they start; if unseen, one of as many elements for all."""
-    if _UNSEEN.get():
+    if is_unseen():
         flat = start(patches[0].start.tensor).view(-1)[: sum(math.prod(patch.shape) for patch in patches)]
         return [flat], [flat]
     return stops(patches, stop), starts(patches, start)
 
 
-def _flattened(tensors: Tensors) -> Tensors:
+def flattened(tensors: Tensors) -> Tensors:
+    """Return what returns the same tensors, flat, each asked for once."""
     return cache(lambda name: tensors(name).view(-1))

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from shampoo3d.distributed.collectives import Communicator
-from shampoo3d.numerics.masks import overwrite
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.routes import Transfer, buckets, width
-from shampoo3d.runtime.patches import Patch, Place, Tensors, copy, ends, laid, merged
+from shampoo3d.runtime.copies import Copies
+from shampoo3d.runtime.patches import Patch, Place, Tensors, laid
 
 T = TypeVar("T")
 
 BUFFER = "buffer"
 """Name, in places, of the flat tensor that is sent or received."""
+
+MakeCopies = Callable[[Iterable[Patch]], Copies]
 
 Arrive = Callable[[Tensors], None]
 """Waits for the pieces and writes them where they stop; takes what returns the tensors there."""
@@ -27,7 +29,7 @@ Arrive = Callable[[Tensors], None]
 
 @dataclass(frozen=True)
 class Route:
-    """Pieces that one rank sends, receives and keeps in one exchange of a round, in patches.
+    """Pieces that one rank sends, receives and keeps in one exchange of a round.
 
     Attributes:
         leaving: from tensors into the buffer that is sent.
@@ -37,8 +39,8 @@ class Route:
         shared: True if any rank may send anything, the same on all; else there is no collective.
     """
 
-    leaving: list[Patch]
-    arriving: list[Patch]
+    leaving: Copies
+    arriving: Copies
     staying: frozenset[Any]
     sent: list[int]
     received: list[int]
@@ -53,12 +55,14 @@ class Route:
         start: Callable[[T], Place],
         stop: Callable[[T], Place],
         shared: bool,
+        copies: MakeCopies,
     ) -> "Route":
         """Find the route of the pieces, in one order on all ranks.
 
         Args:
             pieces: each with its shape and the ranks that it starts and stops at.
             start, stop: the places of a piece that starts, or stops, at this rank.
+            copies: find how to copy pieces.
         """
         out: defaultdict[int, list[tuple[T, Shape]]] = defaultdict(list)
         into: defaultdict[int, list[tuple[T, Shape]]] = defaultdict(list)
@@ -75,13 +79,13 @@ class Route:
         leaving = [Patch(shape, start(piece), at) for piece, shape, at in _packed(to_others)]
         arriving = [Patch(shape, at, stop(piece)) for piece, shape, at in _packed(from_others)]
         staying = frozenset(patch.start.tensor for patch in here)
-        return cls(merged(leaving), [*merged(here), *merged(arriving)], staying, sent, received, shared)
+        return cls(copies(leaving), copies([*here, *arriving]), staying, sent, received, shared)
 
     def take(self, communicator: Communicator, kind: str, turn: int, dtype: torch.dtype, start: Tensors) -> Arrive:
         """Start to carry the pieces, from the tensors that ``start`` returns."""
 
         def fill(buffer: Tensor) -> None:
-            copy(self.leaving, start, lambda _: buffer)
+            self.leaving.take(start, lambda _: buffer)
 
         tensors = {name: start(name) for name in self.staying}
         wait = communicator.all_to_all(kind, turn, dtype, self.sent, self.received, fill) if self.shared else None
@@ -89,14 +93,14 @@ class Route:
         def arrive(stop: Tensors) -> None:
             if wait:
                 tensors[BUFFER] = wait()
-            copy(self.arriving, tensors.__getitem__, stop)
+            self.arriving.take(tensors.__getitem__, stop)
 
         return arrive
 
 
 @dataclass(frozen=True)
 class Gathering:
-    """Pieces that one rank sends and receives in one gathering of new weights, in patches.
+    """Pieces that one rank sends and receives in one gathering of new weights.
 
     Attributes:
         elements: that each rank contributes, with what pads them.
@@ -104,8 +108,8 @@ class Gathering:
     """
 
     elements: int
-    leaving: list[Patch]
-    arriving: list[Patch]
+    leaving: Copies
+    arriving: Copies
 
     @classmethod
     def of(
@@ -115,6 +119,7 @@ class Gathering:
         transfers: Sequence[Transfer],
         place: Callable[[Transfer], Place],
         most: int,
+        copies: MakeCopies,
     ) -> "Iterator[Gathering]":
         """Find the gatherings, of about ``most`` elements, that bring the pieces from their homes to all ranks."""
         items = [(transfer.home, transfer.elements) for transfer in transfers]
@@ -129,17 +134,16 @@ class Gathering:
                 else:
                     theirs = _packed(pieces, number * elements)
                     arriving += [Patch(shape, at, place(transfer)) for transfer, shape, at in theirs]
-            yield cls(elements, merged(leaving), merged(arriving))
+            yield cls(elements, copies(leaving), copies(arriving))
 
     def take(self, communicator: Communicator, dtype: torch.dtype, flat: Tensors) -> None:
         """Send the weights of this rank and write those of others, unless the step does not count."""
         received = communicator.gather(
-            "weights", self.elements, dtype, lambda buffer: copy(self.leaving, flat, lambda _: buffer)
+            "weights", self.elements, dtype, lambda buffer: self.leaving.take(flat, lambda _: buffer)
         )
-        if self.arriving:
-            overwrite(*ends(self.arriving, lambda _: received, flat))
-            for group_tensor in dict.fromkeys(patch.stop.tensor for patch in self.arriving):
-                group_tensor.store(flat(group_tensor))
+        self.arriving.overwrite(lambda _: received, flat)
+        for group_tensor in self.arriving.stops:
+            group_tensor.store(flat(group_tensor))
 
 
 def _elements(pieces: Sequence[tuple[T, Shape]]) -> int:
