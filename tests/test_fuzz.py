@@ -23,7 +23,7 @@ from shampoo3d.runtime.agreement import largest_norm
 from shampoo3d.runtime.bindings import state_dtype
 
 INF = float("inf")
-QUICK, ALL = 100, 1_600
+QUICK, ALL = 60, 1_600
 
 # ---- what must hold ----
 

@@ -48,7 +48,8 @@ def test_single_precision(sharding: Sharding, steps: int) -> None:
     assert distance_from_one_process(sharding, make_optimizer, steps, "float32") < 1e-5
 
 
-@pytest.mark.parametrize("sharding", slow_but(FAST[1:2], FAST), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", FAST, ids=str)
 def test_intervals_that_grow(sharding: Sharding) -> None:
     """Turns of 2 steps, from step 40 on of 4, while the weights still move."""
     default = shampoo("default")

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from plans import at_home, listed, random_matrices, sliced
 
-from common import RANDOM
+from common import RANDOM, slow_but
 from shampoo3d.planning.assignment import make_plan
 from shampoo3d.planning.grid import describe
 from shampoo3d.planning.layout import Matrix, Sharding
@@ -58,7 +58,7 @@ def fsdp(shapes: list[Shape], ranks: int, hp: ShampooHyperParams) -> list[Matrix
 
 
 @pytest.mark.parametrize("layout", [fsdp, "sliced"])
-@pytest.mark.parametrize("ranks", [4, 16, 24])
+@pytest.mark.parametrize("ranks", slow_but([4, 16], [4, 16, 24]))
 def test_blocks_that_are_counted_travel_hardly_more_and_have_all_turns(layout: Any, ranks: int) -> None:
     """Layers of equal matrices: blocks listed and counted, at home and by turns."""
     hp = ShampooHyperParams(block_size=16, preconditioning_compute_steps=5)

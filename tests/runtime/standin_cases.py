@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from common import assert_equal, draw
+from common import assert_equal, draw, slow_but
 from shampoo3d import Computation, Shampoo, ShampooHyperParams, StepRefusedError
 from shampoo3d.numerics import background
 from standin import DEVICE, Accelerator, AtOnce, accelerator
@@ -31,8 +31,8 @@ PRESETS = {
 for _name in ("default", "classic"):
     _hp = PRESETS[_name]
     PRESETS[f"{_name}, asynchronous"] = replace(_hp, computation=replace(_hp.computation, asynchronous=True))
-FAST = ["default", "soap", "classic, asynchronous"]
-NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
+NAMES = slow_but(["default", "soap", "classic, asynchronous"], PRESETS)
+MAIN = slow_but(["default"], ["default", "soap", "classic"])
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ def test_steps_are_those_of_the_cpu_and_the_host_reads_nothing_else(name: str) -
                 torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-9 * float((a - w).norm()))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MAIN)
 def test_with_gradients_that_are_not_checked_the_host_reads_nothing(name: str) -> None:
     with accelerator() as gpu:
         params, optimizer = made(replace(PRESETS[name], nonfinite_gradient="ignore"), DEVICE)
@@ -90,7 +90,7 @@ def test_with_gradients_that_are_not_checked_the_host_reads_nothing(name: str) -
             assert t == 0 or not gpu.reads, t
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", slow_but(["default"], ["default", "soap", "classic, asynchronous"]))
 def test_numbers_of_the_step_before_arrive_without_a_read(name: str) -> None:
     """Numbers are those of the CPU, one step late, and never of a step that did not count."""
     expected, on_cpu = made(PRESETS[name], "cpu")
@@ -120,7 +120,7 @@ def test_numbers_of_the_step_before_arrive_without_a_read(name: str) -> None:
                 assert told["shampoo/step"] == (t if t < 6 else t - 1)
 
 
-@pytest.mark.parametrize("name", ["default", "soap", "classic"])
+@pytest.mark.parametrize("name", MAIN)
 def test_a_state_goes_out_and_in(name: str, tmp_path: Path) -> None:
     hp = PRESETS[name]
     with accelerator():
@@ -156,7 +156,7 @@ def state_of(optimizer: Shampoo) -> dict[str, Any]:
     return tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, optimizer.state_dict())  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(["classic, asynchronous"], PRESETS))
 def test_a_step_that_is_skipped_never_was(name: str) -> None:
     """All weights and all state are those of a run that never got it, and the host reads nothing in it nor after it."""
     with accelerator() as gpu:
@@ -184,7 +184,7 @@ def test_a_step_that_is_skipped_never_was(name: str) -> None:
         assert_equal(values(params), values(others))
 
 
-@pytest.mark.parametrize("name", ["default", "soap", "classic"])
+@pytest.mark.parametrize("name", MAIN)
 def test_a_step_that_is_refused_raises_at_the_next_one(name: str) -> None:
     hp = replace(PRESETS[name], nonfinite_gradient="raise")
     with accelerator() as gpu:
@@ -294,7 +294,7 @@ def put_float(params: list[nn.Parameter], t: int) -> None:
         p.grad = draw(p.shape, 1000 * t + k).float().to(DEVICE)
 
 
-@pytest.mark.parametrize("name", ["default", "soap", "classic"])
+@pytest.mark.parametrize("name", MAIN)
 def test_steps_of_one_phase_launch_the_same(name: str) -> None:
     """They could be captured as a graph; and depth does not matter."""
     hp = {
