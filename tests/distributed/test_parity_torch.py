@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from common import draw, slow_but
 from shampoo3d import Computation, Shampoo
-from shampoo3d.runtime import copies
+from shampoo3d.runtime import copies, shards
 
 from .fsdp import Sharding, distance_from_one_process, with_torch
 from .harness import patches, run
@@ -59,16 +59,18 @@ def test_intervals_that_grow(sharding: Sharding) -> None:
     assert distance_from_one_process(sharding, partial(default, lr=0.01, hyperparams=hp), 46) < 1e-9
 
 
-def _by_index(make_optimizer: partial[Shampoo], params: Any) -> Shampoo:
-    """Let all pieces of an exchange be rows that are found by index, however few and wide they are."""
+def _in_small_parts(make_optimizer: partial[Shampoo], params: Any) -> Shampoo:
+    """Let all pieces of an exchange be rows that are found by index, and few elements be updated at a time."""
     for name, value in {"VIEWS": 0, "FEWEST": 1, "NARROWEST": 1}.items():
         patches.setattr(copies, name, value)
+    patches.setattr(shards, "AT_ONCE", 7)
     return make_optimizer(params)
 
 
+@pytest.mark.parametrize("name", ["uneven-blocks", "default"])
 @pytest.mark.parametrize("sharding", slow_but(FAST[1:2], [*FAST, *TWO_AXES]), ids=str)
-def test_pieces_that_are_found_by_index(sharding: Sharding) -> None:
-    make_optimizer = partial(_by_index, shampoo("uneven-blocks"))
+def test_in_small_parts(sharding: Sharding, name: str) -> None:
+    make_optimizer = partial(_in_small_parts, shampoo(name))
     assert distance_from_one_process(sharding, make_optimizer, STEPS) < 1e-9
 
 

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
 from typing import Any
@@ -21,6 +21,9 @@ from shampoo3d.runtime.buckets import ElementBucket, descend, turn
 from shampoo3d.runtime.patches import Place
 from shampoo3d.runtime.recording import current_recording
 from shampoo3d.settings.hyperparams import ShampooHyperParams
+
+AT_ONCE = 2**24
+"""Elements without factors whose averages and direction are computed together: enough to keep a device busy."""
 
 
 class ShardBucket(ElementBucket):
@@ -138,7 +141,7 @@ class Stretch:
     Attributes:
         span: their elements in S.
         bindings: the matrices that have elements in them.
-        unfactored: the matrices without factors in them; rows: the elements of these in the state.
+        unfactored: the matrices without factors in them.
         age: see :meth:`ShampooHyperParams.weight_updates`.
     """
 
@@ -146,7 +149,6 @@ class Stretch:
     span: slice
     bindings: list[Binding]
     unfactored: list[Binding]
-    rows: slice
     age: int = field(init=False)
 
 
@@ -193,26 +195,25 @@ class JoinedBucket(ShardBucket):
         self.stretches = self._stretches.at(steps, self._make_stretches)
         if not self.stretches:
             return False
+        self.S = torch.zeros(self.elements, dtype=self.dtype, device=self.device)
         for stretch in self.stretches:
             stretch.age = self.hp.weight_updates(steps[stretch.group_tensors[0]])
-        directions = [part for stretch in self.stretches for part in self._directions(stretch)]
-        # Only now: S is as large as all weights, and what came before, and is gone, may be so, too.
-        self.S = torch.zeros(self.elements, dtype=self.dtype, device=self.device)
-        moved = [binding for stretch in self.stretches if stretch.age for binding in stretch.unfactored]
-        if moved:
-            torch._foreach_copy_([self.S.narrow(0, self._start(b), b.elements) for b in moved], directions)
+            gradients = {tensor: tensor.present_gradient for tensor in stretch.group_tensors}
+            self._record("gradient", stretch, [*gradients.values()])
+            for some in _few_at_a_time(stretch.unfactored) if stretch.age else ():
+                self._take(some, gradients, stretch.age)
         return True
 
-    def _directions(self, stretch: Stretch) -> Iterable[Tensor]:
-        """Return the directions of the unfactored matrices of a stretch, one after the other."""
-        gradients = {tensor: tensor.present_gradient for tensor in stretch.group_tensors}
-        self._record("gradient", stretch, [*gradients.values()])
-        if not stretch.age or not stretch.unfactored:
-            return []
-        G = kept(torch.cat(_parts_of(gradients, stretch.unfactored)).to(self.dtype))
-        average, D = self.momenta.direction(G, stretch.rows, stretch.age)
+    def _take(self, some: "Elements", gradients: Mapping[GroupTensor, Tensor], age: int) -> None:
+        """Update the averages of elements of unfactored matrices, one after the other, and write their directions."""
+        first, start, _ = some[0]
+        rows, sizes = self._rows[first] + start, [stop - start for _, start, stop in some]
+        parts = [gradients[b.group_tensor].narrow(0, b.offset + start, stop - start) for b, start, stop in some]
+        G = kept(torch.cat(parts).to(self.dtype))
+        average, D = self.momenta.direction(G, slice(rows, rows + sum(sizes)), age)
         direction = D if self.hp.variant.vectors == "diagonal" else average
-        return direction.split_with_sizes([binding.elements for binding in stretch.unfactored])
+        places = [self.S.narrow(0, self._start(b) + start, stop - start) for b, start, stop in some]
+        torch._foreach_copy_(places, direction.split_with_sizes(sizes))
 
     def _make_stretches(self, phases: Phases[bool]) -> list[Stretch]:
         found = []
@@ -224,7 +225,7 @@ class JoinedBucket(ShardBucket):
                 bindings = [binding for binding in self.bindings if binding.group_tensor in members]
                 unfactored = [binding for binding in bindings if not binding.matrix.factored]
                 span = slice(start, start + elements)
-                found.append(Stretch(tensors, span, bindings, unfactored, self._rows_of(unfactored)))
+                found.append(Stretch(tensors, span, bindings, unfactored))
         return found
 
     def add_norms(self, _: Tensor, __: Sequence[Binding]) -> None:
@@ -267,6 +268,27 @@ class JoinedBucket(ShardBucket):
 
     def _start(self, binding: Binding) -> int:
         return self._starts[binding.group_tensor] + binding.offset
+
+
+Elements = list[tuple[Binding, int, int]]
+"""Elements of matrices, from and to (exclusive) of those that this rank stores."""
+
+
+def _few_at_a_time(bindings: Sequence[Binding]) -> Iterator[Elements]:
+    """Yield all elements of the matrices: a rank may store a vocabulary, whose directions would take its room twice."""
+    some: Elements = []
+    room = AT_ONCE
+    for binding in bindings:
+        start = 0
+        while start < binding.elements:
+            stop = min(start + room, binding.elements)
+            some.append((binding, start, stop))
+            start, room = stop, room - (stop - start)
+            if not room:
+                yield some
+                some, room = [], AT_ONCE
+    if some:
+        yield some
 
 
 def shard_buckets(bindings: Iterable[Binding], hp: ShampooHyperParams) -> dict[GroupTensor, ShardBucket]:
