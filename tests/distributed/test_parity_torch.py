@@ -61,7 +61,7 @@ def test_intervals_that_grow(sharding: Sharding) -> None:
 
 def _in_small_parts(make_optimizer: partial[Shampoo], params: Any) -> Shampoo:
     """Let all pieces of an exchange be rows that are found by index, and few elements be updated at a time."""
-    for name, value in {"VIEWS": 0, "FEWEST": 1, "NARROWEST": 1}.items():
+    for name, value in {"SMALL": 2**30, "FEWEST": 1, "NARROWEST": 1}.items():
         patches.setattr(copies, name, value)
     patches.setattr(shards, "AT_ONCE", 7)
     return make_optimizer(params)

@@ -15,13 +15,12 @@ from shampoo3d.runtime import copies
 from shampoo3d.runtime.copies import Copies
 from shampoo3d.runtime.patches import Patch, Place, laid, starts, stops
 
-CPU = torch.device("cpu")
-ROUND = 4096
+CPU = torch.device("cpu"), "cpu"
 
 
 @pytest.fixture(autouse=True, scope="module")
 def small() -> Iterator[None]:
-    with mock.patch.multiple(copies, NARROWEST=2, VIEWS=16, SHARE=64):
+    with mock.patch.multiple(copies, NARROWEST=2, SMALL=256, SHARE=2**16):
         yield
 
 
@@ -94,7 +93,7 @@ def test_all_pieces_arrive(
         for patch in patches:
             [stop], [start] = stops([patch], wanted.__getitem__), starts([patch], wanted.__getitem__)
             stop.copy_(start)
-    found = Copies(patches, CPU, ROUND)
+    found = Copies(patches, *CPU)
     if counts is None:
         found.take(tensors.__getitem__, tensors.__getitem__)
     else:
@@ -106,21 +105,23 @@ def test_all_pieces_arrive(
 
 def test_scattered_pieces_are_few_rows_and_others_views() -> None:
     pieces = blocks(32, 32, 8, 8, 3, "matrix")
-    regular = Copies(packed(pieces, 0, False)[0], CPU, ROUND)
+    regular = Copies(packed(pieces, 0, False)[0], *CPU)
     assert (len(regular.patches), len(regular.rows)) == (1, 0)
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0)).tolist()
     patches, elements = packed([pieces[n] for n in order], 0, False)
-    scattered = Copies(patches, CPU, ROUND)
+    scattered = Copies(patches, *CPU)
     assert (len(scattered.patches), len(scattered.rows)) == (0, 1)
     assert len(scattered.rows[0].starts) == elements // 8
-    assert len(Copies(patches, CPU, 16 * 63).patches) > 4, "pieces that are a good part of a round are worth a view"
-    assert not Copies(patches[:3], CPU, ROUND).rows
+    with mock.patch.object(copies, "SMALL", 63):
+        assert len(Copies(patches, *CPU).patches) > 4, "larger ones are worth a view"
+        assert len(Copies(patches, CPU[0], "cuda").rows) == 1, "but not a launch"
+    assert not Copies(patches[:3], *CPU).rows
 
 
 def test_few_elements_are_on_their_way_at_a_time() -> None:
     patches, elements = packed(blocks(32, 32, 8, 8, 0, "matrix")[::-1], 0, False)
-    [rows] = Copies(patches, CPU, ROUND).rows
+    [rows] = Copies(patches, *CPU).rows
     tensors = {"matrix": torch.randn(1024), "buffer": torch.zeros(elements)}
-    taken: list[Tensor] = [new for *_, new in rows.take(tensors.__getitem__, tensors.__getitem__, ROUND // 64)]
+    taken: list[Tensor] = [new for *_, new in rows.take(tensors.__getitem__, tensors.__getitem__, 64)]
     assert sum(new.numel() for new in taken) == elements
-    assert max(new.numel() for new in taken) == ROUND // 64
+    assert max(new.numel() for new in taken) == 64

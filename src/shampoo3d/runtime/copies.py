@@ -16,10 +16,14 @@ from torch import Tensor
 from shampoo3d.numerics.background import upload
 from shampoo3d.numerics.masks import overwrite, replace
 from shampoo3d.numerics.tiles import Shape
+from shampoo3d.planning.routes import bucket_elements
 from shampoo3d.runtime.patches import Patch, Place, Tensors, copy, ends, flattened, is_unseen, merged
 
-VIEWS = 2**9
-"""Pieces of a round so small that there are more of them are cheaper by index: it takes one pass more over them."""
+SMALL = 2**13
+"""Elements of pieces that are cheaper by index, which takes one pass more over them, than by a view of each."""
+
+ACCELERATED = 2**7
+"""Factor by which they may be larger on an accelerator, where each view is a launch."""
 
 FEWEST = 4
 """Pieces that are worth an index."""
@@ -79,15 +83,17 @@ class Copies:
         patches: those that are copied as strided views; rows: those that are found by index.
     """
 
-    def __init__(self, pieces: Iterable[Patch], device: torch.device, most: int) -> None:
-        """Find how to copy the pieces of a round, of about ``most`` elements, in tensors on a device."""
+    def __init__(self, pieces: Iterable[Patch], device: torch.device, device_type: str) -> None:
+        """Find how to copy the pieces of a round, in tensors on a device or, on "meta", on one that stands for it."""
+        small = SMALL * (1 if device_type == "cpu" else ACCELERATED)
         kinds: defaultdict[Any, list[Patch]] = defaultdict(list)
         for patch in merged(pieces):
             kinds[_kind(patch)].append(patch)
-        self.patches, self.rows, self._at_once = kinds.pop(None, []), [], most // SHARE
+        self.patches, self.rows = kinds.pop(None, []), []
+        self._at_once = bucket_elements(device_type) // SHARE
         for alike in kinds.values():
             elements = sum(math.prod(patch.shape) for patch in alike)
-            if len(alike) >= FEWEST and elements * VIEWS <= len(alike) * most:
+            if len(alike) >= FEWEST and elements <= len(alike) * small:
                 self.rows.append(Rows.of(alike, device))
             else:
                 self.patches += alike

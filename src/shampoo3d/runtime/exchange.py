@@ -45,8 +45,7 @@ class Exchange:
         self.communicator = communicator(parallel.rank, team.group, team.device)
         self._update_precision = update_precision
         share = team.share
-        self._most = bucket_elements(share.device_type)
-        self._make_copies = partial(Copies, device=team.device, most=self._most)
+        self._make_copies = partial(Copies, device=team.device, device_type=share.device_type)
         self._transfers: list[list[Transfer]] = [[] for _ in share.rounds]
         for transfer in share.transfers:
             if share.matrices[transfer.matrix].axes and transfer.slot not in share.local_blocks:
@@ -241,11 +240,11 @@ class Exchange:
 
     def _make_gatherings(self, phases: Phases[None]) -> list[list[Gathering]]:
         """Find the gatherings of new weights, for each group of replicas."""
-        found = []
+        found, most = [], bucket_elements(self.team.share.device_type)
         for communicator, _, transfers in self._copies:
             stepping = [transfer for transfer in transfers if self._binding(transfer).group_tensor in phases]
             ranks = communicator.group.ranks
-            found.append([*Gathering.of(self.rank, ranks, stepping, self._stored, self._most, self._make_copies)])
+            found.append([*Gathering.of(self.rank, ranks, stepping, self._stored, most, self._make_copies)])
         return found
 
     def _stored(self, transfer: Transfer) -> Place:
