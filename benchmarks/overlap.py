@@ -33,11 +33,11 @@ from shampoo3d.distributed.collectives import Communicator, Waiting
 Seconds = dict[str, float]
 """Parts of a training step; "travelling" and "waiting" are of the exchange."""
 
-SIZES = {"width": 256, "layers": 4}
+SIZES, BLOCKS = {"width": 256, "layers": 4}, {"block_size": 128}
 EXCHANGES = (
-    Case("data 2, FSDP2", SIZES, {"data": 2, "fsdp": True}),
-    Case("data 2, ZeRO 1", SIZES, {"data": 2, "zero": 1}, deepspeed=True),
-    Case("data 2, replicas", SIZES, {"data": 2}, deepspeed=True),
+    Case("data 2, FSDP2", SIZES, {"data": 2, "fsdp": True, **BLOCKS}),
+    Case("data 2, ZeRO 1", SIZES, {"data": 2, "zero": 1, **BLOCKS}, deepspeed=True),
+    Case("data 2, replicas", SIZES, {"data": 2, **BLOCKS}, deepspeed=True),
 )
 ROOTS: Mapping[str, dict[str, Any]] = {
     "in the step": {"preconditioning_compute_steps": 1},
@@ -50,7 +50,9 @@ MICRO_BATCHES = (2, 4, 8)
 def pipeline(micro_batches: int, roots: str) -> Case:
     """Two stages, 8 sequences of a step in so many micro-batches."""
     model = SIZES | {"batch": 8, "micro_batches": micro_batches}
-    return Case(f"pipe 2, {micro_batches} micro-batches, roots {roots}", model, {"pipe": 2, **ROOTS[roots]}, True)
+    return Case(
+        f"pipe 2, {micro_batches} micro-batches, roots {roots}", model, {"pipe": 2, **BLOCKS, **ROOTS[roots]}, True
+    )
 
 
 # ---- measured --------------------------------------------------------------------------------------------------------

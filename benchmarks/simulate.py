@@ -49,8 +49,8 @@ CASES = (
     Case("data 2, FSDP2", SMALL, {"data": 2, "fsdp": True}),
     Case("tensor 2", SMALL, {"tensor": 2}, deepspeed=True),
     Case("pipe 2", SMALL, {"pipe": 2}, deepspeed=True),
-    Case("data 2, ZeRO 3", WIDE, {"data": 2, "zero": 3}, deepspeed=True),
-    Case("data 2, FSDP2, SOAP", WIDE, {"data": 2, "fsdp": True, "preset": "soap"}),
+    Case("data 2, ZeRO 3", WIDE, {"data": 2, "zero": 3, "block_size": 128}, deepspeed=True),
+    Case("data 2, FSDP2, SOAP", WIDE, {"data": 2, "fsdp": True, "preset": "soap", "block_size": 128}),
 )
 
 

@@ -111,7 +111,7 @@ def test_its_defaults_are_those_of_the_preset() -> None:
     variant = PRESET.variant
     assert given["betas"] == (variant.beta1, PRESET.beta2, variant.graft_beta2)
     assert given["eps"] == (PRESET.diagonal_eps, PRESET.matrix_eps)
-    assert given["block_size"] == auto_block_size((256, 256))
+    assert given["block_size"] == auto_block_size((128, 128))
     assert given["every"] == PRESET.preconditioning_compute_steps
     assert given["fresh_steps"] == PRESET.computation.fresh_steps
 

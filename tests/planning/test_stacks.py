@@ -63,7 +63,19 @@ def test_a_matrix_of_one_row_is_a_vector(shape: tuple[int, ...]) -> None:
     assert {row.reason for row in optimizer.report().rows} == {"vector"}
 
 
-WIDTHS = {1: 128, 256: 128, 257: 136, 384: 192, 768: 384, 1023: 512, 2048: 512, 2560: 640, 4096: 1024, 16384: 1024}
+WIDTHS = {
+    0: 128,
+    129: 136,
+    384: 384,
+    512: 512,
+    513: 264,
+    768: 384,
+    1023: 512,
+    1280: 432,
+    2048: 512,
+    2560: 640,
+    16384: 1024,
+}
 
 
 def test_blocks_grow_with_the_shorter_side() -> None:

@@ -145,13 +145,13 @@ def concatenate_cuts(cuts: Iterable[Cuts]) -> Cuts:
 
 
 def auto_block_size(shape: Sequence[int]) -> int:
-    """Return the block size for a matrix: half of its shorter side from 128 to 512, a quarter of it from 512 to 1024.
+    """Return the block size for a matrix: its shorter side whole up to 512, then in parts of at most 512 until four.
 
-    Work per element grows with the size of a block, and so does what it sees; the number of blocks of a layer is about
-    the same whatever its width. Sizes are multiples of 8.
+    Work per element grows with the size of a block, and so does what it sees; the number of blocks of a layer grows
+    with its width only from there on. Sizes are multiples of 8 from 128 to 1024.
     """
-    half, quarter = (-(-min(shape) // (parts * ALIGNMENT)) * ALIGNMENT for parts in (2, 4))
-    return max(128, min(half, 512), min(quarter, 1024))
+    parts = min(4, max(1, -(-min(shape) // 512)))
+    return min(1024, max(128, -(-min(shape) // (parts * ALIGNMENT)) * ALIGNMENT))
 
 
 class Part(NamedTuple):

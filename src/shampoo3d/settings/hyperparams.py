@@ -58,8 +58,8 @@ class ShampooHyperParams:
         preconditioning_compute_steps: the roots of a block are computed every so many steps; ``computation.refresh``
             says at which, ``computation.refresh_growth`` by how much they become more.
         statistics_compute_steps: statistics are accumulated at each step t that is a multiple of this.
-        block_size: the largest side of a block; 0 keeps every matrix whole. "auto": half of the shorter side of the
-            matrix, from 128 to 512; from 2048 on a quarter of it, at most 1024.
+        block_size: the largest side of a block; 0 keeps every matrix whole. "auto": the shorter side of the matrix,
+            at least 128, in equal parts of at most 512; from 2048 on in four, at most 1024.
         best_effort_shape_interpretation: merge adjacent dimensions while their product is at most ``block_size``.
         graft_type: the method whose step length is borrowed, a ``LayerwiseGrafting``, its number or its name.
         nesterov: Nesterov momentum.
