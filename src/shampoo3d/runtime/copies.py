@@ -1,7 +1,7 @@
 """Copies of the pieces of an exchange: strided views where they lie regularly, rows found by index where they do not.
 
-Small blocks of which a thousand ranks store parts come as thousands of pieces, in no order that strides could follow.
-A view and a copy for each would take longer than the step.
+Blocks of which a thousand ranks store parts come as thousands of pieces, in no order that strides could follow. A view
+and a launch for each would take longer than the copying itself.
 """
 
 import math
