@@ -2,6 +2,7 @@
 
 Rates, warm-up, cosine schedule, clipping, decay groups, batches and initial weights are the same for both.
 Usage: ``python benchmarks/architectures/compare.py [--steps 150] [--seeds 2] [--only Llama ...] [--output FILE]``.
+With ``--more`` those of `more_models.py` instead.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models import TASKS, Task
+from more_models import MORE
 from record import setting, write
 
 from shampoo3d import Shampoo
@@ -79,19 +81,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--only", nargs="*", default=[task.name for task in TASKS])
-    results = Path(__file__).parents[1] / "results" / "architectures.json"
-    parser.add_argument("--output", type=Path, default=results)
+    parser.add_argument("--only", nargs="*", help="names of architectures; by default all")
+    parser.add_argument("--more", action="store_true")
+    parser.add_argument("--output", type=Path, help="by default in benchmarks/results")
     chosen = parser.parse_args()
+    name = "more_architectures.json" if chosen.more else "architectures.json"
+    output = chosen.output or Path(__file__).parents[1] / "results" / name
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
-    for task in (task for task in TASKS if task.name in chosen.only):
+    for task in MORE if chosen.more else TASKS:
+        if chosen.only and task.name not in chosen.only:
+            continue
         for lr in RATES:
             for name, make in OPTIMIZERS.items():
                 losses = [round(train(task, make, lr, chosen.steps, seed), 4) for seed in range(chosen.seeds)]
                 rows.append({"task": task.name, "optimizer": name, "lr": lr, "losses": losses})
                 print(rows[-1], flush=True)
-    write(chosen.output, setting(what="AdamW's script on many architectures", steps=chosen.steps, rows=rows))
+    write(output, setting(what="AdamW's script on many architectures", steps=chosen.steps, rows=rows))
     print(table(rows))
 
 
