@@ -26,7 +26,7 @@ def test_plain() -> None:
     found = output_of(str(EXAMPLES / "plain.py"))
     adamw, shampoo = (float(loss) for loss in re.findall(r"steps: ([\d.]+)", found))
     assert shampoo < adamw + 0.05
-    assert re.search(r"2\.weight +256x512 +preconditioned .* 8 of 128x128", found)
+    assert re.search(r"2\.weight +256x512 +preconditioned .* 2 of 256x256", found)
 
 
 def output_of_ranks(count: int, *command: str) -> str:
