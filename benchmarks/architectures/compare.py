@@ -85,13 +85,11 @@ def main() -> None:
     parser.add_argument("--more", action="store_true")
     parser.add_argument("--output", type=Path, help="by default in benchmarks/results")
     chosen = parser.parse_args()
-    name = "more_architectures.json" if chosen.more else "architectures.json"
-    output = chosen.output or Path(__file__).parents[1] / "results" / name
+    tasks, results = (MORE, "more_architectures.json") if chosen.more else (TASKS, "architectures.json")
+    output = chosen.output or Path(__file__).parents[1] / "results" / results
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
-    for task in MORE if chosen.more else TASKS:
-        if chosen.only and task.name not in chosen.only:
-            continue
+    for task in (task for task in tasks if not chosen.only or task.name in chosen.only):
         for lr in RATES:
             for name, make in OPTIMIZERS.items():
                 losses = [round(train(task, make, lr, chosen.steps, seed), 4) for seed in range(chosen.seeds)]

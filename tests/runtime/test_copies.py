@@ -84,9 +84,9 @@ def test_all_pieces_arrive(
         f"matrix {number}": rows * columns + offset for number, (rows, columns, _, _, offset) in enumerate(matrices)
     }
     tensors = {name: torch.randn(size) for name, size in (sizes | {"buffer": elements}).items()}
-    to = ["matrix"] if backwards else ["buffer"]
+    to = "matrix" if backwards else "buffer"
     for name in tensors:
-        if name.startswith(to[0]) and counts is None:
+        if name.startswith(to) and counts is None:
             tensors[name] = tensors[name].to(dtype)
     wanted = {name: tensor.clone() for name, tensor in tensors.items()}
     if counts is not False:

@@ -17,7 +17,7 @@ from shampoo3d.numerics.background import upload
 from shampoo3d.numerics.masks import overwrite, replace
 from shampoo3d.numerics.tiles import Shape
 from shampoo3d.planning.routes import bucket_elements
-from shampoo3d.runtime.patches import Patch, Place, Tensors, copy, ends, flattened, is_unseen, merged
+from shampoo3d.runtime.patches import Patch, Place, Tensors, copy, ends, is_unseen, merged
 
 SMALL = 2**13
 """Elements of pieces that are cheaper by index, which takes one pass more over them, than by a view of each."""
@@ -68,7 +68,7 @@ class Rows:
 
     def take(self, start: Tensors, stop: Tensors, most: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield rows, about ``most`` elements at a time: the tensor where they stop, their numbers there, they."""
-        here, there = _rows_of(start(self.start.tensor), self.start), _rows_of(stop(self.stop.tensor), self.stop)
+        here, there = _rows_at(self.start, start), _rows_at(self.stop, stop)
         at_once = max(1, most // here.shape[1])
         for first in range(0, 1 if is_unseen() else len(self.starts), at_once):
             some = slice(first, first + at_once)
@@ -100,7 +100,6 @@ class Copies:
 
     def take(self, start: Tensors, stop: Tensors) -> None:
         """Copy the pieces from where they start to where they stop."""
-        start, stop = flattened(start), flattened(stop)
         copy(self.patches, start, stop)
         for rows in self.rows:
             for there, numbers, new in rows.take(start, stop, self._at_once):
@@ -108,7 +107,6 @@ class Copies:
 
     def overwrite(self, start: Tensors, stop: Tensors) -> None:
         """Do the same in a step that counts; see :func:`shampoo3d.numerics.masks.overwrite`."""
-        start, stop = flattened(start), flattened(stop)
         if self.patches:
             overwrite(*ends(self.patches, start, stop))
         for rows in self.rows:
@@ -142,6 +140,6 @@ def _numbers(places: Sequence[Place], shape: Shape) -> Tensor:
     return numbers
 
 
-def _rows_of(flat: Tensor, place: Place) -> Tensor:
-    width = place.strides[0]
+def _rows_at(place: Place, tensors: Tensors) -> Tensor:
+    flat, width = tensors(place.tensor).view(-1), place.strides[0]
     return place.of(flat, ((flat.numel() - place.offset) // width, width))

@@ -109,13 +109,13 @@ def is_unseen() -> bool:
 
 def starts(patches: Iterable[Patch], tensors: Tensors) -> list[Tensor]:
     """Return the views where the patches start."""
-    flat = flattened(tensors)
+    flat = _flattened(tensors)
     return [patch.start.of(flat(patch.start.tensor), patch.shape) for patch in patches]
 
 
 def stops(patches: Iterable[Patch], tensors: Tensors) -> list[Tensor]:
     """Return the views where the patches stop."""
-    flat = flattened(tensors)
+    flat = _flattened(tensors)
     return [patch.stop.of(flat(patch.stop.tensor), patch.shape) for patch in patches]
 
 
@@ -133,6 +133,5 @@ def ends(patches: Sequence[Patch], start: Tensors, stop: Tensors) -> tuple[list[
     return stops(patches, stop), starts(patches, start)
 
 
-def flattened(tensors: Tensors) -> Tensors:
-    """Return what returns the same tensors, flat, each asked for once."""
+def _flattened(tensors: Tensors) -> Tensors:
     return cache(lambda name: tensors(name).view(-1))

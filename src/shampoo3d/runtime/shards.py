@@ -134,6 +134,10 @@ class FlatBucket(ShardBucket):
         _record(kind, self.bindings, {self.group_tensor: flat}, self.dtype, times)
 
 
+Elements = list[tuple[Binding, int, int]]
+"""Elements of matrices, from and to (exclusive) of those that this rank stores."""
+
+
 @dataclass(eq=False)
 class Stretch:
     """Consecutive group tensors of a bucket that are at the same point of their schedule.
@@ -141,14 +145,14 @@ class Stretch:
     Attributes:
         span: their elements in S.
         bindings: the matrices that have elements in them.
-        unfactored: the matrices without factors in them.
+        portions: the elements of matrices without factors in them, some at a time.
         age: see :meth:`ShampooHyperParams.weight_updates`.
     """
 
     group_tensors: list[GroupTensor]
     span: slice
     bindings: list[Binding]
-    unfactored: list[Binding]
+    portions: list[Elements]
     age: int = field(init=False)
 
 
@@ -200,11 +204,11 @@ class JoinedBucket(ShardBucket):
             stretch.age = self.hp.weight_updates(steps[stretch.group_tensors[0]])
             gradients = {tensor: tensor.present_gradient for tensor in stretch.group_tensors}
             self._record("gradient", stretch, [*gradients.values()])
-            for some in _few_at_a_time(stretch.unfactored) if stretch.age else ():
+            for some in stretch.portions if stretch.age else ():
                 self._take(some, gradients, stretch.age)
         return True
 
-    def _take(self, some: "Elements", gradients: Mapping[GroupTensor, Tensor], age: int) -> None:
+    def _take(self, some: Elements, gradients: Mapping[GroupTensor, Tensor], age: int) -> None:
         """Update the averages of elements of unfactored matrices, one after the other, and write their directions."""
         first, start, _ = some[0]
         rows, sizes = self._rows[first] + start, [stop - start for _, start, stop in some]
@@ -225,7 +229,7 @@ class JoinedBucket(ShardBucket):
                 bindings = [binding for binding in self.bindings if binding.group_tensor in members]
                 unfactored = [binding for binding in bindings if not binding.matrix.factored]
                 span = slice(start, start + elements)
-                found.append(Stretch(tensors, span, bindings, unfactored))
+                found.append(Stretch(tensors, span, bindings, [*_few_at_a_time(unfactored)]))
         return found
 
     def add_norms(self, _: Tensor, __: Sequence[Binding]) -> None:
@@ -268,10 +272,6 @@ class JoinedBucket(ShardBucket):
 
     def _start(self, binding: Binding) -> int:
         return self._starts[binding.group_tensor] + binding.offset
-
-
-Elements = list[tuple[Binding, int, int]]
-"""Elements of matrices, from and to (exclusive) of those that this rank stores."""
 
 
 def _few_at_a_time(bindings: Sequence[Binding]) -> Iterator[Elements]:
