@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from common import draw, slow_but
 from shampoo3d import Computation, Shampoo
-from shampoo3d.runtime import copies, shards
+from shampoo3d.numerics import momenta
+from shampoo3d.runtime import copies
 
 from .fsdp import Sharding, distance_from_one_process, with_torch
 from .harness import patches, run
@@ -63,7 +64,7 @@ def _in_small_parts(make_optimizer: partial[Shampoo], params: Any) -> Shampoo:
     """Let all pieces of an exchange be rows that are found by index, and few elements be updated at a time."""
     for name, value in {"SMALL": 2**30, "FEWEST": 1, "NARROWEST": 1}.items():
         patches.setattr(copies, name, value)
-    patches.setattr(shards, "AT_ONCE", 7)
+    patches.setitem(momenta.AT_ONCE, "cpu", 7)
     return make_optimizer(params)
 
 

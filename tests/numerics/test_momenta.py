@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common import clones, covering, draw
-from shampoo3d.numerics.momenta import ALL, Momenta, Rows, average
+from shampoo3d.numerics.momenta import ALL, AT_ONCE, Momenta, Rows, average
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 from shampoo3d.settings.variant import Variant
 
@@ -152,6 +152,26 @@ def test_directions(choice: Choice, rows: str, start: int) -> None:
 )
 def test_steps(rows: str, nesterov: bool, weight_decay: float, decoupled: bool, beta1: float, start: int) -> None:
     follow(Choice(nesterov=nesterov, decoupled=decoupled, beta1=beta1, start=start), ROWS[rows], weight_decay)
+
+
+@pytest.mark.parametrize("at_once", [2, 4, 100])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("vectors", ["scaled", "diagonal"])
+def test_some_elements_at_a_time(monkeypatch: pytest.MonkeyPatch, vectors: str, rows: str, at_once: int) -> None:
+    monkeypatch.setitem(AT_ONCE, "cpu", at_once)
+    choice, which = Choice(graft="none", beta1=0.6, vectors=vectors, factored=False), ROWS[rows]
+    kept, elements = momenta(choice), [[Element(choice) for _ in range(SHAPE[1])] for _ in range(SHAPE[0])]
+    for t in range(1, 4):
+        stepping = [elements[row] for row in torch.arange(SHAPE[0])[which].tolist()]
+        G = draw((len(stepping), SHAPE[1]), t)
+        of = int(vectors == "diagonal")
+        expected = [
+            [e.direction(float(g), t)[of] for e, g in zip(*row, strict=True)] for row in zip(stepping, G, strict=True)
+        ]
+        kept.overwrite(G, which, t)
+        np.testing.assert_allclose(G.numpy(), expected, rtol=1e-12)
+    for name, tensor in kept.tensors().items():
+        np.testing.assert_allclose(tensor.numpy(), [[getattr(e, NAMES[name]) for e in row] for row in elements])
 
 
 @pytest.mark.parametrize("nesterov", [False, True])

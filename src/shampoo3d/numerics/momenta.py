@@ -1,6 +1,9 @@
 """The state and the arithmetic of single elements: averages, momenta, weight decay, the step itself."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +19,10 @@ Rows = slice | Tensor
 
 ALL = slice(None)
 
+AT_ONCE = {"cpu": 2**17, "other": 2**24}
+"""Elements without factors whose averages and direction are computed together, by type of device: enough to keep it
+busy; on a CPU as many as its cache holds, which all operations on one of them then find there."""
+
 
 def kept_dtype(name: str, hp: ShampooHyperParams, state: torch.dtype) -> torch.dtype:
     """Return the dtype in which state of this name in a checkpoint is kept; arithmetic is in ``state``."""
@@ -30,6 +37,7 @@ class Momenta:
         graft_momentum: N; None where M is, and if the start step is the first.
         gradient_average: the average of G; None if D is not made of it.
         graft_accumulator: the sum or average of G^2; None if D does not need it.
+        at_once: the number of elements on which :meth:`overwrite` works together.
     """
 
     def __init__(
@@ -40,13 +48,25 @@ class Momenta:
         device: torch.device,
         *,
         factored: bool = True,
+        device_type: str = "",
     ) -> None:
-        """Allocate zeros; ``factored`` says whether all elements belong to matrices with factors."""
+        """Allocate zeros.
+
+        Args:
+            factored: whether all elements belong to matrices with factors.
+            device_type: that of the device that one without data, "meta", stands for.
+        """
         self.hp, self.method = hp, hp.diagonal_method(factored)
-        self._state = {
-            name: torch.zeros(*shape, dtype=kept_dtype(name, hp, dtype), device=device)
-            for name in momenta_names(hp, factored)
-        }
+        self.at_once = AT_ONCE.get(device_type or device.type, AT_ONCE["other"])
+        self._hold(
+            {
+                name: torch.zeros(*shape, dtype=kept_dtype(name, hp, dtype), device=device)
+                for name in momenta_names(hp, factored)
+            }
+        )
+
+    def _hold(self, state: dict[str, Tensor]) -> None:
+        self._state = state
         self.momentum = self._state.get("momentum")
         self.graft_momentum = self._state.get("graft_momentum")
         self.gradient_average = self._state.get("gradient_average")
@@ -74,6 +94,29 @@ class Momenta:
         if isinstance(rows, Tensor):
             self.graft_accumulator[rows] = total
         return average, graft_direction(average, total, self.hp, correction)
+
+    def overwrite(self, G: Tensor, rows: Rows, age: int) -> None:
+        """Overwrite gradients of matrices without factors, contiguous, with their directions: D or the average of G."""
+        if isinstance(rows, Tensor):
+            self._overwrite(G, rows, age)
+            return
+        flat = G.flatten()
+        start = (rows.start or 0) * math.prod(G.shape[1:])
+        for part in torch.split(flat, self.at_once):
+            self._flat._overwrite(part, slice(start, start + len(part)), age)
+            start += len(part)
+
+    def _overwrite(self, G: Tensor, rows: Rows, age: int) -> None:
+        average, D = self.direction(G, rows, age)
+        if (S := D if self.hp.variant.vectors == "diagonal" else average) is not G:
+            G.copy_(S)
+
+    @cached_property
+    def _flat(self) -> "Momenta":
+        """The same state, by element."""
+        flat = copy(self)
+        flat._hold({name: tensor.flatten() for name, tensor in self._state.items()})
+        return flat
 
     def _average(self, G: Tensor, rows: Rows, age: int) -> Tensor:
         """Update ``E <- beta1 E + (1 - beta1) G`` and return it corrected; return G itself if there is no average."""
@@ -144,13 +187,9 @@ class Momenta:
 
 def average(buffer: Tensor, G: Tensor, rows: Rows, hp: ShampooHyperParams, correction: float) -> Tensor:
     """Update ``E <- beta1 E + (1 - beta1) G`` for some rows of a buffer; return E / ``correction`` in a new tensor."""
-    beta1 = hp.variant.beta1
-    if buffer.dtype != G.dtype:
-        E = add_faded_(G.mul(1.0 - beta1), buffer[rows], beta1)
-        buffer[rows] = E.to(buffer.dtype)
-        return E if correction == 1.0 else E.div_(correction)
-    E = buffer[rows].lerp_(G, number(1.0 - beta1, 0.0, buffer.dtype))
-    if isinstance(rows, slice):  # E is a view of the buffer
+    held = buffer[rows]
+    E = held.to(G.dtype).lerp_(G, number(1.0 - hp.variant.beta1, 0.0, G.dtype))
+    if E is held and isinstance(rows, slice):  # a view of the buffer
         return E.clone() if correction == 1.0 else E / correction
-    buffer[rows] = E
+    buffer[rows] = E.to(buffer.dtype)
     return E if correction == 1.0 else E.div_(correction)

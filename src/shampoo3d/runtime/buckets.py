@@ -97,7 +97,12 @@ class StackedBucket:
     """
 
     def __init__(
-        self, members: Sequence[tuple[Binding, Fragment]], hp: ShampooHyperParams, *, vectors: bool = False
+        self,
+        members: Sequence[tuple[Binding, Fragment]],
+        hp: ShampooHyperParams,
+        *,
+        vectors: bool = False,
+        device_type: str = "",
     ) -> None:
         self.members, self.hp = list(members), hp
         binding, fragment = members[0]
@@ -112,7 +117,9 @@ class StackedBucket:
             for (_, fragment), (start, stop) in zip(members, pairwise((0, *stops)), strict=True)
         }
         self._n = self.rows[members[-1][1]].stop
-        self.momenta = Momenta((self._n, *self.shape), hp, self.dtype, self.device, factored=self.factored)
+        self.momenta = Momenta(
+            (self._n, *self.shape), hp, self.dtype, self.device, factored=self.factored, device_type=device_type
+        )
         self.bindings = list(dict.fromkeys(binding for binding, _ in members))
         self._group_tensors = list(dict.fromkeys(binding.group_tensor for binding in self.bindings))
         self._runs = PhaseIndex[bool, list[Run]](self._group_tensors, lambda t: phase(t, hp).started)
@@ -146,6 +153,9 @@ class StackedBucket:
     def _borrow(self, run: Run, G: Tensor) -> Tensor:
         """Return D; without factors, overwrite G with the direction of the members: D or the average of gradients."""
         if not run.age:
+            return G
+        if run.started and not self.factored and not self.hp.borrows_lengths:  # nothing needs D
+            self.momenta.overwrite(G, run.rows, run.age)
             return G
         average, D = self.momenta.direction(G, run.rows, run.age)
         if not self.factored and (S := D if self.hp.variant.vectors == "diagonal" else average) is not G:

@@ -82,7 +82,7 @@ class DryRun:
         tensors = (tensor for of in self.group_tensors for tensor in (of.tensor, of.tensor.grad))
         observer.ignore(tensor for tensor in tensors if tensor is not None)
         with observer:
-            alone, flat = Group((rank,)), shard_buckets(chain.from_iterable(bindings), hp)
+            alone, flat = Group((rank,)), shard_buckets(chain.from_iterable(bindings), hp, device)
             nowhere = _Nowhere(rank, alone, alone, alone, "a dry run")
             self.teams = [
                 Team(nowhere.group(plan.ranks), rank, plan, held, hp, False, flat, device)

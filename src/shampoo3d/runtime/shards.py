@@ -22,9 +22,6 @@ from shampoo3d.runtime.patches import Place
 from shampoo3d.runtime.recording import current_recording
 from shampoo3d.settings.hyperparams import ShampooHyperParams
 
-AT_ONCE = 2**24
-"""Elements without factors whose averages and direction are computed together: enough to keep a device busy."""
-
 
 class ShardBucket(ElementBucket):
     """Shards of matrices, which may belong to several teams (a tied weight and others, in one flat slice).
@@ -163,7 +160,9 @@ class JoinedBucket(ShardBucket):
     state is that of the unfactored matrices, one after the other.
     """
 
-    def __init__(self, held: Mapping[GroupTensor, Sequence[Binding]], hp: ShampooHyperParams) -> None:
+    def __init__(
+        self, held: Mapping[GroupTensor, Sequence[Binding]], hp: ShampooHyperParams, device_type: str = ""
+    ) -> None:
         super().__init__((binding for bindings in held.values() for binding in bindings), hp)
         self.group_tensors = list(held)
         flat = self.group_tensors[0].flat
@@ -173,7 +172,8 @@ class JoinedBucket(ShardBucket):
             zip(self.unfactored, accumulate((b.elements for b in self.unfactored), initial=0), strict=False)
         )
         self.elements = sum(tensor.shape.numel() for tensor in held)
-        self.momenta = Momenta((sum(b.elements for b in self.unfactored),), hp, self.dtype, self.device, factored=False)
+        elements = sum(b.elements for b in self.unfactored)
+        self.momenta = Momenta((elements,), hp, self.dtype, self.device, factored=False, device_type=device_type)
         self._stretches = PhaseIndex[bool, list[Stretch]](held, lambda t: phase(t, hp).started)
 
     def tensors_of(self, group_tensor: GroupTensor) -> dict[str, Tensor]:
@@ -229,7 +229,7 @@ class JoinedBucket(ShardBucket):
                 bindings = [binding for binding in self.bindings if binding.group_tensor in members]
                 unfactored = [binding for binding in bindings if not binding.matrix.factored]
                 span = slice(start, start + elements)
-                found.append(Stretch(tensors, span, bindings, [*_few_at_a_time(unfactored)]))
+                found.append(Stretch(tensors, span, bindings, [*_few_at_a_time(unfactored, self.momenta.at_once)]))
         return found
 
     def add_norms(self, _: Tensor, __: Sequence[Binding]) -> None:
@@ -274,10 +274,10 @@ class JoinedBucket(ShardBucket):
         return self._starts[binding.group_tensor] + binding.offset
 
 
-def _few_at_a_time(bindings: Sequence[Binding]) -> Iterator[Elements]:
+def _few_at_a_time(bindings: Sequence[Binding], at_once: int) -> Iterator[Elements]:
     """Yield all elements of the matrices: a rank may store a vocabulary, whose directions would take its room twice."""
     some: Elements = []
-    room = AT_ONCE
+    room = at_once
     for binding in bindings:
         start = 0
         while start < binding.elements:
@@ -286,13 +286,18 @@ def _few_at_a_time(bindings: Sequence[Binding]) -> Iterator[Elements]:
             start, room = stop, room - (stop - start)
             if not room:
                 yield some
-                some, room = [], AT_ONCE
+                some, room = [], at_once
     if some:
         yield some
 
 
-def shard_buckets(bindings: Iterable[Binding], hp: ShampooHyperParams) -> dict[GroupTensor, ShardBucket]:
-    """Make the buckets of the group tensors with shards of matrices, of the bindings of all teams: some share one."""
+def shard_buckets(
+    bindings: Iterable[Binding], hp: ShampooHyperParams, device_type: str = ""
+) -> dict[GroupTensor, ShardBucket]:
+    """Make the buckets of the group tensors with shards of matrices, of the bindings of all teams: some share one.
+
+    ``device_type`` is that of the device that tensors without data, on "meta", stand for.
+    """
     held: defaultdict[GroupTensor, list[Binding]] = defaultdict(list)
     for binding in (binding for binding in bindings if binding.matrix.sharded):
         held[binding.group_tensor].append(binding)
@@ -304,7 +309,7 @@ def shard_buckets(bindings: Iterable[Binding], hp: ShampooHyperParams) -> dict[G
     return {
         group_tensor: bucket
         for alike in kinds.values()
-        for bucket in [JoinedBucket(alike, hp)]
+        for bucket in [JoinedBucket(alike, hp, device_type)]
         for group_tensor in alike
     }
 

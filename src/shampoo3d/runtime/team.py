@@ -233,7 +233,10 @@ class Team:
                 kind = None if vector else shape, flat.dtype, flat.device, binding.matrix.factored
                 kinds[kind].append((binding, transfer))
         stacked = [batch.bucket for batch in self.batches if batch.bucket]
-        return stacked + [StackedBucket(members, self.hp, vectors=not kind[0]) for kind, members in kinds.items()]
+        return stacked + [
+            StackedBucket(members, self.hp, vectors=not kind[0], device_type=self.device_type)
+            for kind, members in kinds.items()
+        ]
 
 
 def _at(steps: StepCounts, rounds: Iterable[Sequence[WorkItem]]) -> Iterator[list[WorkItem]]:
