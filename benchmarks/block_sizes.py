@@ -26,7 +26,7 @@ from tasks.training import train
 from shampoo3d import ShampooHyperParams
 
 RATE = {128: 4e-3, 256: 2e-3, 512: 1e-3, 768: 1e-3}
-SIZES = {128: (64, 128, 0), 256: (64, 128, 256, 0), 512: (64, 128, 256, 512), 768: (64, 128, 256, 384)}
+SIZES = {128: (64, 128, 0), 256: (64, 128, 256, 0), 512: (64, 128, 256, 512), 768: (64, 128, 256, 384, 768)}
 
 
 def optimizers(sizes: list[int]) -> dict[str, Callable[..., Any]]:

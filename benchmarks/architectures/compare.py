@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import TASKS, Task
 from more_models import MORE
 from record import setting, write
+from vision_models import VISION
 
 from shampoo3d import Shampoo
 
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--more", action="store_true")
     parser.add_argument("--output", type=Path, help="by default in benchmarks/results")
     chosen = parser.parse_args()
-    tasks, results = (MORE, "more_architectures.json") if chosen.more else (TASKS, "architectures.json")
+    tasks, results = ([*MORE, *VISION], "more_architectures.json") if chosen.more else (TASKS, "architectures.json")
     output = chosen.output or Path(__file__).parents[1] / "results" / results
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
