@@ -9,7 +9,6 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     BitConfig,
     ConvNextV2Config,
-    EfficientNetConfig,
     FocalNetConfig,
     HGNetV2Config,
     MobileNetV1Config,
@@ -98,10 +97,6 @@ class MixerNet(Classifier):
 
 
 FOUR = {"depths": [1, 1, 2, 1], "hidden_sizes": [32, 48, 64, 96]}
-EFFICIENTNET = EfficientNetConfig(
-    image_size=SIZE, width_coefficient=0.35, depth_coefficient=0.5, hidden_dim=448, dropout_rate=0.0,
-    drop_connect_rate=0.0, **IMAGES,
-)  # fmt: skip
 MOBILEVIT = MobileViTConfig(
     image_size=SIZE, hidden_sizes=[48, 64, 80], neck_hidden_sizes=[8, 16, 24, 32, 48, 64, 96],
     classifier_dropout_prob=0.0, **WITHOUT_DROPOUT, **IMAGES,
@@ -134,7 +129,6 @@ VISION = [
     Task("SwiftFormer", built("SwiftFormerForImageClassification", SWIFTFORMER), classified),
     Task("MobileViT", built("MobileViTForImageClassification", MOBILEVIT), classified),
     Task("MLP-Mixer", MixerNet, classified),
-    Task("EfficientNet", built("EfficientNetForImageClassification", EFFICIENTNET), classified),
     Task("MobileNetV1", built("MobileNetV1ForImageClassification", MOBILENET_V1), classified),
     Task("HGNet v2", built("HGNetV2ForImageClassification", HGNET), classified),
     Task("BiT", built("BitForImageClassification", BIT), classified),
