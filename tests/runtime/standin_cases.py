@@ -271,7 +271,7 @@ def test_failed_roots_raise_one_step_later_than_on_a_cpu() -> None:
 
 # ---- launches ----
 
-MOST_LAUNCHES = {"default": 135, "soap": 70, "classic": 118}
+MOST_LAUNCHES = {"default": 135, "soap": 72, "classic": 118}
 """Numbers for a step without roots of a model shaped like GPT-2, whose matrices are cut into blocks of one shape."""
 
 
