@@ -107,9 +107,12 @@ class Momenta:
             start += len(part)
 
     def _overwrite(self, G: Tensor, rows: Rows, age: int) -> None:
-        average, D = self.direction(G, rows, age)
-        if (S := D if self.hp.variant.vectors == "diagonal" else average) is not G:
+        if (S := self.moves_along(*self.direction(G, rows, age))) is not G:
             G.copy_(S)
+
+    def moves_along(self, average: Tensor, D: Tensor) -> Tensor:
+        """Return the direction of elements without factors, of the two of :meth:`direction`."""
+        return D if self.hp.variant.vectors == "diagonal" else average
 
     @cached_property
     def _flat(self) -> "Momenta":

@@ -158,7 +158,7 @@ class StackedBucket:
             self.momenta.overwrite(G, run.rows, run.age)
             return G
         average, D = self.momenta.direction(G, run.rows, run.age)
-        if not self.factored and (S := D if self.hp.variant.vectors == "diagonal" else average) is not G:
+        if not self.factored and (S := self.momenta.moves_along(average, D)) is not G:
             G.copy_(S)
         return D
 

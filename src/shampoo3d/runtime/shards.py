@@ -214,8 +214,7 @@ class JoinedBucket(ShardBucket):
         rows, sizes = self._rows[first] + start, [stop - start for _, start, stop in some]
         parts = [gradients[b.group_tensor].narrow(0, b.offset + start, stop - start) for b, start, stop in some]
         G = kept(torch.cat(parts).to(self.dtype))
-        average, D = self.momenta.direction(G, slice(rows, rows + sum(sizes)), age)
-        direction = D if self.hp.variant.vectors == "diagonal" else average
+        direction = self.momenta.moves_along(*self.momenta.direction(G, slice(rows, rows + sum(sizes)), age))
         places = [self.S.narrow(0, self._start(b) + start, stop - start) for b, start, stop in some]
         torch._foreach_copy_(places, direction.split_with_sizes(sizes))
 
